@@ -1,0 +1,180 @@
+"""The Dynamo entry `torch.compile(model, backend="chipmunk")` and the functions that look at a compiled model.
+
+The only file that imports all layers.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._inductor.compile_fx import compile_fx
+
+import chipmunk_fx.kernels
+import chipmunk_fx.ops  # noqa: F401  (registers the ops and their kernels)
+from chipmunk_fx.config import Config
+from chipmunk_fx.errors import ConfigError, FallbackError
+from chipmunk_fx.graph.capture import Capture, Uncapturable, capture
+from chipmunk_fx.graph.geometry import find_geometry
+from chipmunk_fx.graph.inputs import classify
+from chipmunk_fx.graph.match import find
+from chipmunk_fx.graph.pattern import AttentionOperands
+from chipmunk_fx.graph.plan import Plan, make_plan
+from chipmunk_fx.graph.sizes import is_data_dependent
+from chipmunk_fx.log import logger
+from chipmunk_fx.patterns import ALL
+from chipmunk_fx.runtime import registry
+from chipmunk_fx.runtime.gate import budget, cost_gate, fit
+from chipmunk_fx.runtime.report import Report, explain_model, report_of
+from chipmunk_fx.runtime.session import Graph, Session
+from chipmunk_fx.runtime.summary import Summary, summarize
+from chipmunk_fx.runtime.variants import Variants, inductor_patches, lower
+from chipmunk_fx.schedule.phase import Phase
+
+_log = logger("plan")
+_KEYS = itertools.count()
+
+
+def chipmunk(
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Compile one Dynamo graph. `options` and `mode` as in the README; a bad option raises `ConfigError` at the call."""
+    try:
+        config = Config.from_options(options, mode)
+        if needs_gradients(example_inputs):
+            _log.warning(
+                "gradients are needed: compiled as with Inductor alone. For sparse inference call the model under "
+                "torch.no_grad() or torch.inference_mode()"
+            )
+            return _plain(graph_module, example_inputs, config)
+        return _compile(graph_module, example_inputs, config)
+    except (ConfigError, FallbackError) as error:
+        return _raising(error)
+
+
+def needs_gradients(inputs: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(i, torch.Tensor) and i.requires_grad for i in inputs)
+
+
+def analyse(graph_module: fx.GraphModule, inputs: Sequence[Any], config: Config) -> tuple[Capture, Plan]:
+    """Capture, match and plan; edits and compiles nothing. Raises `Uncapturable`."""
+    captured = capture(graph_module, inputs)
+    candidates = find(captured.module, ALL)
+    roles = classify(captured)
+    rows = [c.operands.q.shape[2] for c in candidates if isinstance(c.operands, AttentionOperands)]
+    geometry = find_geometry(captured, roles, config.tokens, [r for r in rows if not is_data_dependent([r])], inputs)
+    plan = make_plan(captured, candidates, roles, geometry, config, lambda site: cost_gate(site, config))
+    return captured, fit(plan, config)
+
+
+def explain(model: nn.Module, *args: Any, config: Any = None, **kwargs: Any) -> Report:
+    """Which sites of `model(*args, **kwargs)` would be rewritten, and why the others would not.
+
+    `config`: None, a `Config`, a mapping of options, or the path of a YAML file. Compiles nothing; a model whose graph breaks
+    is run once. Raises `ConfigError`.
+    """
+    return explain_model(model, args, kwargs, _config_of(config), _inspect)
+
+
+def summary(model: nn.Module, key: Any = None) -> Summary:
+    """What the generation begun last did, or the one named `key`. Raises `NotCompiledError`, and KeyError for `key`."""
+    return summarize(registry.sessions(model), key, named=key is not None)
+
+
+def reset(model: nn.Module) -> None:
+    """The next call of `model` begins a generation. Raises `NotCompiledError`."""
+    for session in registry.sessions(model):
+        session.reset()
+
+
+@contextmanager
+def generation(model: nn.Module, key: Any = None, branch: int | None = None) -> Iterator[None]:
+    """Calls inside belong to the generation `key` (a new one where None), and to `branch` where given.
+
+    Entering again with the same key goes on with that generation. Raises `NotCompiledError`.
+    """
+    registry.sessions(model)
+    with registry.scope(model, f"generation-{next(_KEYS)}" if key is None else key, branch):
+        yield
+
+
+def _compile(graph_module: fx.GraphModule, inputs: Sequence[Any], config: Config) -> Callable[..., Any]:
+    try:
+        captured, plan = analyse(graph_module, inputs, config)
+    except Uncapturable as reason:
+        return _unchanged(graph_module, inputs, config, str(reason))
+    _log.info("%s", report_of(plan, [i.name for i in captured.inputs]))
+    if not plan.rewritten:
+        return _unchanged(graph_module, inputs, config, _why_nothing(plan))
+    graph = Graph(captured, plan, config, Variants(graph_module, captured, plan, config))
+    if captured.dynamic:
+        _build_all(graph, inputs)
+
+    def call(*values: Any) -> Any:
+        owner = values[graph.owner]
+        session = registry.session_of(owner, config, lambda row: Session(config, lambda d: budget(config, d), row))
+        return session.call(graph, values)
+
+    return call
+
+
+def _build_all(graph: Graph, inputs: Sequence[Any]) -> None:
+    """All variants now: guards that a variant built later would add are not enforced under dynamic shapes."""
+    scratch = Session(graph.config, lambda device: budget(graph.config, device))
+    state = scratch.example_state(graph, inputs)
+    for phase in (Phase.DENSE, Phase.REFRESH, Phase.SPARSE):
+        graph.variants.get(phase, [] if phase is Phase.DENSE else state)
+
+
+def _unchanged(graph_module: fx.GraphModule, inputs: Sequence[Any], config: Config, reason: str) -> Callable[..., Any]:
+    if config.strict:
+        raise FallbackError.of("this graph", reason)
+    _log.warning("nothing is rewritten: %s. The graph is compiled as with Inductor alone.", reason)
+    return _plain(graph_module, inputs, config)
+
+
+def _plain(graph_module: fx.GraphModule, inputs: Sequence[Any], config: Config) -> Callable[..., Any]:
+    if config.lowering == "eager":
+        return lower(graph_module, inputs, config)
+    return compile_fx(graph_module, list(inputs), config_patches=inductor_patches(config))  # pyright: ignore[reportReturnType]
+
+
+def _why_nothing(plan: Plan) -> str:
+    if not plan.sites and not plan.refused:
+        return "no attention and no MLP was found in the graph"
+    reasons = [s.reason for s in plan.sites] or [c.reason or "" for c in plan.refused]
+    counts = {r: reasons.count(r) for r in dict.fromkeys(reasons)}
+    listed = "; ".join(f"{n} x {r}" for r, n in list(counts.items())[:4])
+    kind = "accepted sites stay dense" if plan.sites else "candidates were refused"
+    return f"all {len(reasons)} {kind} ({listed})"
+
+
+def _raising(error: Exception) -> Callable[..., Any]:
+    def call(*_: Any) -> Any:
+        raise error
+
+    return call
+
+
+def _config_of(config: Any) -> Config:
+    if isinstance(config, Config):
+        return config
+    if config is None or isinstance(config, Mapping):
+        return Config.from_options(config, None)
+    return Config.from_options({"config": str(config)}, None)
+
+
+def _inspect(graph_module: fx.GraphModule, inputs: Sequence[Any], config: Config) -> Report:
+    try:
+        captured, plan = analyse(graph_module, inputs, config)
+    except Uncapturable as reason:
+        return Report((), None, None, (), "unknown", 0.0, (f"a graph stays as it is: {reason}",))
+    return report_of(plan, [i.name for i in captured.inputs])

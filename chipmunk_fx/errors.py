@@ -1,0 +1,106 @@
+"""The errors a user can meet: each says what was seen, what is allowed and what to do.
+
+Messages are built by class methods, so that one kind of failure has one wording wherever it is found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+__all__ = ["ChipmunkError", "ConfigError", "FallbackError", "NotCompiledError", "closest"]
+
+
+class ChipmunkError(RuntimeError):
+    """Base of everything chipmunk_fx raises on purpose."""
+
+
+class ConfigError(ChipmunkError, ValueError):
+    """A setting that does not exist or has a value it cannot take.
+
+    `key` is the dotted name, `value` what was given, `allowed` a sentence or the valid names.
+    """
+
+    def __init__(self, message: str, *, key: str | None = None, value: Any = None, allowed: str | tuple[str, ...] = ()):
+        super().__init__(message)
+        self.key = key
+        self.value = value
+        self.allowed = allowed
+
+    @classmethod
+    def unknown(cls, key: str, value: Any, names: Iterable[str], *, source: str | None = None) -> ConfigError:
+        """`key` is none of `names`: the closest ones are named first, then all."""
+        names = tuple(names)
+        near = closest(key, names)
+        hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
+        message = f"{_where(source)}unknown key {key!r} (given {_shown(value)}). {hint}{_listed(names)}"
+        return cls(message, key=key, value=value, allowed=names)
+
+    @classmethod
+    def invalid(cls, key: str, value: Any, allowed: str, *, source: str | None = None, hint: str = "") -> ConfigError:
+        """`key` exists, but `value` is not what it takes."""
+        message = f"{_where(source)}{key} = {_shown(value)} is not allowed. Allowed: {allowed}."
+        return cls(f"{message} {hint}".rstrip(), key=key, value=value, allowed=allowed)
+
+    @classmethod
+    def unlisted(cls, key: str, value: Any, names: Sequence[str], *, source: str | None = None) -> ConfigError:
+        """`key` exists, but its `value` is none of `names`."""
+        near = closest(value, names, count=1) if isinstance(value, str) else []
+        hint = f"Did you mean {near[0]!r}?" if near else ""
+        return cls.invalid(key, value, " or ".join(map(repr, names)), source=source, hint=hint)
+
+    @classmethod
+    def unreadable(cls, path: str, problem: str) -> ConfigError:
+        """The file named by the option `config` cannot be used at all."""
+        allowed = "a YAML file with settings of chipmunk_fx, or of the original Chipmunk"
+        message = f"config file {path}: {problem}. Allowed: {allowed}, free of Python tags."
+        return cls(message, key="config", value=path, allowed=allowed)
+
+
+class NotCompiledError(ChipmunkError):
+    """A module was asked about that this backend has not compiled."""
+
+    @classmethod
+    def of(cls, model: object) -> NotCompiledError:
+        """`model`: what was passed to summary, reset or generation."""
+        return cls(
+            f"{type(model).__name__} holds nothing that was compiled with the backend 'chipmunk'. Allowed: the module "
+            "that torch.compile was called on, what it returned, or a parent of compiled blocks. Compile it first: "
+            'torch.compile(model, backend="chipmunk").'
+        )
+
+
+class FallbackError(ChipmunkError):
+    """Raised with strict=True where a site or a call would otherwise stay dense in silence."""
+
+    @classmethod
+    def of(cls, what: str, reason: str) -> FallbackError:
+        """`what` stays dense (a site, a call, a graph) for `reason`."""
+        return cls(
+            f"{what} would run dense: {reason}. With strict=True a fallback is an error; give the missing setting, "
+            "or set strict=False to run it dense."
+        )
+
+
+def closest(name: str, names: Iterable[str], count: int = 3) -> list[str]:
+    """At most `count` of `names` that `name` may have meant: near spellings, or the same last part of a dotted name."""
+    names = list(names)
+    spelled = get_close_matches(name, names, n=count, cutoff=0.6)
+    last = name.rpartition(".")[2]
+    related = [known for known in names if known.rpartition(".")[2] == last and known not in spelled]
+    return (spelled + related)[:count]
+
+
+def _where(source: str | None) -> str:
+    return f"{source}: " if source else ""
+
+
+def _shown(value: Any, limit: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def _listed(names: tuple[str, ...], limit: int = 60) -> str:
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"Allowed: {', '.join(names[:limit])}{rest}."

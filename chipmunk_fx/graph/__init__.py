@@ -1,0 +1,1 @@
+"""From Dynamo's graph to a plan: capture, pattern language, matching, geometry, plan, rewrite."""

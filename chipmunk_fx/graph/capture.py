@@ -1,0 +1,146 @@
+"""Re-trace Dynamo's graph to pre-dispatch ATen, where every idea has one spelling.
+
+Parameters stay placeholders in the same order, so a call's arguments serve the captured graph unchanged.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import traceback as fx_traceback
+from torch.fx.experimental.proxy_tensor import make_fx
+
+# Ops that Dynamo's graph may hold and that a re-trace would silently change (dtype, dispatch) or cannot see into.
+_OPAQUE = ("_enter_autocast", "enter_autocast", "flex_attention")
+
+
+class Uncapturable(Exception):
+    """This graph cannot be re-traced faithfully; `str()` says why. The caller compiles it untouched."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """One placeholder: its name in the user's terms, whether it is a parameter or buffer, and its fake value."""
+
+    name: str
+    is_parameter: bool
+    value: Any
+
+    @property
+    def is_tensor(self) -> bool:
+        return isinstance(self.value, torch.Tensor)
+
+
+@dataclass(frozen=True)
+class Capture:
+    """The ATen graph with its inputs (same order as the placeholders) and the tracing context to compile it in."""
+
+    module: fx.GraphModule
+    inputs: tuple[Input, ...]
+    context: TracingContext
+    dynamic: bool
+
+    @property
+    def fakes(self) -> list[Any]:
+        return [entry.value for entry in self.inputs]
+
+
+def capture(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Capture:
+    """Re-trace `graph_module` (as Dynamo hands it to a backend). Raises `Uncapturable` with the reason."""
+    context = TracingContext.get()
+    refuse_opaque(graph_module)
+    fakes = [_fake(value, context) for value in example_inputs]
+    source = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
+    _detach_data(source)
+
+    def run(*args: Any) -> Any:
+        return fx.Interpreter(source).run(*args)
+
+    try:
+        with fx_traceback.preserve_node_meta(), context.fake_mode, torch.no_grad():  # pyright: ignore[reportOptionalContextManager]
+            traced = make_fx(run, pre_dispatch=True, tracing_mode="real")(*fakes)
+    except Exception as error:  # any tracing failure leaves the user's graph as it was
+        raise Uncapturable(f"re-tracing failed: {type(error).__name__}: {error}") from error
+    if any(isinstance(_attribute(traced, n), FakeTensor) for n in traced.graph.nodes if n.op == "get_attr"):
+        raise Uncapturable("the re-trace captured a tensor made inside the graph as a constant")
+    inputs = _describe(graph_module, traced, fakes)
+    dynamic = any(isinstance(f, torch.SymInt) or _has_symbols(f) for f in fakes)
+    return Capture(traced, inputs, context, dynamic)
+
+
+def refuse_opaque(graph_module: fx.GraphModule) -> None:
+    for node in graph_module.graph.nodes:
+        name = getattr(node.target, "__name__", str(node.target))
+        if any(word in name for word in _OPAQUE):
+            disabled = "autocast" in name and len(node.args) > 2 and node.args[2] is False
+            if not disabled:
+                raise Uncapturable(f"{name} in the graph: its effect would be lost in a re-trace")
+
+
+def user_name(placeholder: fx.Node) -> str:
+    """`L['kwargs']['hidden_states']` -> `hidden_states`; module paths keep their dots."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    return dotted(source.name if isinstance(getattr(source, "name", None), str) else "") or placeholder.name
+
+
+def dotted(path: str) -> str:
+    """A Dynamo source or module-stack path in the user's spelling: `transformer_blocks.0.attn`."""
+    words = re.findall(r"\w+", path)
+    drop = {"L", "self", "kwargs", "args", "__dict__", "_modules", "_parameters", "_buffers", "_orig_mod", "fn"}
+    return ".".join(w for w in words if w not in drop)
+
+
+def _describe(original: fx.GraphModule, traced: fx.GraphModule, fakes: Sequence[Any]) -> tuple[Input, ...]:
+    """Copy source and static-input metadata over by position: Inductor finds parameters by them."""
+    olds = [n for n in original.graph.nodes if n.op == "placeholder"]
+    news = [n for n in traced.graph.nodes if n.op == "placeholder"]
+    inputs = []
+    for old, new, fake in zip(olds, news, fakes, strict=True):
+        for key in ("tensor_dict", "nn_module_stack", "stack_trace"):
+            if key in old.meta:
+                new.meta[key] = old.meta[key]
+        if (source := getattr(old, "_dynamo_source", None)) is not None:
+            new._dynamo_source = source
+        is_parameter = isinstance(fake, torch.nn.Parameter) or "_dynamo_static_input_type" in old.meta.get(
+            "tensor_dict", {}
+        )
+        inputs.append(Input(user_name(old), is_parameter, fake))
+    return tuple(inputs)
+
+
+def _fake(value: Any, context: TracingContext) -> Any:
+    if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
+        return value
+    symbolic = context.tensor_to_context.get(value)
+    assert context.fake_mode is not None
+    if symbolic is None:
+        return context.fake_mode.from_tensor(value, static_shapes=True)
+    # With its source, so that a dynamic size is the symbol that Dynamo gave it, not a new one that nothing guards.
+    return context.fake_mode.from_tensor(value, symbolic_context=symbolic, source=symbolic.tensor_source)
+
+
+def _detach_data(module: fx.GraphModule) -> None:
+    """`x.data` arrives as `_get_data_attr`, which a re-trace rejects; for values it is `detach`."""
+    for node in module.graph.nodes:
+        if node.op == "call_function" and getattr(node.target, "__name__", "") == "_get_data_attr":
+            node.target, node.kwargs = torch.Tensor.detach, {}
+    module.recompile()
+
+
+def _attribute(module: fx.GraphModule, node: fx.Node) -> Any:
+    value: Any = module
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _has_symbols(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and any(isinstance(size, torch.SymInt) for size in value.shape)

@@ -1,0 +1,165 @@
+"""The grid of latent patches behind a sequence, and where text stands in it.
+
+Found from the patchifying convolution or from a position-id input; a wrong or missing grid costs quality (rows of a group
+are then less alike), never correctness, since order is a property of the ops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from chipmunk_fx.config import TokensConfig
+from chipmunk_fx.errors import ConfigError
+from chipmunk_fx.graph.capture import Capture
+from chipmunk_fx.graph.inputs import Roles
+from chipmunk_fx.graph.sizes import Size, evaluate, hint
+from chipmunk_fx.graph.walk import VIEWS, ancestors, placeholders, shape
+
+aten = torch.ops.aten
+
+_CONVOLUTIONS = (aten.conv2d.default, aten.conv3d.default, aten.convolution.default)
+Side = Literal["first", "last"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One sequence: a (t, h, w) grid of image tokens, raster order, with `text` tokens on one side."""
+
+    grid: tuple[int, int, int]
+    side: Side | None
+    text: int
+
+    @property
+    def image(self) -> int:
+        t, h, w = self.grid
+        return t * h * w
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How to find a call's grid: `sizes` (possibly symbolic) or `ids`, an input that lists positions."""
+
+    sizes: tuple[Size, Size, Size] | None
+    ids: int | None
+    side: Side | None
+    text: int | None  # given by the user
+    source: str
+
+    def grid(self, known: dict[Any, int], values: Sequence[Any]) -> tuple[int, int, int] | None:
+        if self.sizes is not None:
+            t, h, w = evaluate(self.sizes, known)
+            return t, h, w
+        return None if self.ids is None else grid_of_ids(values[self.ids])
+
+    def layout(self, rows: int, grid: tuple[int, int, int] | None) -> Layout | None:
+        """The layout of a sequence of `rows` tokens, or None where the grid does not explain its length."""
+        if grid is None:
+            return None
+        text = rows - grid[0] * grid[1] * grid[2]
+        if text < 0 or (text > 0 and (self.side is None or self.text not in (None, text))):
+            return None
+        return Layout(grid, self.side if text else None, text)
+
+
+def find_geometry(capture: Capture, roles: Roles, tokens: TokensConfig, rows: Sequence[Size], real: Sequence[Any]) -> Geometry:
+    """Geometry for the sequences of length `rows`. `real` are the compiling call's inputs.
+
+    Raises `ConfigError` where the user's grid explains none of a whole model's sequences; a piece of a model (no timestep)
+    may hold other towers than the one that the grid is meant for.
+    """
+    lengths = sorted({hint(r) for r in rows}, reverse=True)
+    side: Side | None = None
+    text: int | None = None
+    if tokens.text != "auto":
+        side, text = tokens.text
+    if tokens.grid != "auto":
+        t, h, w = tokens.grid
+        side = side or _side(capture, roles, t * h * w, lengths)
+        known = {t * h * w, t * h * w + (text or 0)}
+        fits = bool(known & set(lengths)) or (text is None and side is not None)
+        if fits or not lengths:
+            return Geometry((t, h, w), None, side, text, "option tokens.grid")
+        if roles.timestep is not None:
+            plus = f" (+ {text} text tokens)" if text else ""
+            raise ConfigError.invalid(
+                "tokens.grid",
+                tokens.grid,
+                f"t*h*w{plus} must be the length of an attention site; here t*h*w = {t * h * w}, lengths are {lengths}",
+            )
+    for sizes, source in _convolution_grids(capture, roles):
+        image = hint(sizes[0]) * hint(sizes[1]) * hint(sizes[2])
+        if any(length >= image for length in lengths):
+            return Geometry(sizes, None, side or _side(capture, roles, image, lengths), text, source)
+    for index in roles.ids:
+        grid = grid_of_ids(real[index])
+        image = 0 if grid is None else grid[0] * grid[1] * grid[2]
+        if grid is not None and max(grid) > 1 and any(length >= image for length in lengths):
+            found = side or _side(capture, roles, image, lengths)
+            return Geometry(None, index, found, text, f"position ids {capture.inputs[index].name}")
+    return Geometry(None, None, side, text, "unknown: raster order")
+
+
+def grid_of_ids(ids: Any) -> tuple[int, int, int] | None:
+    """The grid that position ids [..., N, 2 to 4] enumerate in raster order; None where they do not. Reads the device."""
+    if not isinstance(ids, torch.Tensor) or ids.dim() < 2 or not 2 <= ids.shape[-1] <= 4 or ids.numel() == 0:
+        return None
+    flat = ids.reshape(-1, ids.shape[-2], ids.shape[-1])[0].to("cpu", torch.float64)
+    flat = flat - flat.amin(0)
+    moving = [column for column in flat.unbind(1) if bool(column.max() > 0)]
+    if not 1 <= len(moving) <= 3:
+        return None
+    sizes = [int(column.max()) + 1 for column in moving]
+    index = torch.zeros_like(moving[0])
+    for column, size in zip(moving, sizes, strict=True):
+        index = index * size + column
+    if not torch.equal(index, torch.arange(len(index), dtype=index.dtype)):
+        return None
+    t, h, w = [1] * (3 - len(sizes)) + sizes
+    return t, h, w
+
+
+def _convolution_grids(capture: Capture, roles: Roles) -> list[tuple[tuple[Size, Size, Size], str]]:
+    """Grids of convolutions that patchify the latents: (B,C,h,w), (B*t,C,h,w) or (B,C,t,h,w)."""
+    nodes = [n for n in capture.module.graph.nodes if n.op == "placeholder"]
+    latents = nodes[roles.latents] if roles.latents is not None else None
+    grids = []
+    for node in capture.module.graph.nodes:
+        if node.target in _CONVOLUTIONS and latents in _near(node.args[0]):
+            sizes = shape(node)
+            if len(sizes) == 5:
+                grids.append(((sizes[2], sizes[3], sizes[4]), f"convolution {node.name}"))
+            elif len(sizes) == 4:
+                batch = shape(latents)[0] if latents is not None else 1
+                frames = 1 if hint(sizes[0]) == hint(batch) else sizes[0] // batch
+                grids.append(((frames, sizes[2], sizes[3]), f"convolution {node.name}"))
+    return grids
+
+
+def _near(value: fx.Node) -> list[fx.Node]:
+    """Inputs behind `value` through layout and joining ops only."""
+    way = (*VIEWS, aten.cat.default, aten.stack.default, aten.slice.Tensor, aten.select.int, aten.pad.default)
+    return [n for n in ancestors(value, lambda n: n.target not in way) if n.op == "placeholder"]
+
+
+def _side(capture: Capture, roles: Roles, image: int, lengths: Sequence[int]) -> Side | None:
+    """Which side the text is on: the first two-part concatenation [text, image] or [image, text] over tokens."""
+    nodes = [n for n in capture.module.graph.nodes if n.op == "placeholder"]
+    latents = nodes[roles.latents] if roles.latents is not None else None
+    for node in capture.module.graph.nodes:
+        if node.target is not aten.cat.default or len(node.args[0]) != 2:
+            continue
+        dim = (node.args[1] if len(node.args) > 1 else 0) % len(shape(node))
+        if hint(shape(node)[dim]) not in lengths or dim == len(shape(node)) - 1:
+            continue
+        sizes = [hint(shape(part)[dim]) for part in node.args[0]]
+        fits = [size == image for size in sizes]
+        if all(fits):  # equal lengths: text does not depend on the latents before the first joint attention
+            fits = [latents in placeholders(part) for part in node.args[0]]
+        if sum(fits) == 1:
+            return "last" if fits[0] else "first"
+    return None

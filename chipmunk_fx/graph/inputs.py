@@ -1,0 +1,98 @@
+"""What the graph's inputs mean: the timestep, the latents, the text, the position ids. Found by structure, names break ties."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from chipmunk_fx.graph.capture import Capture
+from chipmunk_fx.graph.walk import LINEAR, PROJECTIONS, VIEWS, ancestors, placeholders, rank, reaches
+
+aten = torch.ops.aten
+
+_WAVES = (aten.sin.default, aten.cos.default)
+# From a sinusoid to its projection: joined, laid out, cast. A product with q or k (rotary embedding) is not on this way.
+_EMBEDDING = (*VIEWS, aten.cat.default, aten.stack.default, aten.slice.Tensor, aten.select.int, aten.mul.Tensor)
+_TIME_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "noise_level")
+_NOT_TIME = ("guidance", "size", "meta", "ratio", "resolution", "fps")
+_LATENT_NAMES = ("hidden_states", "x", "latents", "sample", "img", "latent", "z")
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Positions among the graph's inputs. `text` lists the conditioning by which branches are told apart."""
+
+    timestep: int | None
+    latents: int | None
+    text: tuple[int, ...]
+    ids: tuple[int, ...]
+
+
+def classify(capture: Capture) -> Roles:
+    nodes = [n for n in capture.module.graph.nodes if n.op == "placeholder"]
+    free = [i for i, entry in enumerate(capture.inputs) if entry.is_tensor and not entry.is_parameter]
+    names = {i: capture.inputs[i].name.split(".")[-1] for i in free}
+    timed, rotary = _sinusoids(capture.module)
+    times = [i for i in free if nodes[i] in timed]
+    timestep = _prefer(times, names, _TIME_NAMES, avoid=_NOT_TIME)
+    ids = tuple(i for i in free if nodes[i] in rotary and nodes[i] not in timed)
+    latents = _latents(capture, [i for i in free if i not in times and i not in ids], names)
+    rest = [i for i in free if i != latents and i not in times and i not in ids]
+    wide = [i for i in rest if rank(nodes[i]) >= 3 and capture.inputs[i].value.is_floating_point()]
+    return Roles(timestep, latents, tuple(wide or rest), ids)
+
+
+def _sinusoids(module: fx.GraphModule) -> tuple[set[fx.Node], set[fx.Node]]:
+    """Inputs behind a sin or cos: those whose wave reaches a linear (time), and those whose wave does not (rotary)."""
+
+    def into_linear(node: fx.Node, user: fx.Node) -> bool:
+        return user.target in LINEAR and user.args[0] is node
+
+    timed: set[fx.Node] = set()
+    rotary: set[fx.Node] = set()
+    for node in module.graph.nodes:
+        if node.target in _WAVES:
+            # A sequence that reached the wave through a projection is neither time nor position.
+            sources = [p for p in ancestors(node, lambda n: n.target in PROJECTIONS) if p.op == "placeholder"]
+            (timed if reaches(node, _EMBEDDING, into_linear) else rotary).update(sources)
+        elif node.target in (aten.polar.default, aten.complex.default):
+            rotary.update(placeholders(node))
+    return timed, rotary
+
+
+def _latents(capture: Capture, candidates: Sequence[int], names: dict[int, str]) -> int | None:
+    """The input with the output's rank and sizes, but for the channels and a patch factor that all models restore."""
+    output = next(n for n in reversed(capture.module.graph.nodes) if n.op == "output")
+    results = [n for n in output.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+    if not results:
+        return None
+    wanted = results[0].meta["val"].shape
+
+    def alike(index: int) -> bool:
+        value = capture.inputs[index].value
+        same = sum(a == b for a, b in zip(value.shape, wanted, strict=False))
+        return value.is_floating_point() and len(value.shape) == len(wanted) >= 2 and same >= len(wanted) - 1
+
+    return _prefer([i for i in candidates if alike(i)], names, _LATENT_NAMES)
+
+
+def _prefer(
+    candidates: Sequence[int], names: dict[int, str], wanted: Sequence[str], avoid: Sequence[str] = ()
+) -> int | None:
+    """The candidate with the best name; an unlisted name comes after the listed ones, an avoided one last."""
+
+    def key(index: int) -> tuple[bool, int, int]:
+        name = names[index]
+        place = next((i for i, w in enumerate(wanted) if _word(w)(name)), len(wanted))
+        return any(a in name for a in avoid), place, index
+
+    return min(candidates, key=key, default=None)
+
+
+def _word(word: str) -> Callable[[str], bool]:
+    pattern = re.compile(rf"(^|_){re.escape(word)}(_|$)")
+    return lambda name: pattern.search(name) is not None

@@ -1,0 +1,42 @@
+"""Sizes that may be symbolic: hints for decisions while compiling, values when a call's shapes are known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+Size = int | torch.SymInt
+
+
+def hint(size: Size) -> int:
+    """The size seen while compiling; adds no guard."""
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def hints(sizes: Iterable[Size]) -> tuple[int, ...]:
+    return tuple(hint(size) for size in sizes)
+
+
+def is_data_dependent(sizes: Iterable[Size]) -> bool:
+    """Whether a size is known only while the graph runs ("unbacked")."""
+    return any(isinstance(size, torch.SymInt) and not size.node.has_hint() for size in sizes)
+
+
+def bindings(fakes: Sequence[Any], values: Sequence[Any]) -> dict[Any, int]:
+    """What the symbols of the compiled graph stand for in this call."""
+    known: dict[Any, int] = {}
+    for fake, value in zip(fakes, values, strict=True):
+        if isinstance(fake, torch.SymInt):
+            known[fake.node.expr] = int(value)
+        elif isinstance(fake, torch.Tensor):
+            for size, actual in zip(fake.shape, value.shape, strict=True):
+                if isinstance(size, torch.SymInt):
+                    known[size.node.expr] = int(actual)
+    return known
+
+
+def evaluate(sizes: Iterable[Size], known: Mapping[Any, int]) -> tuple[int, ...]:
+    """Concrete sizes for one call."""
+    return tuple(s if isinstance(s, int) else int(s.node.expr.xreplace(dict(known))) for s in sizes)

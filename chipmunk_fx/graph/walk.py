@@ -1,0 +1,105 @@
+"""Walks over an ATen graph: where a value comes from, what it reaches, what may have changed it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+LINEAR = (aten.linear.default,)
+PROJECTIONS = (*LINEAR, aten.convolution.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+VIEWS = (
+    *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unflatten.int, aten.flatten.using_ints),
+    *(aten.permute.default, aten.transpose.int, aten.t.default, aten.movedim.int, aten.movedim.intlist),
+    *(aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims, aten.expand.default),
+    *(aten.alias.default, aten.detach.default, aten.contiguous.default, aten.clone.default, aten.dropout.default),
+    *(aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.to.device, aten.type_as.default),
+)
+
+
+def strip(value: fx.Node, through: Iterable[object] = VIEWS) -> fx.Node:
+    """Walk back through views and casts to the node that made the values."""
+    through = tuple(through)
+    while value.op == "call_function" and value.target in through and isinstance(value.args[0], fx.Node):
+        value = value.args[0]
+    return value
+
+
+def ancestors(start: fx.Node, stop: Callable[[fx.Node], bool]) -> list[fx.Node]:
+    """Nodes reached walking back from `start`, nearest first; nodes for which `stop` holds are kept, not passed."""
+    seen, queue, order = {start}, [start], []
+    while queue:
+        node = queue.pop(0)
+        order.append(node)
+        if node is not start and stop(node):
+            continue
+        fresh = [n for n in node.all_input_nodes if n not in seen]
+        seen.update(fresh)
+        queue.extend(fresh)
+    return order
+
+
+def projections(value: fx.Node) -> list[fx.Node]:
+    """The linears (or convolutions) nearest behind `value`: what projected it from the streams."""
+    found = [n for n in ancestors(value, lambda n: n.target in PROJECTIONS) if n.target in PROJECTIONS]
+    # A linear over [B, C] is conditioning (time, pooled text), not a stream of tokens, where streams are there too.
+    wide = [n for n in found if rank(n) >= 3]
+    return wide or found
+
+
+def roots(value: fx.Node) -> frozenset[fx.Node]:
+    """The streams that `value` was projected from: views, casts and projections in a row (low rank, LoRA) stripped."""
+    through = (*VIEWS, *LINEAR)
+    return frozenset(strip(n.args[0], through) for n in projections(value) if isinstance(n.args[0], fx.Node))
+
+
+def placeholders(value: fx.Node) -> list[fx.Node]:
+    """All graph inputs that `value` depends on, nearest first."""
+    return [n for n in ancestors(value, lambda n: False) if n.op == "placeholder"]
+
+
+def reaches(start: fx.Node, through: Iterable[object], goal: Callable[[fx.Node, fx.Node], bool]) -> bool:
+    """Whether a walk forward from `start` over ops in `through` finds an edge (node, user) for which `goal` holds."""
+    through, seen, queue = tuple(through), {start}, [start]
+    while queue:
+        node = queue.pop()
+        for user in node.users:
+            if goal(node, user):
+                return True
+            if user not in seen and user.target in through:
+                seen.add(user)
+                queue.append(user)
+    return False
+
+
+def mutated_between(first: fx.Node, last: fx.Node, values: Iterable[fx.Node]) -> fx.Node | None:
+    """An in-place op between two nodes that writes to memory of one of `values`: moving reads past it is wrong."""
+    storages = {s for v in values if (s := _storage(v)) is not None}
+    node = first.next
+    while node is not last and node.op != "root":
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            for argument, given in zip(schema.arguments, node.args, strict=False):
+                written = argument.alias_info is not None and argument.alias_info.is_write
+                if written and isinstance(given, fx.Node) and _storage(given) in storages:
+                    return node
+        node = node.next
+    return None
+
+
+def rank(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    return value.dim() if isinstance(value, torch.Tensor) else 0
+
+
+def shape(node: fx.Node) -> tuple:
+    """Sizes of the node's value; symbolic sizes stay symbolic."""
+    return tuple(node.meta["val"].shape)
+
+
+def _storage(node: fx.Node) -> int | None:
+    value = node.meta.get("val")
+    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None

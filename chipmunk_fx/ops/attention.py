@@ -1,0 +1,172 @@
+"""Column-sparse attention in plain PyTorch: the meaning of the two attention ops, and what a CPU runs.
+
+"Chipmunk: Training-Free Acceleration of Diffusion Transformers with Dynamic Column-Sparse Deltas" (arXiv 2506.03275);
+the weight `share` and the sampled masses are this project's. Names: B batch, H heads, N rows, M keys, D head width,
+P rows that the groups cover, R rows in a group, G groups, K columns that a group computes.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from chipmunk_fx.ops.dense import attend
+from chipmunk_fx.ops.groups import Span, group_count, groups_at_once, left_out, put, spans, take
+from chipmunk_fx.ops.selection import random_count, select, stream, substream
+
+
+def attention_refresh(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    order: Tensor | None,
+    always: Tensor | None,
+    clock: Tensor,
+    rest: Tensor,
+    share: Tensor,
+    lists: Tensor,
+    *,
+    scale: float,
+    group_rows: int,
+    random_density: float,
+    power: float,
+    mass_stride: int,
+    seed: int,
+    site: int,
+) -> Tensor:
+    """Dense attention, and everything that `attention_sparse` needs on later steps.
+
+    o, lse   = softmax(scale q k^T) v over all keys, with its log denominators
+    m[g, j]  = sum over every mass_stride-th row i of group g of exp(scale q_i.k_j - lse_i)
+    lists[g] = the `always` columns and those of the largest m, then ceil(random_density M) random ones
+    share    = exp(power (lse over lists - lse)), at most 1
+    rest     = o - share * (softmax over lists)
+
+    Arguments as in kernels/README.md. Returns o, [B, H, N, D]; writes rest, share and lists.
+    """
+    total, columns = k.shape[2], lists.shape[-1]
+    key = stream(seed, site, clock[0])
+    drawn = random_count(total, random_density, columns)
+    positions = _positions(q, order, rest, share)
+    out, lse = attend(q, k, v, scale)
+    out = _tokens_first(out)
+    for index, (b, h) in enumerate(product(range(q.shape[0]), range(q.shape[1]))):
+        head = Head(q[b, h], k[b, h], v[b, h], positions, scale, group_rows)
+        # with every column computed the masses decide nothing
+        masses = head.masses(lse[b, h], mass_stride) if columns < total else lse.new_zeros(lists.shape[2], total)
+        lists[b, h] = select(masses, columns, drawn, substream(key, index), always)
+        for span in head.spans(columns):
+            part, part_lse = head.selected(lists[b, h], span)
+            weight = (part_lse - take(lse[b, h], positions, span)).mul_(power).exp_().clamp_(max=1)
+            part = part.float().mul_(weight.unsqueeze(-1))
+            put(share[b, h], positions, span, weight)
+            put(rest[b, h], positions, span, take(out[b, h], positions, span) - part)
+    return out
+
+
+def attention_sparse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    order: Tensor | None,
+    rest: Tensor,
+    share: Tensor,
+    lists: Tensor,
+    *,
+    scale: float,
+    group_rows: int,
+) -> Tensor:
+    """o[row] = rest[row] + share[row] * softmax(scale q_row k[list]^T) v[list]; rows that `order` omits are dense.
+
+    Arguments as in kernels/README.md. Returns o, [B, H, N, D]; writes nothing else.
+    """
+    out = _empty_tokens_first(q)
+    positions = None if order is None else order.long()
+    for b, h in product(range(q.shape[0]), range(q.shape[1])):
+        head = Head(q[b, h], k[b, h], v[b, h], positions, scale, group_rows)
+        for span in head.spans(lists.shape[-1]):
+            part, _ = head.selected(lists[b, h], span)
+            weight = take(share[b, h], positions, span).unsqueeze(-1)
+            put(out[b, h], positions, span, part.float().mul_(weight).add_(take(rest[b, h], positions, span)))
+    if order is not None and order.shape[0] < q.shape[2]:
+        rows = left_out(order, q.shape[2])
+        out.index_copy_(2, rows, attend(q.index_select(2, rows), k, v, scale)[0])
+    return out
+
+
+@dataclass(frozen=True)
+class Head:
+    """One head of one batch entry: q [N, D], k and v [M, D], positions int64 [P] or None for all rows as they come."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    positions: Tensor | None
+    scale: float
+    group_rows: int
+
+    def spans(self, columns: int) -> Iterator[Span]:
+        """Spans whose gathered keys and values stay in cache."""
+        return self._spans(2 * columns * self.k.shape[1] * self.k.element_size())
+
+    def selected(self, lists: Tensor, span: Span) -> tuple[Tensor, Tensor]:
+        """Attention of a span's rows over the columns of their groups: [count, height, D], fp32 [count, height]."""
+        some = lists[span.groups]
+        columns = some.reshape(-1)
+        keys, values = (x.index_select(0, columns).view(*some.shape, -1).unsqueeze(1) for x in (self.k, self.v))
+        out, lse = attend(take(self.q, self.positions, span).unsqueeze(1), keys, values, self.scale)
+        return out.squeeze(1), lse.squeeze(1)
+
+    def masses(self, lse: Tensor, stride: int) -> Tensor:
+        """fp32 [G, M]: the share of attention that each key receives from every stride-th row of a group. lse: [N]."""
+        sampled, total = math.ceil(self.group_rows / stride), self.k.shape[0]
+        bytes_a_group = sampled * total * self.q.element_size()
+        held = min(groups_at_once(self.q.device, bytes_a_group), self.groups) * sampled
+        products = self.q.new_empty(held, total)
+        scores = products if products.dtype == torch.float32 else lse.new_empty(held, total)
+        masses = lse.new_empty(self.groups, total)
+        for span in self._spans(bytes_a_group):
+            rows = take(self.q, self.positions, span)[:, ::stride]
+            shift = take(lse, self.positions, span)[:, ::stride].reshape(-1, 1).neg()
+            count = shift.shape[0]
+            torch.mm(rows.reshape(count, -1), self.k.mT, out=products[:count])
+            if scores is not products:
+                scores[:count].copy_(products[:count])
+            shares = torch.add(shift, scores[:count], alpha=self.scale, out=scores[:count]).exp_()
+            torch.sum(shares.view(span.count, -1, total), 1, out=masses[span.groups])
+        return masses
+
+    @property
+    def rows(self) -> int:
+        return self.q.shape[0] if self.positions is None else self.positions.shape[0]
+
+    @property
+    def groups(self) -> int:
+        return group_count(self.rows, self.group_rows)
+
+    def _spans(self, bytes_a_group: int) -> Iterator[Span]:
+        return spans(self.rows, self.group_rows, groups_at_once(self.q.device, bytes_a_group))
+
+
+def _positions(q: Tensor, order: Tensor | None, rest: Tensor, share: Tensor) -> Tensor | None:
+    """`order` as an index; what is cached of rows that it omits, dense on every step, becomes zero."""
+    if order is None:
+        return None
+    if order.shape[0] < q.shape[2]:
+        rest.zero_()
+        share.zero_()
+    return order.long()
+
+
+def _empty_tokens_first(q: Tensor) -> Tensor:
+    """[B, H, N, D] over contiguous [B, N, H, D], so that the transpose and reshape after attention are free."""
+    batch, heads, rows, width = q.shape
+    return q.new_empty(batch, rows, heads, width).transpose(1, 2)
+
+
+def _tokens_first(x: Tensor) -> Tensor:
+    out = _empty_tokens_first(x)
+    return x if x.stride() == out.stride() else out.copy_(x)

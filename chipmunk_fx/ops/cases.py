@@ -1,0 +1,194 @@
+"""Inputs on which every implementation of an operator has to agree with its formula, and how closely.
+
+A kernel backend is tested by being listed in chipmunk_fx.kernels.BACKENDS: the conformance tests run it on the cases
+below. Caches arrive filled with NaN and -1, so that what an operator forgets to write is seen.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chipmunk_fx.ops.groups import group_count
+from chipmunk_fx.ops.library import argument_names
+
+_POISON = {torch.int32: -1}
+
+
+def tolerance(plain: Tensor, exact: Tensor) -> float:
+    """Largest error allowed: twice that of plain PyTorch in the same dtype, both against fp64, plus 1e-6."""
+    return 2 * largest_error(plain, exact) + 1e-6
+
+
+def largest_error(got: Tensor, exact: Tensor) -> float:
+    return (got.double() - exact.double()).abs().max().item()
+
+
+def call(op: str, values: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """Positional and keyword arguments of `op`, picked by name out of `values`."""
+    return [values[n] for n in argument_names(op)], {n: values[n] for n in argument_names(op, keywords=True)}
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """rows and keys: N and M; grouped: rows that the order names (None: no order, all rows); fixed: always-on columns.
+
+    layout: "heads_first" is contiguous [B, H, N, D]; "tokens_first" the transpose of [B, N, H, D]; "fused" slices of
+    one [B, N, 3, H, D] (rows equal keys).
+    """
+
+    rows: int
+    keys: int
+    width: int
+    group_rows: int
+    columns: int
+    batch: int = 1
+    heads: int = 2
+    layout: str = "tokens_first"
+    grouped: int | None = None
+    fixed: int = 0
+    random_density: float = 0.02
+    power: float = 0.5
+    mass_stride: int = 1
+    step: int = 3
+
+    @property
+    def groups(self) -> int:
+        return group_count(self.grouped or self.rows, self.group_rows)
+
+    def projections(self, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> dict[str, Tensor]:
+        """q, k and v alone: as a step later when the seed differs."""
+        generator = torch.Generator(device).manual_seed(seed)
+        normal: dict[str, Any] = {"dtype": dtype, "device": device, "generator": generator}
+        if self.layout == "fused":
+            fused = torch.randn(self.batch, self.rows, 3, self.heads, self.width, **normal)
+            q, k, v = (part.transpose(1, 2) for part in fused.unbind(2))
+        else:
+            lengths = (self.rows, self.keys, self.keys)
+            shapes = [(self.batch, length, self.heads, self.width) for length in lengths]
+            q, k, v = (torch.randn(shape, **normal).transpose(1, 2) for shape in shapes)
+        if self.layout == "heads_first":
+            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        return {"q": q, "k": k, "v": v}
+
+    def values(self, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
+        """Every argument of the two attention operators by name."""
+        generator = torch.Generator().manual_seed(seed)
+        order = None
+        if self.grouped is not None:
+            order = torch.randperm(self.rows, generator=generator)[: self.grouped].int().to(device)
+        always = None
+        if self.fixed:
+            always = torch.zeros(1, self.keys, dtype=torch.bool)
+            always[0, torch.randperm(self.keys, generator=generator)[: self.fixed]] = True
+            always = always.to(device)
+        head = (self.batch, self.heads)
+        return self.projections(dtype, device, seed) | {
+            "order": order,
+            "always": always,
+            "clock": torch.tensor([self.step, 1], device=device),
+            "rest": _poisoned((*head, self.rows, self.width), dtype, device),
+            "share": _poisoned((*head, self.rows), torch.float32, device),
+            "lists": _poisoned((*head, self.groups, self.columns), torch.int32, device),
+            "scale": 1.3 / math.sqrt(self.width),
+            "group_rows": self.group_rows,
+            "random_density": self.random_density,
+            "power": self.power,
+            "mass_stride": self.mass_stride,
+            "seed": 11,
+            "site": 5,
+        }
+
+
+@dataclass(frozen=True)
+class MlpCase:
+    """lead: the dimensions before the width; neurons: F; narrow: w2 is a slice of the columns of a larger weight."""
+
+    lead: tuple[int, ...]
+    width: int
+    neurons: int
+    group_rows: int
+    columns: int
+    result: int = 24
+    gated: bool = False
+    biased: bool = True
+    narrow: bool = False
+    ordered: bool = False
+    activation: str = "gelu_tanh"
+    random_density: float = 0.05
+    step: int = 3
+
+    @property
+    def batch(self) -> int:
+        return self.lead[0] if len(self.lead) > 1 else 1
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.lead) // self.batch
+
+    def tokens(self, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Tensor:
+        """x alone: as a step later when the seed differs."""
+        generator = torch.Generator(device).manual_seed(seed)
+        return torch.randn(*self.lead, self.width, dtype=dtype, device=device, generator=generator)
+
+    def values(self, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
+        """Every argument of the two MLP operators by name."""
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, dtype=dtype, device=device, generator=generator) / math.sqrt(shape[-1])
+
+        wide = normal(self.result, self.neurons + (16 if self.narrow else 0))
+        groups = group_count(self.rows, self.group_rows)
+        hidden = (self.batch, groups, self.neurons, self.group_rows)
+        order = torch.randperm(self.rows, generator=torch.Generator().manual_seed(seed)).int().to(device)
+        return {
+            "x": self.tokens(dtype, device, seed),
+            "w1": normal(self.neurons, self.width),
+            "b1": normal(self.neurons) if self.biased else None,
+            "wu": normal(self.neurons, self.width) if self.gated else None,
+            "bu": normal(self.neurons) if self.gated and self.biased else None,
+            "w2": wide[:, wide.shape[1] - self.neurons :],
+            "b2": normal(self.result) if self.biased else None,
+            "order": order if self.ordered else None,
+            "clock": torch.tensor([self.step, 1], device=device),
+            "hidden": _poisoned(hidden, dtype, device),
+            "out": _poisoned((self.batch, self.rows, self.result), torch.float32, device),
+            "mean": _poisoned(hidden[:3], torch.float32, device),
+            "lists": _poisoned((*hidden[:2], self.columns), torch.int32, device),
+            "activation": self.activation,
+            "group_rows": self.group_rows,
+            "random_density": self.random_density,
+            "seed": 11,
+            "site": 5,
+        }
+
+
+def _poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    return torch.full(shape, _POISON.get(dtype, math.nan), dtype=dtype, device=device)
+
+
+ATTENTION_CASES = (
+    AttentionCase(rows=512, keys=512, width=64, group_rows=128, columns=96),
+    AttentionCase(rows=63, keys=63, width=40, group_rows=16, columns=20, layout="heads_first", batch=3),
+    AttentionCase(rows=111, keys=111, width=72, group_rows=32, columns=1, random_density=0.0, layout="fused"),
+    AttentionCase(rows=111, keys=111, width=80, group_rows=48, columns=111, power=1.0),
+    AttentionCase(rows=200, keys=111, width=96, group_rows=64, columns=40, power=0.0, fixed=7),
+    AttentionCase(rows=111, keys=200, width=128, group_rows=16, columns=48, mass_stride=4, grouped=111),
+    AttentionCase(rows=200, keys=200, width=64, group_rows=48, columns=64, mass_stride=3, grouped=170, fixed=30),
+    AttentionCase(rows=63, keys=63, width=64, group_rows=128, columns=32, layout="fused", batch=3, fixed=20),
+    AttentionCase(rows=1000, keys=1000, width=64, group_rows=128, columns=176, mass_stride=4, grouped=1000, heads=3),
+)
+MLP_CASES = (
+    MlpCase(lead=(1, 512), width=64, neurons=256, group_rows=128, columns=80),
+    MlpCase(lead=(63,), width=40, neurons=111, group_rows=16, columns=40, activation="gelu"),
+    MlpCase(lead=(3, 111), width=72, neurons=200, group_rows=32, columns=1, random_density=0.0, biased=False),
+    MlpCase(lead=(3, 111), width=32, neurons=96, group_rows=48, columns=96, ordered=True, activation="relu2"),
+    MlpCase(lead=(2, 5, 21), width=64, neurons=128, group_rows=16, columns=40, gated=True, activation="silu"),
+    MlpCase(lead=(1, 63), width=64, neurons=111, group_rows=128, columns=30, gated=True, biased=False, narrow=True),
+    MlpCase(lead=(2, 200), width=80, neurons=300, group_rows=64, columns=96, ordered=True, narrow=True),
+    MlpCase(lead=(1, 1000), width=128, neurons=512, group_rows=128, columns=176, result=128, ordered=True),
+)

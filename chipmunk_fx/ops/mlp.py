@@ -1,0 +1,187 @@
+"""Column-sparse MLP in plain PyTorch: the meaning of the two MLP ops, and what a CPU runs.
+
+"Chipmunk: Training-Free Acceleration of Diffusion Transformers with Dynamic Column-Sparse Deltas" (arXiv 2506.03275).
+Names: B batch, N rows, C width, F neurons, C2 width of the result, R rows in a group, G groups, K neurons computed.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from chipmunk_fx.ops.activations import activation as activation_named
+from chipmunk_fx.ops.groups import Span, group_count, groups_at_once, put, spans, take
+from chipmunk_fx.ops.selection import random_count, select, stream, substream
+
+
+def mlp_refresh(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    wu: Tensor | None,
+    bu: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    order: Tensor | None,
+    clock: Tensor,
+    hidden: Tensor,
+    out: Tensor,
+    mean: Tensor,
+    lists: Tensor,
+    *,
+    activation: str,
+    group_rows: int,
+) -> Tensor:
+    """act(x w1^T + b1) [* (x wu^T + bu)] w2^T + b2, keeping what `mlp_sparse` builds on.
+
+    hidden = the activations, neuron by neuron within a group; out = the result; mean = first product of each group's
+    mean row; lists = the first K neurons (a sparse step that does not renew them stays defined).
+
+    Arguments as in kernels/README.md. Returns out in x's dtype, [..., C2]; writes hidden, out, mean and lists.
+    """
+    first = FirstProduct(w1, b1, wu, bu, activation_named(activation))
+    positions = None if order is None else order.long()
+    lists.copy_(torch.arange(lists.shape[-1], device=lists.device).expand_as(lists))
+    at_once = groups_at_once(x.device, group_rows * w1.shape[0] * x.element_size())
+    for b, rows in enumerate(_batches(x, positions)):
+        mean[b] = first.pooled(group_means(rows, group_rows))
+        for span in spans(rows.shape[0], group_rows, at_once):
+            values = first.dense(take(rows, None, span))
+            hidden[b, span.groups, :, : span.height] = values.mT
+            put(out[b], positions, span, F.linear(values, w2, b2))
+    return _result(x, out)
+
+
+def mlp_sparse(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    wu: Tensor | None,
+    bu: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    order: Tensor | None,
+    clock: Tensor,
+    hidden: Tensor,
+    out: Tensor,
+    mean: Tensor,
+    lists: Tensor,
+    *,
+    activation: str,
+    group_rows: int,
+    random_density: float,
+    seed: int,
+    site: int,
+) -> Tensor:
+    """Bring `out` up to date for the neurons whose group means changed most since they were last computed.
+
+    mean'  = first product of each group's mean row
+    lists  = where clock[1] is not 0: the neurons of the largest |mean' - mean|, then random ones; else as they are
+    hidden' = act(...) of the listed neurons
+    out   += (hidden' - hidden) w2[:, list]^T;  hidden and mean of the listed neurons take their new values
+    With all neurons listed that is a refresh.
+
+    Arguments as in kernels/README.md. Returns out in x's dtype, [..., C2]; writes hidden, out, mean and lists.
+    """
+    if lists.shape[-1] == w1.shape[0]:
+        # nothing to leave out, and adding to `out` step by step would only gather rounding errors
+        kept = (clock, hidden, out, mean, lists)
+        return mlp_refresh(x, w1, b1, wu, bu, w2, b2, order, *kept, activation=activation, group_rows=group_rows)
+    first = FirstProduct(w1, b1, wu, bu, activation_named(activation))
+    positions = None if order is None else order.long()
+    key = stream(seed, site, clock[0])
+    drawn = random_count(w1.shape[0], random_density, lists.shape[-1])
+    by_neuron = w2.mT.contiguous()  # [F, C2]: one neuron is one contiguous row
+    widest = max(w1.shape[1], w2.shape[0])
+    at_once = groups_at_once(x.device, lists.shape[-1] * widest * x.element_size())
+    for b, rows in enumerate(_batches(x, positions)):
+        means = first.pooled(group_means(rows, group_rows))
+        renew(lists[b], clock[1], (means - mean[b]).abs_(), drawn, substream(key, b))
+        chosen = lists[b].long()
+        mean[b].scatter_(1, chosen, means.gather(1, chosen))
+        for span in spans(rows.shape[0], group_rows, at_once):
+            some = chosen[span.groups]
+            change = exchange(hidden[b], span, some, first.sparse(take(rows, None, span), some))
+            weights = by_neuron.index_select(0, some.reshape(-1)).view(*some.shape, -1)
+            _add(out[b], positions, span, torch.bmm(change.mT, weights))
+    return _result(x, out)
+
+
+@dataclass(frozen=True)
+class FirstProduct:
+    """x -> act(x w1^T + b1), times x wu^T + bu where there is an up branch. w1, wu [F, C], b1, bu [F]."""
+
+    w1: Tensor
+    b1: Tensor | None
+    wu: Tensor | None
+    bu: Tensor | None
+    act: Callable[[Tensor], Tensor]
+
+    def dense(self, rows: Tensor) -> Tensor:
+        """Every neuron: [..., C] -> [..., F]."""
+        values = self.act(F.linear(rows, self.w1, self.b1))
+        return values if self.wu is None else values * F.linear(rows, self.wu, self.bu)
+
+    def pooled(self, rows: Tensor) -> Tensor:
+        """What tells how far a neuron has moved, fp32 [G, F]: without an up branch the value before the activation."""
+        rows = rows.to(self.w1.dtype)
+        return (F.linear(rows, self.w1, self.b1) if self.wu is None else self.dense(rows)).float()
+
+    def sparse(self, rows: Tensor, chosen: Tensor) -> Tensor:
+        """The neurons chosen [g, K] of rows [g, R, C], neuron by neuron: [g, K, R]."""
+        values = self.act(_product(self.w1, self.b1, rows, chosen))
+        return values if self.wu is None else values.mul_(_product(self.wu, self.bu, rows, chosen))
+
+
+def _product(weight: Tensor, bias: Tensor | None, rows: Tensor, chosen: Tensor) -> Tensor:
+    flat = chosen.reshape(-1)
+    gathered = weight.index_select(0, flat).view(*chosen.shape, -1)
+    if bias is None:
+        return torch.bmm(gathered, rows.mT)
+    return torch.baddbmm(bias.index_select(0, flat).view(*chosen.shape, 1), gathered, rows.mT)
+
+
+def group_means(rows: Tensor, group_rows: int) -> Tensor:
+    """fp32 [G, C]: the mean row of each group of rows [N, C] in group order."""
+    parts = spans(rows.shape[0], group_rows, group_count(rows.shape[0], group_rows))
+    return torch.cat([take(rows, None, span).mean(1, dtype=torch.float32) for span in parts])
+
+
+def renew(lists: Tensor, wanted: Tensor, change: Tensor, drawn: int, key: Tensor) -> None:
+    """New lists [G, K] from change [G, F] where `wanted` (0-d) is not 0; on an accelerator nothing is read back."""
+    on_host = wanted.device.type == "cpu"
+    if on_host and not wanted.item():
+        return
+    new = select(change, lists.shape[-1], drawn, key)
+    lists.copy_(new if on_host else torch.where(wanted != 0, new, lists))
+
+
+def exchange(hidden: Tensor, span: Span, chosen: Tensor, values: Tensor) -> Tensor:
+    """Store values [g, K, height] of the chosen neurons in hidden [G, F, R]; returns how much they changed."""
+    groups, neurons, _ = hidden.shape
+    base = torch.arange(span.first, span.first + span.count, device=hidden.device) * neurons
+    index = (chosen + base.unsqueeze(1)).reshape(-1)
+    stored = hidden.view(groups * neurons, -1)[:, : span.height]
+    change = values - stored.index_select(0, index).view_as(values)
+    stored.index_copy_(0, index, values.flatten(0, 1))
+    return change
+
+
+def _batches(x: Tensor, positions: Tensor | None) -> Iterator[Tensor]:
+    """x [..., C] as [N, C] for each batch entry, in group order; two dimensions are one entry."""
+    batches = x.flatten(1, -2) if x.ndim > 2 else x.unsqueeze(0)
+    return (rows if positions is None else rows.index_select(0, positions) for rows in batches)
+
+
+def _add(out: Tensor, positions: Tensor | None, span: Span, rows: Tensor) -> None:
+    rows = rows.flatten(0, 1)
+    if positions is None:
+        out[span.rows] += rows
+    else:
+        out.index_add_(0, positions[span.rows], rows.to(out.dtype))
+
+
+def _result(x: Tensor, out: Tensor) -> Tensor:
+    return out.to(x.dtype, copy=True).view(*x.shape[:-1], out.shape[-1])

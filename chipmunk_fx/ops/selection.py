@@ -1,0 +1,69 @@
+"""Which columns a group computes: always-on ones, the largest scores, and a few drawn at random.
+
+The random ones are stratified: the columns that were not picked, in order, are cut into as many runs of equal length
+as there are draws, and each run gives one. So no column comes twice, every column has the same chance (up to the
+rounding of a run's length), and a draw costs one hash of a counter instead of one for every column. The counter is
+(seed, site, step, row of the score matrix, draw); no generator is read or advanced.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_GOLDEN = 0x9E3779B9
+
+
+def random_count(total: int, random_density: float, columns: int) -> int:
+    """How many of a list's `columns` out of `total` are drawn at random: ceil(random_density * total) at most."""
+    return 0 if columns >= total else min(math.ceil(random_density * total - 1e-9), columns)
+
+
+def select(scores: Tensor, columns: int, drawn: int, key: Tensor, always: Tensor | None = None) -> Tensor:
+    """int32 [G, columns]: the columns of each row of `scores` to compute, ascending, none twice.
+
+    scores  [G, M] floating point; larger is more wanted
+    drawn   how many of `columns` are random, see `random_count`
+    key     0-d int64 from `stream`, unlike for every call of a step
+    always  bool [1 or G, M]: columns taken first; `columns - drawn` must not be less than their number
+    """
+    groups, total = scores.shape
+    if columns >= total:
+        return torch.arange(total, dtype=torch.int32, device=scores.device).expand(groups, total)
+    if always is not None:
+        scores = scores.masked_fill(always, math.inf)
+    best = scores.topk(columns - drawn, dim=-1, sorted=False).indices
+    if drawn:
+        taken = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device).scatter_(1, best, True)
+        best = torch.cat([best, draw(taken, total - columns + drawn, drawn, key)], dim=-1)
+    return best.int().sort(dim=-1).values
+
+
+def draw(taken: Tensor, free: int, drawn: int, key: Tensor) -> Tensor:
+    """int64 [G, drawn]: columns drawn from those not `taken` (bool [G, M], `free` False in each row), ascending."""
+    groups, device = taken.shape[0], taken.device
+    edges = torch.arange(drawn + 1, device=device) * free // drawn
+    low, width = edges[:-1], edges.diff()
+    counter = torch.arange(groups * drawn, device=device).view(groups, drawn)
+    rank = low + _mix(key ^ _mix(counter + _GOLDEN)) % width
+    # the r-th free column (from 0) is the first with r + 1 free ones up to and including itself
+    return torch.searchsorted((~taken).cumsum(-1, dtype=torch.int32), (rank + 1).int())
+
+
+def stream(seed: int, site: int, step: Tensor) -> Tensor:
+    """0-d int64 key of one site on one step (`step`: 0-d int64 on the device of the call)."""
+    fixed = _mix((seed & _MASK) ^ _mix((site + _GOLDEN) & _MASK))
+    return _mix(_mix((step + fixed) & _MASK) ^ fixed)
+
+
+def substream(key: Tensor, index: int) -> Tensor:
+    """0-d int64 key of one head or batch entry under the key of its site."""
+    return _mix((key + _GOLDEN * (index + 1)) & _MASK)
+
+
+def _mix(x):
+    """The 32-bit finaliser of MurmurHash3 (A. Appleby, public domain), of an int or an int64 tensor in 32-bit range."""
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _MASK
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _MASK
+    return x ^ (x >> 16)

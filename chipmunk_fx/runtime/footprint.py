@@ -1,0 +1,43 @@
+"""How many columns a site computes and what it keeps between steps, from its sizes and the settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from chipmunk_fx.config import Config
+from chipmunk_fx.graph.plan import Site
+from chipmunk_fx.graph.sizes import hints
+from chipmunk_fx.state.slots import Slot, attention_slots, columns, mlp_slots
+
+TILE = 16  # column counts are rounded up to this
+
+
+def site_columns(site: Site, sizes: Sequence[int], config: Config, always: int = 0) -> int:
+    """Columns (keys or neurons) in a group's list on a sparse step; `always` of them are fixed (text, local windows)."""
+    settings = config.attention if site.kind == "attention" else config.mlp
+    return columns(sizes[3], settings.density, settings.random_density, always, TILE)
+
+
+def site_slots(
+    site: Site, sizes: Sequence[int], config: Config, grouped_rows: int | None = None, always: int = 0
+) -> tuple[Slot, ...]:
+    """The caches of one branch of a site. `grouped_rows`: rows that share lists (all by default)."""
+    count = site_columns(site, sizes, config, always)
+    if site.kind == "attention":
+        b, h, n, m, d = sizes
+        return attention_slots(
+            b, h, n, m, d, site.dtype, grouped_rows=grouped_rows, group_rows=site.group_rows, columns=count
+        )
+    b, n, _, f, out = sizes
+    return mlp_slots(b, n, f, out, site.dtype, group_rows=site.group_rows, columns=count)
+
+
+def density(site: Site, config: Config) -> float:
+    """Share of columns a sparse step computes at the compiled sizes (text not counted: it depends on the call)."""
+    sizes = hints(site.sizes)
+    return 1.0 if site.status == "dense" else site_columns(site, sizes, config) / sizes[3]
+
+
+def cache_bytes(site: Site, config: Config) -> int:
+    """Bytes of one branch's caches of a site at the compiled sizes (text columns not counted)."""
+    return sum(slot.bytes for slot in site_slots(site, hints(site.sizes), config))

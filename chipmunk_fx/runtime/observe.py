@@ -1,0 +1,79 @@
+"""Read from a call's inputs what the timeline needs: timestep, text identity, shape, a sample of the latents."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from chipmunk_fx.graph.inputs import Roles
+from chipmunk_fx.schedule.timeline import Observation
+
+_SAMPLE = 96  # values of the latents that are compared from call to call
+_TIMES = 64  # a batch of timesteps longer than this (one a token) is summed up
+
+
+class Observer:
+    """Remembers texts by object, so that their content is read once. One observer a session."""
+
+    def __init__(self) -> None:
+        self._texts: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> (version, fingerprint)
+
+    def observe(self, roles: Roles, values: Sequence[Any]) -> Observation:
+        """One device-to-host transfer for timestep and sample, one for each text not seen before.
+
+        A piece of a model without a timestep is only counted: nothing is read from the device.
+        """
+        if roles.timestep is None:
+            return Observation(shape=_piece_signature(roles, values))
+        times = _numbers(values[roles.timestep])
+        text = tuple(self._text(values[index]) for index in roles.text) or None
+        if roles.latents is None:
+            return Observation(tuple(times.tolist()), text)
+        latents = values[roles.latents]
+        host = torch.cat([times.to(latents.device), _sample(latents)]).tolist()
+        return Observation(tuple(host[: len(times)]), text, _signature(latents), tuple(host[len(times) :]))
+
+    def _text(self, tensor: torch.Tensor) -> Hashable:
+        version = None if tensor.is_inference() else tensor._version
+        known = self._texts.get(tensor)
+        if known is not None and version is not None and known[0] == version:
+            return known[1]
+        print_ = fingerprint(tensor)
+        self._texts[tensor] = (version, print_)
+        return print_
+
+
+def fingerprint(tensor: torch.Tensor) -> tuple[tuple[int, ...], int]:
+    """(shape, 64-bit checksum of the bits); equal content on one device gives equal fingerprints."""
+    flat = tensor.detach().contiguous()
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    size = flat.element_size()
+    bits = (torch.view_as_real(flat).contiguous().view(torch.int32) if flat.is_complex() else flat.view(kinds[size]))
+    bits = bits.reshape(-1).to(torch.int64)
+    weights = torch.arange(1, bits.numel() + 1, device=bits.device) * 0x9E3779B97F4A7C1  # odd steps: positions count
+    mixed = (bits + weights) * (weights ^ 0x5851F42D4C957F2D)
+    return tuple(tensor.shape), int((mixed ^ (mixed >> 29)).sum())
+
+
+def _numbers(value: Any) -> torch.Tensor:
+    times = torch.as_tensor(value).detach().reshape(-1).to(torch.float64)
+    return times if len(times) <= _TIMES else torch.stack([times.sum(), times.amin(), times.amax()])
+
+
+def _sample(latents: torch.Tensor) -> torch.Tensor:
+    flat = latents.detach().reshape(-1)
+    stride = max(1, flat.numel() // _SAMPLE)
+    return flat[::stride][:_SAMPLE].to(torch.float64)
+
+
+def _piece_signature(roles: Roles, values: Sequence[Any]) -> Hashable:
+    """Of the largest input that is no parameter: the image's tokens."""
+    indices = [i for i in (roles.latents, *roles.text) if i is not None]
+    return _signature(max((values[i] for i in indices), key=lambda t: t.numel())) if indices else None
+
+
+def _signature(tensor: torch.Tensor) -> Hashable:
+    return tuple(tensor.shape), tensor.dtype, str(tensor.device)

@@ -1,0 +1,125 @@
+"""From a model's Parameter objects to the sessions that keep its state: the only process-wide object of the package.
+
+Weak on the parameters: when a model is freed, its sessions and their caches go with it. A string backend leaves nothing on
+the compiled module that leads back to us, and two models of one class may share a compiled graph; parameters are what
+arrives intact at every call.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from chipmunk_fx.errors import NotCompiledError
+
+if TYPE_CHECKING:
+    from chipmunk_fx.runtime.session import Session
+
+
+class _Registry:
+    """Sessions by parameter, and how many sessions in a row were new: the index of a block in its model's first pass."""
+
+    def __init__(self) -> None:
+        self.by_parameter: WeakIdKeyDictionary = WeakIdKeyDictionary()  # Parameter -> list[Session]
+        self.row = 0
+        self.lock = threading.Lock()
+
+    def session_of(self, owner: torch.Tensor, tag: Any, make: Callable[[int], Session]) -> Session:
+        with self.lock:
+            known = self.by_parameter.setdefault(owner, [])
+            for session in known:
+                if session.tag == tag:
+                    self.row = 0  # the next new session belongs to another model
+                    return session
+            known.append(session := make(self.row))
+            self.row += 1
+            return session
+
+
+_REGISTRY = _Registry()
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Marks the calls of some parameters as belonging to the generation `key` (and to `branch`, if given)."""
+
+    parameters: frozenset[int]
+    key: Any
+    branch: int | None
+
+
+# Per thread and per asyncio task, so that interleaved requests do not see each other's scope.
+_SCOPES: contextvars.ContextVar[tuple[Scope, ...]] = contextvars.ContextVar("chipmunk_fx_scopes", default=())
+
+
+def session_of(owner: torch.Tensor, tag: Any, make: Callable[[int], Session]) -> Session:
+    """The session of the parameter `owner` with the same `tag` (settings); made at its first call, told its place in the row."""
+    return _REGISTRY.session_of(owner, tag, make)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's module behind what torch.compile returned."""
+    return getattr(model, "_orig_mod", model)
+
+
+def sessions(model: nn.Module) -> list[Session]:
+    """All sessions that calls of `model` made, in order of their first call. Raises `NotCompiledError`."""
+    found = {id(s): s for p in _tensors(model) for s in _REGISTRY.by_parameter.get(p, ())}
+    if not found and not compiled_with_us(model):
+        raise NotCompiledError.of(model)
+    return sorted(found.values(), key=lambda session: session.born)
+
+
+@contextmanager
+def scope(model: nn.Module, key: Any, branch: int | None) -> Iterator[None]:
+    entered = Scope(frozenset(id(p) for p in _tensors(model)), key, branch)
+    token = _SCOPES.set((*_SCOPES.get(), entered))
+    try:
+        yield
+    finally:
+        _SCOPES.reset(token)
+
+
+def active_scope(owner: torch.Tensor) -> Scope | None:
+    """The innermost `generation` block around this call that names a model with this parameter."""
+    return next((s for s in reversed(_SCOPES.get()) if id(owner) in s.parameters), None)
+
+
+def compiled_with_us(model: nn.Module) -> bool:
+    """Whether the module, or one inside it, was given to torch.compile with this backend (called or not)."""
+    if _backend_name(getattr(model, "dynamo_ctx", None)) == "chipmunk":
+        return True
+    calls = (getattr(m, "_compiled_call_impl", None) for m in unwrap(model).modules())
+    return any(_calls_us(call) for call in calls if call is not None)
+
+
+def _calls_us(call: Any) -> bool:
+    cells = getattr(call, "__closure__", None) or ()
+    return any(_backend_name(cell.cell_contents) == "chipmunk" for cell in cells)
+
+
+def _backend_name(context: Any) -> str | None:
+    """The name given to torch.compile, found through Dynamo's chain of wrappers."""
+    backend = getattr(context, "callback", context)
+    for _ in range(8):
+        name = getattr(backend, "compiler_name", None)
+        if isinstance(name, str):
+            return name
+        inner = getattr(backend, "_torchdynamo_orig_backend", None)
+        if inner is None:
+            return None
+        backend = inner
+    return None
+
+
+def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    yield from unwrap(model).parameters()
+    yield from unwrap(model).buffers()

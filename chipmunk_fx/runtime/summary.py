@@ -1,0 +1,135 @@
+"""What a model's last generation did: phases, work, memory, fallbacks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tabulate import tabulate
+
+from chipmunk_fx.config import Config
+from chipmunk_fx.graph.plan import Plan, Site
+from chipmunk_fx.runtime.footprint import density
+from chipmunk_fx.runtime.session import Fallback, Session, Track
+from chipmunk_fx.schedule.phase import Phase
+
+
+@dataclass(frozen=True)
+class SiteSummary:
+    """`phases`: branch -> phase of each step. `density`: share of columns or neurons that a sparse step computes."""
+
+    name: str
+    kind: str
+    status: str
+    reason: str
+    phases: dict[int, list[str]]
+    density: float
+    cache_bytes: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """`flops_ratio`: operations of the generation as a share of the dense model's, matched sites and the rest."""
+
+    phases: dict[int, list[str]]
+    sites: tuple[SiteSummary, ...]
+    flops_ratio: float
+    cache_bytes: int
+    fallbacks: tuple[Fallback, ...]
+    note: str = ""
+
+    def __str__(self) -> str:
+        if not self.phases:
+            return f"chipmunk_fx: {self.note or 'no call yet'}"
+        strip = [f"branch {b}: " + " ".join(phases) for b, phases in sorted(self.phases.items())]
+        rows = [(s.name, s.kind, s.status, f"{s.density:.3f}", s.cache_bytes / 1e6, s.reason) for s in self.sites]
+        table = tabulate(rows, headers=("site", "kind", "status", "density", "cache MB", "reason"), floatfmt=".2f")
+        total = f"operations: {self.flops_ratio:.1%} of dense; caches: {self.cache_bytes / 1e6:.1f} MB"
+        falls = [f"dense at step {f.step}, branch {f.branch}: {f.reason}" for f in self.fallbacks]
+        return "\n".join([*strip, table, total, *falls, *([self.note] if self.note else [])])
+
+
+def summarize(sessions: Sequence[Session], key: Any = None, named: bool = False) -> Summary:
+    """The generation begun last, or the one of `key` where `named`. Raises KeyError for a key that no call had."""
+    tracks = [(s, t) for s in sessions if (t := _track(s, key, named)) is not None and t.records]
+    if named and not tracks:
+        known = sorted({repr(k) for s in sessions for k in s.tracks if k is not None})
+        raise KeyError(f"no generation {key!r}; there are {', '.join(known) or 'none with a key'}")
+    if not tracks:
+        return Summary({}, (), 1.0, 0, (), "no call has reached the backend yet" if not sessions else "")
+    sites = [site for session, track in tracks for site in _sites(session, track)]
+    spent, dense = zip(*(_work(session, track) for session, track in tracks), strict=True)
+    first = max((track for _, track in tracks), key=lambda t: any(r.phase is not Phase.DENSE for r in t.records))
+    return Summary(
+        _phases(first),
+        tuple(sites),
+        sum(spent) / sum(dense) if sum(dense) else 1.0,
+        sum(track.bytes for _, track in tracks),
+        tuple(f for _, track in tracks for f in track.fallbacks),
+    )
+
+
+def site_flops(site: Site, phase: Phase, config: Config) -> float:
+    """Operations of one site in one phase; a refresh adds the column masses and the selected part."""
+    dense = site.dense_flops
+    if site.status == "dense" or phase is Phase.DENSE:
+        return dense
+    if site.kind == "mlp":
+        return dense if phase is Phase.REFRESH else dense * density(site, config)
+    if phase is Phase.REFRESH:
+        return dense * (1 + 0.5 / config.attention.mass_stride + density(site, config))
+    return dense * density(site, config)
+
+
+def _track(session: Session, key: Any, named: bool) -> Track | None:
+    return session.tracks.get(key if named else session.latest)
+
+
+def _phases(track: Track) -> dict[int, list[str]]:
+    phases: dict[int, list[str]] = {}
+    for record in track.records:
+        phases.setdefault(record.branch, []).append(str(record.phase))
+    return phases
+
+
+def _plans(track: Track) -> list[Plan]:
+    plans: list[Plan] = []
+    for record in track.records:
+        graph = record.graph()
+        if graph is not None and not any(graph.plan is plan for plan in plans):
+            plans.append(graph.plan)
+    return plans
+
+
+def _sites(session: Session, track: Track) -> list[SiteSummary]:
+    plans = _plans(track)
+    phases = _phases(track)
+    summaries = []
+    prefix = f"{session.arrival}." if plans and plans[-1].roles.timestep is None else ""  # a block among others
+    for site in plans[-1].sites if plans else ():
+        exempt = site.status == "dense"
+        own = {b: (["dense"] * len(p) if exempt else list(p)) for b, p in phases.items()}
+        share, held = _held(track, site, session.config)
+        summaries.append(SiteSummary(prefix + site.name, site.kind, site.status, site.reason, own, share, held))
+    return summaries
+
+
+def _held(track: Track, site: Site, config: Config) -> tuple[float, int]:
+    """(share of columns in the lists that the site holds, bytes of its caches over all branches)."""
+    held = [branch.held[site.index] for branch in track.branches.values() if site.index in branch.held]
+    if not held:
+        return density(site, config), 0
+    return held[-1][0], sum(size for _, size in held)
+
+
+def _work(session: Session, track: Track) -> tuple[float, float]:
+    """(operations done, operations of the dense model) over the generation's calls."""
+    spent = dense = 0.0
+    for record in track.records:
+        graph = record.graph()
+        if graph is not None:
+            plan = graph.plan
+            dense += plan.total_flops
+            spent += plan.rest_flops + sum(site_flops(s, record.phase, session.config) for s in plan.sites)
+    return spent, dense

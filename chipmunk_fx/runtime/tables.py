@@ -1,0 +1,115 @@
+"""Tables of a sequence: in which order its rows are grouped, and which columns are always selected.
+
+Rows that share a column list should want the same columns, so neighbours in a group are neighbours in the picture: 8x8
+patches made of 4x4 ones, or 4x6x8 voxels in video (method.md, "Order of tokens").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+
+from chipmunk_fx.config import AttentionConfig
+from chipmunk_fx.graph.geometry import Layout
+
+PATCHES = ((1, 8, 8), (1, 4, 4))  # outer to inner, in tokens (t, h, w)
+VOXELS = ((4, 6, 8),)
+
+
+@dataclass(frozen=True)
+class Tables:
+    """order: int32 [P], rows in group order (rows left out are dense). always: bool [1 or G, M]."""
+
+    order: torch.Tensor
+    always: torch.Tensor
+
+    @property
+    def always_count(self) -> int:
+        return int(self.always.sum(1).max())
+
+
+def row_order(layout: Layout, raster: bool) -> torch.Tensor:
+    """All rows, image tokens in patch or voxel order first, then text: int64 [image + text]."""
+    image = torch.arange(layout.image) if raster else _patch_order(layout.grid)
+    text = torch.arange(layout.text)
+    if layout.side == "first":
+        return torch.cat([image + layout.text, text])
+    return torch.cat([image, text + layout.image])
+
+
+def raster_rows(rows: int) -> torch.Tensor:
+    return torch.arange(rows)
+
+
+def text_columns(layout: Layout | None, columns: int) -> torch.Tensor:
+    """bool [1, columns], true for text."""
+    always = torch.zeros(1, columns, dtype=torch.bool)
+    if layout is not None and layout.text:
+        start = 0 if layout.side == "first" else layout.image
+        always[:, start : start + layout.text] = True
+    return always
+
+
+def local_columns(order: torch.Tensor, layout: Layout | None, columns: int, rows: int, config: AttentionConfig) -> torch.Tensor:
+    """bool [G, columns]: what lies near each group, by `local_window` (along the order) and `local_voxels` (in the grid)."""
+    groups = ceil(len(order) / rows)
+    near = torch.zeros(groups, columns, dtype=torch.bool)
+    if columns != len(order):  # keys of another sequence have no place in this one's order
+        return near
+    reach = int(config.local_window * columns / 2)
+    for group in range(groups):
+        start, stop = group * rows, min((group + 1) * rows, len(order))
+        if config.local_window:
+            near[group, order[max(0, start - reach) : stop + reach]] = True
+        if config.local_voxels and layout is not None:
+            near[group, _cube(order[start:stop], layout, config.local_voxels)] = True
+    return near
+
+
+def attention_tables(
+    layout: Layout | None, queries: int, keys: int, rows: int, config: AttentionConfig, raster: bool
+) -> Tables:
+    """Tables of an attention site with `queries` rows, `keys` columns and groups of `rows` rows."""
+    order = raster_rows(queries) if layout is None else row_order(layout, raster)
+    always = text_columns(layout, keys)
+    if config.local_window or config.local_voxels:
+        always = always | local_columns(order, layout, keys, rows, config)
+    if layout is not None and config.text_rows == "dense":
+        order = order[: layout.image]
+    return Tables(order.to(torch.int32), always)
+
+
+def _patch_order(grid: tuple[int, int, int]) -> torch.Tensor:
+    """Raster index of each image token in patch order; ragged edges make smaller patches."""
+    t, h, w = (c.reshape(-1) for c in torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij"))
+    coordinates = [t, h, w]
+    key = torch.zeros_like(t)
+    span = list(grid)
+    for sizes in PATCHES if grid[0] == 1 else VOXELS:
+        for axis in range(3):
+            key = key * ceil(span[axis] / sizes[axis]) + coordinates[axis] // sizes[axis]
+        coordinates = [c % size for c, size in zip(coordinates, sizes, strict=True)]
+        span = list(sizes)
+    for axis in range(3):
+        key = key * span[axis] + coordinates[axis]
+    return torch.argsort(key)
+
+
+def _cube(rows: torch.Tensor, layout: Layout, edge: int) -> torch.Tensor:
+    """Columns whose voxel lies within the cube of `edge` voxels around the voxel of the group's middle row."""
+    offset = layout.text if layout.side == "first" else 0
+    inside = rows[(rows >= offset) & (rows < offset + layout.image)] - offset
+    if len(inside) == 0:
+        return torch.zeros(0, dtype=torch.int64)
+    size = (VOXELS if layout.grid[0] > 1 else PATCHES)[0]
+    middle = _voxel(inside[len(inside) // 2], layout.grid, size)
+    voxels = _voxel(torch.arange(layout.image), layout.grid, size)
+    close = torch.stack([(v - m).abs() <= edge // 2 for v, m in zip(voxels, middle, strict=True)]).all(0)
+    return close.nonzero().squeeze(1) + offset
+
+
+def _voxel(index: torch.Tensor, grid: tuple[int, int, int], size: tuple[int, int, int]) -> list[torch.Tensor]:
+    _, h, w = grid
+    return [index // (h * w) // size[0], index // w % h // size[1], index % w // size[2]]

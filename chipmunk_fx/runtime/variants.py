@@ -1,0 +1,62 @@
+"""One compiled callable a phase, made when it is first needed (for dynamic shapes at once: late guards are not enforced)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import tracing
+from torch._inductor import list_mode_options
+from torch._inductor.compile_fx import compile_fx
+
+from chipmunk_fx.config import Config
+from chipmunk_fx.graph.capture import Capture
+from chipmunk_fx.graph.plan import Plan
+from chipmunk_fx.graph.rewrite import rewrite
+from chipmunk_fx.log import logger
+from chipmunk_fx.schedule.phase import Phase
+
+_log = logger("runtime")
+
+
+def inductor_patches(config: Config) -> dict[str, Any]:
+    """Inductor settings of `mode` and of the `inductor.<name>` options."""
+    options = dict(config.inductor)
+    mode = options.pop("mode", None)
+    return {**(list_mode_options(mode) if mode else {}), **options}
+
+
+def lower(module: fx.GraphModule, inputs: Sequence[Any], config: Config, **patches: Any) -> Callable[..., Any]:
+    """Compile with Inductor, or run op by op where `lowering` is "eager"."""
+    if config.lowering == "eager":
+        return module.forward
+    return compile_fx(module, list(inputs), config_patches={**inductor_patches(config), **patches})  # pyright: ignore[reportReturnType]
+
+
+class Variants:
+    """The dense graph as Dynamo gave it, and the rewritten ones."""
+
+    def __init__(self, original: fx.GraphModule, capture: Capture, plan: Plan, config: Config) -> None:
+        self.original, self.capture, self.plan, self.config = original, capture, plan, config
+        self._made: dict[Phase, Callable[..., Any]] = {}
+
+    def get(self, phase: Phase, state: Sequence[torch.Tensor]) -> Callable[..., Any]:
+        """The callable for `phase`; `state` are the tensors appended to its inputs (none for dense)."""
+        if phase not in self._made:
+            _log.debug("building the %s variant", phase)
+            with tracing(self.capture.context), torch.no_grad():
+                self._made[phase] = self._build(phase, state)
+        return self._made[phase]
+
+    def _build(self, phase: Phase, state: Sequence[torch.Tensor]) -> Callable[..., Any]:
+        if phase is Phase.DENSE:
+            return lower(self.original, self.capture.fakes, self.config)
+        module = rewrite(self.capture, self.plan, self.config, phase)
+        fake_mode = self.capture.context.fake_mode
+        assert fake_mode is not None
+        fakes = [fake_mode.from_tensor(tensor, static_shapes=True) for tensor in state]
+        # Only our ops look at the caches, whose sizes follow the call's: under dynamic shapes they are not asserted.
+        patches = {"size_asserts": False} if self.capture.dynamic else {}
+        return lower(module, [*self.capture.fakes, *fakes], self.config, **patches)

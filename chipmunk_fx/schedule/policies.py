@@ -1,0 +1,81 @@
+"""Which step is a refresh, which is sparse, which is skipped: pure functions of the step index.
+
+A policy answers `phase(step, last_refresh)`, where `last_refresh` is the step at which the branch in question last
+filled its caches in this generation, None if it has not. A new schedule is a class here and an entry in POLICIES.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Protocol
+
+from chipmunk_fx.schedule.phase import Phase
+
+
+class Policy(Protocol):
+    def phase(self, step: int, last_refresh: int | None) -> Phase: ...
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A refresh at steps 0, every, 2 * every, ..."""
+
+    every: int
+
+    def phase(self, step: int, last_refresh: int | None) -> Phase:
+        # Not `step % every`: a branch that was not called at its refresh step makes up for it when it is called next.
+        due = last_refresh is None or step // self.every > last_refresh // self.every
+        return Phase.REFRESH if due else Phase.SPARSE
+
+
+@dataclass(frozen=True)
+class Explicit:
+    """A refresh at the listed steps, and at the first step of a branch, which has no cache to start from."""
+
+    steps: tuple[int, ...]
+
+    def phase(self, step: int, last_refresh: int | None) -> Phase:
+        due = last_refresh is None or any(last_refresh < listed <= step for listed in self.steps)
+        return Phase.REFRESH if due else Phase.SPARSE
+
+
+@dataclass(frozen=True)
+class Skipping:
+    """`policy`, with the listed steps skipped once the branch has computed a step whose residual can serve again."""
+
+    policy: Policy
+    steps: tuple[int, ...]
+
+    def phase(self, step: int, last_refresh: int | None) -> Phase:
+        if last_refresh is not None and step in self.steps:
+            return Phase.SKIP
+        return self.policy.phase(step, last_refresh)
+
+
+POLICIES: Mapping[str, type] = MappingProxyType({"interval": Interval, "explicit": Explicit})
+
+
+class ScheduleValues(Protocol):
+    """The settings a policy is made from (chipmunk_fx.config.ScheduleConfig)."""
+
+    @property
+    def refresh_every(self) -> int: ...
+    @property
+    def refresh_steps(self) -> tuple[int, ...] | None: ...
+    @property
+    def skip_steps(self) -> tuple[int, ...] | None: ...
+
+
+def policy_from(schedule: ScheduleValues) -> Policy:
+    """The policy of `schedule`: an explicit list wins over `refresh_every`."""
+    policy: Policy = Interval(schedule.refresh_every)
+    if schedule.refresh_steps is not None:
+        policy = Explicit(tuple(schedule.refresh_steps))
+    return Skipping(policy, tuple(schedule.skip_steps)) if schedule.skip_steps else policy
+
+
+def beyond(steps: int | None, listed: Iterable[int] | None) -> tuple[int, ...]:
+    """The listed steps that a generation of `steps` steps never reaches; lists are literal, never rescaled."""
+    return () if steps is None else tuple(index for index in listed or () if index >= steps)

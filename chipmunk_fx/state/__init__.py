@@ -1,0 +1,1 @@
+"""What sites keep between steps."""

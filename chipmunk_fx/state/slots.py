@@ -1,0 +1,68 @@
+"""What one site keeps between steps: the tensors the ops read and write, by name, shape and size."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One cached tensor. Contiguous, uninitialised until a refresh has written it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def columns(total: int, density: float, random_density: float = 0.0, always: int = 0, tile: int = 1) -> int:
+    """How many of `total` columns (keys, neurons) one group computes on a sparse step.
+
+    The share `density` by mass, the share `random_density` at random and `always` fixed ones, each rounded up and
+    together up to a multiple of `tile`; at most all of them.
+    """
+    count = _share(total, density) + _share(total, random_density) + always
+    return min(math.ceil(count / tile) * tile, total)
+
+
+def attention_slots(
+    batch: int,
+    heads: int,
+    rows: int,
+    keys: int,
+    width: int,
+    dtype: torch.dtype,
+    *,
+    grouped_rows: int | None = None,
+    group_rows: int,
+    columns: int,
+) -> tuple[Slot, Slot, Slot]:
+    """rest, share and lists of an attention site. `grouped_rows`: those that the order names, all by default."""
+    grouped = rows if grouped_rows is None else grouped_rows
+    return (
+        Slot("rest", (batch, heads, rows, width), dtype),
+        Slot("share", (batch, heads, rows), torch.float32),
+        Slot("lists", (batch, heads, math.ceil(grouped / group_rows), min(columns, keys)), torch.int32),
+    )
+
+
+def mlp_slots(
+    batch: int, rows: int, neurons: int, width: int, dtype: torch.dtype, *, group_rows: int, columns: int
+) -> tuple[Slot, Slot, Slot, Slot]:
+    """hidden, out, mean and lists of an MLP site; `width` is that of its result."""
+    groups = math.ceil(rows / group_rows)
+    return (
+        Slot("hidden", (batch, groups, neurons, group_rows), dtype),
+        Slot("out", (batch, rows, width), torch.float32),
+        Slot("mean", (batch, groups, neurons), torch.float32),
+        Slot("lists", (batch, groups, min(columns, neurons)), torch.int32),
+    )
+
+
+def _share(total: int, density: float) -> int:
+    # 0.1 * 30 is a hair above 3 in binary
+    return math.ceil(density * total - 1e-9)

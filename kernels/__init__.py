@@ -1,0 +1,64 @@
+"""Kernel backends: faster implementations of the operators in chipmunk_fx.ops, tried in order on CUDA tensors.
+
+A backend says per call whether it takes it, and if not, why. What no backend takes runs as plain PyTorch. README.md
+beside this file specifies the operators and tells how to add a backend.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from chipmunk_fx.ops.library import NAMESPACE, REFERENCE, bind
+
+
+class Backend(Protocol):
+    """A folder beside this file: a module with these two names, and one function for each operator it implements.
+
+    The functions are named like the operators and take their arguments in their order.
+    """
+
+    name: str
+
+    def supports(self, op: str, arguments: Mapping[str, Any]) -> str | None:
+        """None where the backend takes the call, otherwise the reason why not."""
+        ...
+
+
+BACKENDS: tuple[Backend, ...] = ()
+
+
+def choose(
+    op: str, arguments: Mapping[str, Any], backends: Sequence[Backend] = BACKENDS
+) -> tuple[Callable[..., Tensor], str, tuple[str, ...]]:
+    """What runs a call of `op`: the function, the name of its backend, and what those before it said against it.
+
+    arguments: the call's, by name (`chipmunk_fx.ops.library.bind`). The last resort is called "reference".
+    """
+    refused: list[str] = []
+    for backend in backends:
+        function = getattr(backend, op, None)
+        reason = f"does not implement {op}" if function is None else backend.supports(op, arguments)
+        if function is not None and reason is None:
+            return function, backend.name, tuple(refused)
+        refused.append(f"{backend.name}: {reason}")
+    return REFERENCE[op], "reference", tuple(refused)
+
+
+def _chooser(op: str) -> Callable[..., Tensor]:
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        return choose(op, bind(op, args, kwargs))[0](*args, **kwargs)
+
+    return run
+
+
+def _register() -> torch.library.Library:
+    # kept alive by the module: its implementations vanish with it
+    library = torch.library.Library(NAMESPACE, "IMPL")
+    for op in REFERENCE:
+        library.impl(op, _chooser(op), "CUDA")
+    return library
+
+
+LIBRARY = _register()

@@ -1,0 +1,176 @@
+"""Scaled dot-product attention as one op: softmax(scale * q k^T) v.
+
+Self and joint attention are accepted; which it is, is told by the streams that q and k were projected from, never by
+lengths (text and image lengths can be equal).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from chipmunk_fx.graph.language import Call, Found, Var
+from chipmunk_fx.graph.pattern import Accepted, AttentionOperands, Example, Laid, Pattern, Refused
+from chipmunk_fx.graph.walk import roots, shape
+
+aten = torch.ops.aten
+
+EXPRESSION = Call(
+    ops=(aten.scaled_dot_product_attention.default,),
+    args={
+        "query": Var("q"),
+        "key": Var("k"),
+        "value": Var("v"),
+        "attn_mask": Var("mask"),
+        "dropout_p": Var("dropout"),
+        "is_causal": Var("causal"),
+        "scale": Var("scale"),
+        "enable_gqa": Var("grouped"),
+    },
+)
+
+
+def judge(found: Found) -> Accepted | Refused:
+    q, k, v = (found.bound[name] for name in "qkv")
+    form, reason = attention_kind(q, k)
+    operands = Laid(q), Laid(k), Laid(v)
+    reason = reason or _unsupported(found) or operand_shapes(*operands)
+    if reason:
+        return Refused(form, reason)
+    scale = found.bound["scale"]
+    return Accepted(form, AttentionOperands(*operands, shape(q)[-1] ** -0.5 if scale is None else float(scale)))
+
+
+def attention_kind(q: fx.Node, k: fx.Node) -> tuple[str, str | None]:
+    """("self" | "joint" | "image queries" | "cross" | "unknown", reason to refuse)."""
+    queries, keys = roots(q), roots(k)
+    if not queries or not keys:
+        return "unknown", f"no linear projection found behind the {'queries' if not queries else 'keys'}"
+    if queries == keys:
+        return ("self" if len(queries) == 1 else "joint"), None
+    if queries < keys:
+        return "image queries", None
+    names = ", ".join(sorted(n.name for n in keys - queries))
+    return "cross", f"cross attention: keys are projected from {names}, which queries are not"
+
+
+def operand_shapes(q: Laid, k: Laid, v: Laid) -> str | None:
+    if any(len(o.shape) != 4 for o in (q, k, v)):
+        ranks = ", ".join(str(len(o.shape)) for o in (q, k, v))
+        return f"operands of rank {ranks}; [batch, heads, tokens, width] is supported"
+    if q.shape[1] != k.shape[1]:
+        return f"grouped heads: {q.shape[1]} query heads on {k.shape[1]} key heads are not supported"
+    if q.shape[-1] != v.shape[-1]:
+        return f"value width {v.shape[-1]} differs from query width {q.shape[-1]}"
+    if q.shape[0] != k.shape[0]:
+        return f"batch {k.shape[0]} of the keys differs from {q.shape[0]} of the queries"
+    if len(dtypes := {o.node.meta["val"].dtype for o in (q, k, v)}) > 1:
+        return f"mixed dtypes {sorted(map(str, dtypes))} (autocast casts them inside the attention)"
+    return None
+
+
+def _unsupported(found: Found) -> str | None:
+    bound = found.bound
+    if bound["causal"]:
+        return "causal attention"
+    if bound["mask"] is not None:
+        value = bound["mask"].meta["val"]
+        return f"attention mask {tuple(value.shape)} {value.dtype} is not supported"
+    if bound["dropout"] != 0:
+        return f"dropout_p={bound['dropout']} on attention weights"
+    if isinstance(bound["scale"], fx.Node):
+        return "scale is computed in the graph, not a constant"
+    return None
+
+
+class SelfAttention(nn.Module):
+    """A minimal block for examples; `call` is the attention, over heads of width 8."""
+
+    def __init__(self, call, context: int | None = None) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(16, 16), nn.Linear(context or 16, 16), nn.Linear(context or 16, 16)
+        self.call, self.context = call, context
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        source = x if context is None else context
+        q, k, v = (
+            layer(t).unflatten(-1, (2, 8)).transpose(1, 2)
+            for layer, t in ((self.q, x), (self.k, source), (self.v, source))
+        )
+        return self.call(q, k, v).transpose(1, 2).flatten(2)
+
+
+class _Joint(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.text = nn.Linear(16, 48), nn.Linear(16, 48)
+
+    def forward(self, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        both = torch.cat([self.text(text), self.image(image)], dim=1)
+        q, k, v = both.unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4).unbind(0)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class _ImageQueries(_Joint):
+    """Image tokens attend to image and text; text attends to nothing."""
+
+    def forward(self, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        both = torch.cat([self.text(text), self.image(image)], dim=1)
+        _, k, v = both.unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4).unbind(0)
+        q = self.image(image)[..., :16].unflatten(-1, (2, 8)).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class _Unprojected(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = x.unflatten(-1, (2, 8)).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, q, q).transpose(1, 2).flatten(2)
+
+
+def _x(tokens: int = 24) -> torch.Tensor:
+    return torch.randn(1, tokens, 16)
+
+
+def examples() -> Sequence[Example]:
+    sdpa = F.scaled_dot_product_attention
+    return [
+        Example("self", lambda: (SelfAttention(sdpa), (_x(),))),
+        Example("scale", lambda: (SelfAttention(lambda q, k, v: sdpa(q, k, v, scale=0.5)), (_x(),))),
+        Example("joint", lambda: (_Joint(), (_x(), _x(8)))),
+        Example("image queries", lambda: (_ImageQueries(), (_x(), _x(8)))),
+    ]
+
+
+def near_misses() -> Sequence[Example]:
+    sdpa = F.scaled_dot_product_attention
+    mask = torch.ones(1, 1, 24, 24, dtype=torch.bool).tril()
+    return [
+        Example(
+            "causal", lambda: (SelfAttention(lambda q, k, v: sdpa(q, k, v, is_causal=True)), (_x(),)), "causal attention"
+        ),
+        Example("mask", lambda: (SelfAttention(lambda q, k, v: sdpa(q, k, v, mask)), (_x(),)), "attention mask"),
+        Example(
+            "dropout", lambda: (SelfAttention(lambda q, k, v: sdpa(q, k, v, dropout_p=0.5)), (_x(),)), "dropout_p=0.5"
+        ),
+        Example("cross", lambda: (SelfAttention(sdpa, 16), (_x(), _x())), "cross attention"),
+        Example(
+            "grouped",
+            lambda: (SelfAttention(lambda q, k, v: sdpa(q, k[:, :1], v[:, :1], enable_gqa=True)), (_x(),)),
+            "grouped heads",
+        ),
+        Example("no projection", lambda: (_Unprojected(), (_x(),)), "no linear projection"),
+        Example(
+            "heads folded into the batch",
+            lambda: (SelfAttention(lambda q, k, v: sdpa(q[0], k[0], v[0]).unsqueeze(0)), (_x(),)),
+            "operands of rank 3, 3, 3",
+        ),
+        Example(
+            "value width", lambda: (SelfAttention(lambda q, k, v: sdpa(q, k, v[..., :4])), (_x(),)), "value width 4"
+        ),
+    ]
+
+
+ATTENTION = Pattern("sdpa", "attention", EXPRESSION, judge, examples, near_misses, begins=1)

@@ -1,0 +1,99 @@
+"""Graphs to look at: a function traced to ATen, or a model captured as the backend captures it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from chipmunk_fx.config import Config
+from chipmunk_fx.graph.capture import Capture, capture
+from chipmunk_fx.graph.geometry import Geometry, find_geometry
+from chipmunk_fx.graph.inputs import Roles, classify
+from chipmunk_fx.graph.match import Candidate, find
+from chipmunk_fx.graph.plan import Plan, make_plan
+from chipmunk_fx.graph.walk import shape
+from chipmunk_fx.patterns import ALL
+
+aten = torch.ops.aten
+
+
+@torch.no_grad()
+def traced(function: Callable[..., Any], *args: torch.Tensor) -> fx.GraphModule:
+    """`function` as a pre-dispatch ATen graph."""
+    return make_fx(function, pre_dispatch=True)(*args)
+
+
+def last(module: fx.GraphModule, op: Any) -> fx.Node:
+    """The last call of `op`."""
+    return next(n for n in reversed(module.graph.nodes) if n.target is op)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the backend was given for one graph, and what it made of it."""
+
+    given: fx.GraphModule
+    inputs: tuple[Any, ...]
+    capture: Capture
+
+    @property
+    def names(self) -> list[str]:
+        return [entry.name for entry in self.capture.inputs]
+
+    @property
+    def roles(self) -> Roles:
+        return classify(self.capture)
+
+    @property
+    def candidates(self) -> list[Candidate]:
+        return find(self.capture.module, ALL)
+
+    def role(self, name: str) -> Any:
+        """The name of the input (or the names of the inputs) in a role."""
+        found = getattr(self.roles, name)
+        if isinstance(found, tuple):
+            return tuple(self.names[index] for index in found)
+        return None if found is None else self.names[found]
+
+    def geometry(self, **options: Any) -> Geometry:
+        rows = [shape(c.anchor)[2] for c in self.candidates if c.kind == "attention" and c.form != "cross"]
+        return find_geometry(self.capture, self.roles, config_of(options).tokens, rows, self.inputs)
+
+    def plan(self, gate: Callable[[Any], str | None] = lambda site: None, **options: Any) -> Plan:
+        """Options with dots are written with two underscores."""
+        return make_plan(
+            self.capture, self.candidates, self.roles, self.geometry(**options), config_of(options), gate
+        )
+
+
+def config_of(options: dict[str, Any]) -> Config:
+    return Config.from_options({key.replace("__", "."): value for key, value in options.items()})
+
+
+class _Done(BaseException):
+    pass
+
+
+def captured(model: nn.Module, *args: Any, dynamic: bool | None = None, **kwargs: Any) -> Seen:
+    """The capture of a model that is one graph. Raises what `capture` raises."""
+    seen: list[Seen] = []
+    failed: list[Exception] = []
+
+    def backend(module: fx.GraphModule, inputs: Any) -> Any:
+        try:
+            seen.append(Seen(module, tuple(inputs), capture(module, inputs)))
+        except Exception as error:
+            failed.append(error)
+        raise _Done
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        try:
+            torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)(*args, **kwargs)
+        except _Done:
+            if failed:
+                raise failed[0] from None
+    return seen[0]

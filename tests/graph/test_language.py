@@ -1,0 +1,192 @@
+"""The pattern language: what matches, what does not, and what a mismatch says."""
+
+import torch
+import torch.nn.functional as F
+
+from chipmunk_fx.graph.language import (
+    Among,
+    Call,
+    Each,
+    Found,
+    Literal,
+    Mismatch,
+    OneOf,
+    Var,
+    arguments,
+    is_identity,
+    match,
+)
+from tests.graph.capturing import last, traced
+
+aten = torch.ops.aten
+
+SDPA = aten.scaled_dot_product_attention.default
+QKV = {"query": Var("q"), "key": Var("k"), "value": Var("v")}
+LINEAR = Call((aten.linear.default,), {"input": Var("x"), "weight": Var("w"), "bias": Var("b")})
+
+
+def x(*shape: int) -> torch.Tensor:
+    return torch.randn(*(shape or (2, 4, 4)))
+
+
+def attempt(expression, function, *args) -> Found | Mismatch:
+    """Match against the node that the function returns."""
+    output = next(n for n in traced(function, *args).graph.nodes if n.op == "output")
+    return match(expression, output.args[0])
+
+
+def found(expression, function, *args) -> Found:
+    result = attempt(expression, function, *args)
+    assert isinstance(result, Found), str(result)
+    return result
+
+
+def missed(expression, function, *args) -> Mismatch:
+    result = attempt(expression, function, *args)
+    assert isinstance(result, Mismatch), result
+    return result
+
+
+def test_variables_bind_the_arguments():
+    bound = found(Call((SDPA,), QKV), F.scaled_dot_product_attention, x(1, 2, 4, 8), x(1, 2, 4, 8), x(1, 2, 4, 8)).bound
+    assert [node.op for node in bound.values()] == ["placeholder"] * 3
+    assert list(bound) == ["q", "k", "v"]
+
+
+def test_a_forgotten_scale_is_a_mismatch():
+    q = x(1, 2, 4, 8)
+    mismatch = missed(Call((SDPA,), QKV), lambda q: F.scaled_dot_product_attention(q, q, q, scale=0.5), q)
+    assert "scale=0.5" in str(mismatch) and "scale=None" in str(mismatch)
+    named = Call((SDPA,), QKV | {"scale": Var("scale")})
+    assert found(named, lambda q: F.scaled_dot_product_attention(q, q, q, scale=0.5), q).bound["scale"] == 0.5
+    assert found(named, lambda q: F.scaled_dot_product_attention(q, q, q), q).bound["scale"] is None
+
+
+def test_a_forgotten_mask_is_a_mismatch():
+    q, mask = x(1, 2, 4, 8), torch.ones(4, 4, dtype=torch.bool)
+    mismatch = missed(Call((SDPA,), QKV), lambda q, mask: F.scaled_dot_product_attention(q, q, q, mask), q, mask)
+    assert "attn_mask" in str(mismatch)
+
+
+def test_a_forgotten_approximation_is_a_mismatch():
+    gelu = Call((aten.gelu.default,), {"self": Var("x")})
+    assert "approximate='tanh'" in str(missed(gelu, lambda x: F.gelu(x, approximate="tanh"), x()))
+    assert found(gelu, lambda x: F.gelu(x, approximate="none"), x())
+
+
+def test_a_default_written_out_is_the_default():
+    q = x(1, 2, 4, 8)
+    assert found(Call((SDPA,), QKV), lambda q: F.scaled_dot_product_attention(q, q, q, dropout_p=0.0, scale=None), q)
+
+
+def test_a_required_argument_that_is_not_named_is_a_mismatch():
+    assert "weight=" in str(missed(Call((aten.linear.default,), {"input": Var("x")}), F.linear, x(), x(3, 4)))
+
+
+def test_a_name_that_comes_again_is_the_same_node():
+    square = Call((aten.mul.Tensor,), {"self": Var("a"), "other": Var("a")})
+    assert found(square, lambda a: a * a, x())
+    assert "same a as before" in str(missed(square, lambda a, b: a * b, x(), x()))
+
+
+def test_literals_are_constants_that_pass_a_test():
+    power = Call((aten.pow.Tensor_Scalar,), {"self": Var("x"), "exponent": Literal(lambda n: n == 2, "exponent 2")})
+    assert found(power, lambda a: a**2, x())
+    assert "wanted exponent 2, saw 3" in str(missed(power, lambda a: a**3, x()))
+    product = Call((aten.mul.Tensor,), {"self": Var("x"), "other": Literal(lambda n: True, "a constant")})
+    assert "wanted a constant" in str(missed(product, lambda a, b: a * b, x(), x()))
+
+
+def test_the_first_alternative_that_matches_is_named():
+    choice = OneOf("act", {"relu": Call((aten.relu.default,), {"self": Var("x")}), "anything": Var("x")})
+    assert found(choice, lambda a: a.relu(), x()).bound["act"] == "relu"
+    assert found(choice, lambda a: a.neg(), x()).bound["act"] == "anything"
+
+
+def test_a_product_matches_in_either_order():
+    gated = Call(
+        (aten.mul.Tensor,),
+        {"self": Call((aten.silu.default,), {"self": Var("gate")}), "other": Var("up")},
+        commutes=("self", "other"),
+    )
+    for function in (lambda a, b: F.silu(a) * b, lambda a, b: b * F.silu(a)):
+        result = found(gated, function, x(), x())
+        assert result.bound["gate"].name.startswith("a_") and result.bound["up"].name.startswith("b_")
+
+
+def test_a_choice_is_taken_back_where_a_later_argument_needs_another():
+    twice = Call(
+        (aten.add.Tensor,),
+        {
+            "self": Call((aten.mul.Tensor,), {"self": Var("a"), "other": Var("b")}, commutes=("self", "other")),
+            "other": Var("a"),
+        },
+    )
+    result = found(twice, lambda p, q: p * q + q, x(), x())
+    assert result.bound["a"].name.startswith("q_") and result.bound["b"].name.startswith("p_")
+    assert missed(twice, lambda p, q, r: p * q + r, x(), x(), x())
+
+
+def test_among_finds_its_element_and_keeps_the_others_in_order():
+    parts = Among(Call((aten.relu.default,), {"self": Var("x")}), "index", "others")
+    joined = Call((aten.cat.default,), {"tensors": parts, "dim": Var("dim")})
+    bound = found(joined, lambda a, b, c: torch.cat([a, b.relu(), c], -1), x(), x(), x()).bound
+    assert bound["index"] == 1 and [node.name[0] for node in bound["others"]] == ["a", "c"]
+    assert "aten.relu.default" in str(missed(joined, lambda a, b: torch.cat([a, b], -1), x(), x()))
+
+
+def test_each_matches_a_list_of_its_length_one_by_one():
+    pair = Call(
+        (aten.cat.default,),
+        {"tensors": Each((Var("first"), Call((aten.relu.default,), {"self": Var("first")}))), "dim": Var("dim")},
+    )
+    assert found(pair, lambda a: torch.cat([a, a.relu()]), x()).bound["dim"] == 0
+    assert "same first as before" in str(missed(pair, lambda a, b: torch.cat([a, b.relu()]), x(), x()))
+    assert "a list of 2" in str(missed(pair, lambda a: torch.cat([a, a.relu(), a]), x()))
+
+
+def test_an_output_of_many_is_told_by_its_number():
+    halves = {"chunks": Var("n"), "dim": Var("dim")}
+    second = Call((aten.chunk.default,), {"self": Var("x"), **halves}, output=1)
+    assert found(second, lambda a: a.chunk(2, -1)[1], x())
+    assert "output 1" in str(missed(second, lambda a: a.chunk(2, -1)[0], x()))
+
+
+def test_ops_that_change_no_value_are_passed():
+    def through(a, w):
+        return F.dropout(F.linear(a, w).contiguous().clone().detach().to(torch.float32), 0.1, training=False)
+
+    result = found(LINEAR, through, x(), x(3, 4))
+    assert result.nodes[-1].target is aten.linear.default
+    assert all(is_identity(node) for node in result.nodes[:-1]) and len(result.nodes) > 3
+
+
+def test_ops_that_change_values_are_not_passed():
+    for function in (
+        lambda a, w: F.linear(a, w).to(torch.float64),
+        lambda a, w: F.linear(a, w).bfloat16(),
+        lambda a, w: F.dropout(F.linear(a, w), 0.1, training=True),
+        lambda a, w: F.linear(a, w).mT,
+        lambda a, w: F.linear(a, w) * 1.0,
+    ):
+        assert "aten.linear.default" in str(missed(LINEAR, function, x(), x(3, 4)))
+
+
+def test_a_dropout_of_nothing_is_passed_in_training_too():
+    assert found(LINEAR, lambda a, w: F.dropout(F.linear(a, w), 0.0, training=True), x(), x(3, 4))
+
+
+def test_the_deepest_mismatch_is_the_one_reported():
+    deep = Call((aten.linear.default,), {"input": OneOf("act", {
+        "gelu of relu": Call((aten.gelu.default,), {"self": Call((aten.relu.default,), {"self": Var("x")})}),
+        "silu": Call((aten.silu.default,), {"self": Var("x")}),
+    }), "weight": Var("w"), "bias": Var("b")})  # fmt: skip
+    mismatch = missed(deep, lambda a, w: F.linear(F.gelu(a.neg()), w), x(), x(3, 4))
+    assert mismatch.wanted == "aten.relu.default" and mismatch.seen.startswith("aten.neg.default")
+    assert mismatch.node is not None and mismatch.node.target is aten.neg.default
+
+
+def test_arguments_are_known_by_schema_name():
+    module = traced(lambda a, w: F.gelu(F.linear(a, w), approximate="tanh"), x(), x(3, 4))
+    assert arguments(last(module, aten.gelu.default))["approximate"] == "tanh"
+    assert arguments(last(module, aten.linear.default))["bias"] is None

@@ -1,0 +1,53 @@
+"""The laws, on models that differ in what matters: joint and self attention, spellings, MLP forms, text or none."""
+
+import pytest
+import torch
+
+from tests.harness import laws
+from tests.harness.zoo import ZOO, facts, names
+
+EVERY_RUN = ["Flux", "SD3", "Wan", "DiT", "H-fused-sdpa/gelu", "H-softmax/gelu", "H-einsum/swiglu", "H-mha/gelu"]
+MODELS = [
+    pytest.param(name, marks=[] if name in EVERY_RUN else pytest.mark.full)
+    for name in names()
+    if facts(name)["attention"]
+]
+BF16_MODELS = [param for param in MODELS if ZOO[str(param.values[0])].bf16]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_density_one_is_dense(name: str):
+    laws.check_density_one_is_dense(name)
+
+
+@pytest.mark.parametrize("name", BF16_MODELS)
+def test_density_one_is_dense_in_bf16(name: str):
+    laws.check_density_one_is_dense(name, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["Flux", "H-fused-sdpa/gelu"])
+def test_density_one_is_dense_with_inductor(name: str):
+    laws.check_density_one_is_dense(name, lowering="inductor")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_standing_still(name: str):
+    laws.check_standing_still(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "site", "text"),
+    [("Flux", "transformer_blocks.0.attn", ("first", 48)), ("SD3", "transformer_blocks.0.attn", ("last", 40))],
+)
+def test_dense_rows(name: str, site: str, text: tuple[str, int]):
+    laws.check_dense_rows(name, site, (1, 24, 24), text)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_error_falls(name: str):
+    laws.check_error_falls(name)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_generations_apart(name: str):
+    laws.check_generations_apart(name)

@@ -1,0 +1,114 @@
+"""The formulas of the operators, one group at a time over whole matrices, in any dtype: fp64 is the truth that results
+are compared with, the dtype of the inputs gives the error that plain PyTorch makes."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "relu2": lambda x: F.relu(x) ** 2,
+}
+
+
+def groups(values: dict[str, Any], rows: int) -> list[Tensor]:
+    """Row indices of each group."""
+    order = torch.arange(rows) if values["order"] is None else values["order"].long().cpu()
+    return list(order.split(values["group_rows"]))
+
+
+def wide(values: dict[str, Any], dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+    """The same numbers in another floating-point dtype."""
+    cast = {n: v.to(dtype) for n, v in values.items() if isinstance(v, Tensor) and v.is_floating_point()}
+    return values | cast
+
+
+def scores(values: dict[str, Any]) -> Tensor:
+    return (values["q"] @ values["k"].mT).to(torch.promote_types(values["q"].dtype, torch.float32)) * values["scale"]
+
+
+def attention(values: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Dense result and log denominators."""
+    s = scores(values)
+    return s.softmax(-1).to(values["v"].dtype) @ values["v"], s.logsumexp(-1)
+
+
+def masses(values: dict[str, Any]) -> Tensor:
+    """[B, H, G, M]."""
+    s = scores(values)
+    p = (s - s.logsumexp(-1, keepdim=True)).exp()
+    return torch.stack([p[:, :, g[:: values["mass_stride"]]].sum(2) for g in groups(values, p.shape[2])], 2)
+
+
+def selected(values: dict[str, Any], lists: Tensor) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor]]:
+    """(batch entry, head, rows, result over the listed columns, log denominators) of each group."""
+    for b in range(values["q"].shape[0]):
+        for h in range(values["q"].shape[1]):
+            for g, rows in enumerate(groups(values, values["q"].shape[2])):
+                chosen = lists[b, h, g].long()
+                part = {"q": values["q"][b, h, rows], "k": values["k"][b, h, chosen], "v": values["v"][b, h, chosen]}
+                yield (b, h, rows, *attention(part | {"scale": values["scale"]}))
+
+
+def sparse_attention(values: dict[str, Any]) -> Tensor:
+    """rest + share * selected; rows in no group are dense."""
+    out = attention(values)[0].clone()
+    for b, h, rows, part, _ in selected(values, values["lists"]):
+        out[b, h, rows] = (values["rest"][b, h, rows] + values["share"][b, h, rows, None] * part).to(out.dtype)
+    return out
+
+
+def remainder(values: dict[str, Any], lists: Tensor) -> tuple[Tensor, Tensor]:
+    """rest and share as a refresh leaves them; zero for rows in no group."""
+    out, lse = attention(values)
+    rest, share = torch.zeros_like(out), torch.zeros_like(lse)
+    for b, h, rows, part, part_lse in selected(values, lists):
+        share[b, h, rows] = (values["power"] * (part_lse - lse[b, h, rows])).exp()
+        rest[b, h, rows] = (out[b, h, rows] - share[b, h, rows, None] * part).to(out.dtype)
+    return rest, share
+
+
+def hidden(values: dict[str, Any], x: Tensor, chosen: Tensor | slice = slice(None)) -> Tensor:
+    """Activations [rows, neurons] of x [rows, C]."""
+
+    def linear(weight: str, bias: str) -> Tensor:
+        return F.linear(x, values[weight][chosen], None if values[bias] is None else values[bias][chosen])
+
+    a = ACTIVATIONS[values["activation"]](linear("w1", "b1"))
+    return a if values["wu"] is None else a * linear("wu", "bu")
+
+
+def batches(x: Tensor) -> Tensor:
+    """[B, N, C]."""
+    return x.reshape(x.shape[0] if x.ndim > 2 else 1, -1, x.shape[-1])
+
+
+def mlp(values: dict[str, Any]) -> Tensor:
+    """[B, N, C2]."""
+    return F.linear(hidden(values, batches(values["x"])), values["w2"], values["b2"])
+
+
+def group_means(values: dict[str, Any]) -> Tensor:
+    """[B, G, F]: first product of each group's mean row, through the activation where there is an up branch."""
+    x = batches(values["x"])
+    accurate = torch.promote_types(x.dtype, torch.float32)
+    pooled = torch.stack([x[:, g].to(accurate).mean(1).to(x.dtype) for g in groups(values, x.shape[1])], 1)
+    return hidden(values, pooled) if values["wu"] is not None else F.linear(pooled, values["w1"], values["b1"])
+
+
+def sparse_mlp(values: dict[str, Any], lists: Tensor) -> tuple[Tensor, Tensor]:
+    """out [B, N, C2] and hidden [B, G, F, R] after a sparse step over `lists`, from those before it."""
+    x, out, stored = batches(values["x"]), values["out"].clone(), values["hidden"].clone()
+    for b in range(x.shape[0]):
+        for g, rows in enumerate(groups(values, x.shape[1])):
+            chosen = lists[b, g].long()
+            new = hidden(values, x[b, rows], chosen)
+            change = new - stored[b, g, chosen, : len(rows)].mT
+            out[b, rows] += (change @ values["w2"][:, chosen].mT).to(out.dtype)
+            stored[b, g, chosen, : len(rows)] = new.mT
+    return out, stored

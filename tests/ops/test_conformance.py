@@ -1,0 +1,161 @@
+"""Every implementation of every operator against its formula in fp64, on the cases that the operators bring."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from chipmunk_fx.kernels import BACKENDS
+from chipmunk_fx.ops.cases import ATTENTION_CASES, MLP_CASES, AttentionCase, MlpCase, call, largest_error, tolerance
+from chipmunk_fx.ops.library import REFERENCE
+from chipmunk_fx.ops.selection import random_count
+from tests.ops import oracle
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+IMPLEMENTATIONS = ["reference", *(backend.name for backend in BACKENDS)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+KEPT = 1e-3  # share of the threshold within which fp32 may rank two scores either way
+
+implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+attention_cases = pytest.mark.parametrize("case", ATTENTION_CASES, ids=repr)
+mlp_cases = pytest.mark.parametrize("case", MLP_CASES, ids=repr)
+
+
+def run(implementation: str, op: str, values: dict[str, Any]) -> Tensor:
+    if implementation == "reference":
+        function = REFERENCE[op]
+    else:
+        (backend,) = (b for b in BACKENDS if b.name == implementation)
+        function = getattr(backend, op, None)
+        reason = f"does not implement {op}" if function is None else backend.supports(op, values)
+        if function is None or reason is not None:
+            pytest.skip(f"{implementation}: {reason}")
+    positional, keywords = call(op, values)
+    with torch.no_grad():
+        return function(*positional, **keywords)
+
+
+def within(got: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """The error of `got` is at most twice that of `plain`, which is the same formula in the same dtype."""
+    assert largest_error(got, exact) <= tolerance(plain, exact)
+
+
+def assert_selected(lists: Tensor, scores: Tensor, plain: Tensor, drawn: int, always: Tensor | None) -> None:
+    """Ascending, none twice, the largest scores (as far as the dtype tells them apart) and the always-on ones."""
+    total, columns = scores.shape[-1], lists.shape[-1]
+    assert lists.dtype == torch.int32
+    assert (lists.diff() > 0).all() and (lists >= 0).all() and (lists < total).all()
+    if columns == total:
+        return
+    slack = KEPT + 2 * ((plain - scores).abs() / scores.abs().clamp(min=1e-30)).max().item()
+    if always is not None:
+        scores = scores.masked_fill(always, float("inf"))
+    chosen = torch.zeros(scores.shape, dtype=torch.bool, device=lists.device).scatter_(-1, lists.long(), True)
+    if always is not None:
+        assert (chosen | ~always).all()
+    best = columns - drawn
+    threshold = scores.topk(best, -1).values[..., -1:]
+    assert (chosen | (scores <= threshold * (1 + slack))).all(), "a column of larger score was left out"
+    assert ((chosen & (scores >= threshold * (1 - slack))).sum(-1) >= best).all()
+
+
+@implementations
+@dtypes
+@attention_cases
+def test_attention_refresh(implementation: str, dtype: torch.dtype, case: AttentionCase):
+    values = case.values(dtype, DEVICE)
+    exact = oracle.wide(values)
+    out = run(implementation, "attention_refresh", values)
+    plain_out, exact_out = oracle.attention(values)[0], oracle.attention(exact)[0]
+    within(out, plain_out, exact_out)
+    drawn = random_count(case.keys, case.random_density, case.columns)
+    assert_selected(values["lists"], oracle.masses(exact), oracle.masses(values), drawn, values["always"])
+    plain_rest, plain_share = oracle.remainder(values, values["lists"])
+    rest, share = oracle.remainder(exact, values["lists"])
+    within(values["share"], plain_share, share)
+    # the difference of two results as exact as `out`
+    allowed = tolerance(plain_rest, rest) + tolerance(plain_out, exact_out)
+    assert largest_error(values["rest"], rest) <= allowed
+
+
+@implementations
+@dtypes
+@attention_cases
+def test_attention_sparse(implementation: str, dtype: torch.dtype, case: AttentionCase):
+    values = case.values(dtype, DEVICE)
+    run("reference", "attention_refresh", values)
+    values |= case.projections(dtype, DEVICE, seed=1)
+    kept = {name: values[name].clone() for name in ("rest", "share", "lists")}
+    out = run(implementation, "attention_sparse", values)
+    within(out, oracle.sparse_attention(values), oracle.sparse_attention(oracle.wide(values)))
+    assert all(torch.equal(values[name], before) for name, before in kept.items())
+    assert out.transpose(1, 2).is_contiguous()
+
+
+@implementations
+@dtypes
+@mlp_cases
+def test_mlp_refresh(implementation: str, dtype: torch.dtype, case: MlpCase):
+    values = case.values(dtype, DEVICE)
+    exact = oracle.wide(values)
+    result = run(implementation, "mlp_refresh", values)
+    plain, truth = oracle.mlp(values), oracle.mlp(exact)
+    within(values["out"], plain, truth)
+    within(result.view_as(truth), plain, truth)
+    within(values["mean"], oracle.group_means(values), oracle.group_means(exact))
+    assert_hidden(values, exact)
+
+
+def assert_hidden(values: dict[str, Any], exact: dict[str, Any]) -> None:
+    """hidden[b, g, f, r] is neuron f of row r of group g."""
+    x, truth = oracle.batches(values["x"]), oracle.batches(exact["x"])
+    for b in range(x.shape[0]):
+        plain, best = oracle.hidden(values, x[b]), oracle.hidden(exact, truth[b])
+        for g, rows in enumerate(oracle.groups(values, x.shape[1])):
+            within(values["hidden"][b, g, :, : len(rows)].mT, plain[rows], best[rows])
+
+
+@implementations
+@dtypes
+@mlp_cases
+@pytest.mark.parametrize("renew", [True, False], ids=["new lists", "kept lists"])
+def test_mlp_sparse(implementation: str, dtype: torch.dtype, case: MlpCase, renew: bool):
+    values = case.values(dtype, DEVICE)
+    run("reference", "mlp_refresh", values)
+    values["x"] = case.tokens(dtype, DEVICE, seed=1)
+    values["clock"][1] = int(renew)
+    before = {name: v.clone() if isinstance(v, Tensor) else v for name, v in values.items()}
+    result = run(implementation, "mlp_sparse", values)
+
+    mean, plain_mean = oracle.group_means(oracle.wide(before)), oracle.group_means(before)
+    if renew:
+        change, plain = (mean - before["mean"].double()).abs(), (plain_mean.double() - before["mean"].double()).abs()
+        drawn = random_count(case.neurons, case.random_density, case.columns)
+        assert_changed_most(values["lists"], change, plain, drawn)
+    else:
+        assert torch.equal(values["lists"], before["lists"])
+    chosen = values["lists"].long()
+    within(values["mean"], before["mean"].scatter(2, chosen, plain_mean.gather(2, chosen).float()),
+           before["mean"].double().scatter(2, chosen, mean.gather(2, chosen)))  # fmt: skip
+
+    plain_out, plain_hidden = oracle.sparse_mlp(before, values["lists"])
+    exact_out, exact_hidden = oracle.sparse_mlp(oracle.wide(before), values["lists"])
+    within(values["out"], plain_out, exact_out)
+    within(result.view_as(exact_out), plain_out.to(dtype), exact_out)
+    assert torch.equal(values["hidden"].isnan(), exact_hidden.isnan())
+    within(values["hidden"].nan_to_num(), plain_hidden.nan_to_num(), exact_hidden.nan_to_num())
+
+
+def assert_changed_most(lists: Tensor, change: Tensor, plain: Tensor, drawn: int) -> None:
+    """As `assert_selected`, with the slack in absolute terms: a change may be zero."""
+    total, columns = change.shape[-1], lists.shape[-1]
+    assert (lists.diff() > 0).all() and (lists >= 0).all() and (lists < total).all()
+    if columns == total:
+        return
+    slack = 2 * largest_error(plain, change) + 1e-6
+    chosen = torch.zeros(change.shape, dtype=torch.bool, device=lists.device).scatter_(-1, lists.long(), True)
+    threshold = change.topk(columns - drawn, -1).values[..., -1:]
+    assert (chosen | (change <= threshold + slack)).all(), "a neuron that changed more was left out"
+    assert ((chosen & (change >= threshold - slack)).sum(-1) >= columns - drawn).all()
