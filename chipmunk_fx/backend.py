@@ -6,6 +6,7 @@ The only file that imports all layers.
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -120,15 +121,15 @@ def _compile(graph_module: fx.GraphModule, inputs: Sequence[Any], config: Config
 
     def call(*values: Any) -> Any:
         owner = values[graph.owner]
-        session = registry.session_of(owner, config, lambda row: Session(config, lambda d: budget(config, d), row))
-        return session.call(graph, values)
+        make = lambda row: Session(config, lambda device: budget(config, device), row)  # noqa: E731
+        return registry.session_of(owner, config, graph.is_piece, make).call(graph, values)
 
     return call
 
 
 def _build_all(graph: Graph, inputs: Sequence[Any]) -> None:
     """All variants now: guards that a variant built later would add are not enforced under dynamic shapes."""
-    scratch = Session(graph.config, lambda device: budget(graph.config, device))
+    scratch = Session(graph.config, lambda device: sys.maxsize)
     state = scratch.example_state(graph, inputs)
     for phase in (Phase.DENSE, Phase.REFRESH, Phase.SPARSE):
         graph.variants.get(phase, [] if phase is Phase.DENSE else state)
@@ -152,7 +153,8 @@ def _why_nothing(plan: Plan) -> str:
         return "no attention and no MLP was found in the graph"
     reasons = [s.reason for s in plan.sites] or [c.reason or "" for c in plan.refused]
     counts = {r: reasons.count(r) for r in dict.fromkeys(reasons)}
-    listed = "; ".join(f"{n} x {r}" for r, n in list(counts.items())[:4])
+    common = sorted(counts.items(), key=lambda item: -item[1])
+    listed = "; ".join(f"{n} x {r}" for r, n in common[:4])
     kind = "accepted sites stay dense" if plan.sites else "candidates were refused"
     return f"all {len(reasons)} {kind} ({listed})"
 

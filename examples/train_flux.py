@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from diffusers import FluxTransformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from photos import (
     NAMES,
     PATCH,
@@ -34,6 +34,7 @@ from photos import (
     to_tokens,
 )
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 LEAST_AREA, STRETCH = 0.6, 1.05  # of a random crop: share of the photograph, largest ratio of its sides
 MARGIN = 1.5  # photographs are kept this much larger than a picture, so that bilinear crops neither alias nor blur
@@ -108,20 +109,21 @@ def find_place() -> Place:
     return Place(rank, world, device)
 
 
-def build_model() -> FluxTransformer2DModel:
+def build_model(device: torch.device) -> FluxTransformer2DModel:
     """A FLUX transformer of width 192, initialised as DiT is: every block starts as the identity (adaLN-Zero)."""
-    model = FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=3 * PATCH**2,
-        num_layers=3,
-        num_single_layers=6,
-        attention_head_dim=64,
-        num_attention_heads=3,
-        joint_attention_dim=32,
-        pooled_projection_dim=16,
-        guidance_embeds=False,
-        axes_dims_rope=(16, 24, 24),
-    )
+    with device:
+        model = FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=3 * PATCH**2,
+            num_layers=3,
+            num_single_layers=6,
+            attention_head_dim=64,
+            num_attention_heads=3,
+            joint_attention_dim=32,
+            pooled_projection_dim=16,
+            guidance_embeds=False,
+            axes_dims_rope=(16, 24, 24),
+        )
     for name, layer in model.named_modules():
         if isinstance(layer, torch.nn.Linear):
             closed = "norm" in name or name == "proj_out"
@@ -176,8 +178,8 @@ class Trainer:
         torch.manual_seed(seed)
         self.place, self.out, self.seed = place, out, seed
         self.progress = Progress()
-        self.model = build_model().to(place.device)
-        self.average = build_model().to(place.device).requires_grad_(False)
+        self.model = build_model(place.device)
+        self.average = build_model(place.device).requires_grad_(False)
         self.average.load_state_dict(self.model.state_dict())
         fused = place.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(self.model.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=fused)
@@ -208,9 +210,8 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         done = self.progress.step = self.progress.step + 1
-        weight = 1 - min(EMA_DECAY, (1 + done) / (10 + done))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), weight)
+        blend = get_ema_multi_avg_fn(min(EMA_DECAY, (1 + done) / (10 + done)))
+        blend(list(self.average.parameters()), list(self.model.parameters()), done)
 
     def train(self, stage: Stage, until: float) -> bool:
         """Train a stage to its end (True), or to `until`, in seconds of time.monotonic (False)."""
@@ -254,7 +255,7 @@ class Trainer:
 
     def export(self, side: int, sample_steps: int) -> None:
         """Write the moving average in bfloat16 as diffusers saves it, and a sheet of samples, one a class."""
-        model = build_model().to(self.place.device, torch.bfloat16).eval()
+        model = build_model(self.place.device).bfloat16().eval()
         model.load_state_dict(self.average.state_dict())
         model.save_pretrained(self.out)
         pictures = generate(model, torch.arange(len(NAMES)), side, sample_steps, self.seed)
@@ -269,7 +270,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sample-steps", type=int, default=50, help="of the sampler that draws the sheets")
     parser.add_argument("--eager", action="store_true", help="do not compile the blocks (never done on a CPU)")
-    for side, minutes, batch, rate in ((128, 7.5, 64, 1e-3), (256, 7.5, 16, 5e-4)):
+    for side, minutes, batch, rate in ((128, 5.5, 64, 1e-3), (256, 7.2, 16, 5e-4)):
         parser.add_argument(f"--minutes-{side}", type=float, default=minutes, help=f"length of the {side} px stage")
         parser.add_argument(f"--steps-{side}", type=int, help="the same in steps, instead of minutes")
         parser.add_argument(f"--batch-{side}", type=int, default=batch, help="pictures a step and process")

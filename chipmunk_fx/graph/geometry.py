@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Literal
 
 import torch
@@ -109,15 +110,16 @@ def grid_of_ids(ids: Any) -> tuple[int, int, int] | None:
     if not isinstance(ids, torch.Tensor) or ids.dim() < 2 or not 2 <= ids.shape[-1] <= 4 or ids.numel() == 0:
         return None
     flat = ids.reshape(-1, ids.shape[-2], ids.shape[-1])[0].to("cpu", torch.float64)
-    flat = flat - flat.amin(0)
-    moving = [column for column in flat.unbind(1) if bool(column.max() > 0)]
+    # Positions may be strided or centred: what counts is their rank along each axis.
+    axes = [column.unique(return_inverse=True) for column in flat.unbind(1)]
+    moving = [(len(values), ranks) for values, ranks in axes if len(values) > 1]
     if not 1 <= len(moving) <= 3:
         return None
-    sizes = [int(column.max()) + 1 for column in moving]
-    index = torch.zeros_like(moving[0])
-    for column, size in zip(moving, sizes, strict=True):
-        index = index * size + column
-    if not torch.equal(index, torch.arange(len(index), dtype=index.dtype)):
+    sizes = [size for size, _ in moving]
+    index = torch.zeros_like(moving[0][1])
+    for size, ranks in moving:
+        index = index * size + ranks
+    if len(index) != prod(sizes) or not torch.equal(index, torch.arange(len(index))):
         return None
     t, h, w = [1] * (3 - len(sizes)) + sizes
     return t, h, w

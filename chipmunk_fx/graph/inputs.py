@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from chipmunk_fx.graph.capture import Capture
+from chipmunk_fx.graph.sizes import hints
 from chipmunk_fx.graph.walk import LINEAR, PROJECTIONS, VIEWS, ancestors, placeholders, rank, reaches
 
 aten = torch.ops.aten
@@ -24,7 +25,10 @@ _LATENT_NAMES = ("hidden_states", "x", "latents", "sample", "img", "latent", "z"
 
 @dataclass(frozen=True)
 class Roles:
-    """Positions among the graph's inputs. `text` lists the conditioning by which branches are told apart."""
+    """Positions among the graph's inputs. `text` lists the conditioning by which branches are told apart.
+
+    Where the latents are not known, no input is taken for text: it could be the latents, new at every call.
+    """
 
     timestep: int | None
     latents: int | None
@@ -41,9 +45,10 @@ def classify(capture: Capture) -> Roles:
     timestep = _prefer(times, names, _TIME_NAMES, avoid=_NOT_TIME)
     ids = tuple(i for i in free if nodes[i] in rotary and nodes[i] not in timed)
     latents = _latents(capture, [i for i in free if i not in times and i not in ids], names)
-    rest = [i for i in free if i != latents and i not in times and i not in ids]
+    # Scalars are settings that Dynamo made tensors of (an epsilon), not text.
+    rest = [i for i in free if i != latents and i not in times and i not in ids and rank(nodes[i]) > 0]
     wide = [i for i in rest if rank(nodes[i]) >= 3 and capture.inputs[i].value.is_floating_point()]
-    return Roles(timestep, latents, tuple(wide or rest), ids)
+    return Roles(timestep, latents, () if latents is None else tuple(wide or rest), ids)
 
 
 def _sinusoids(module: fx.GraphModule) -> tuple[set[fx.Node], set[fx.Node]]:
@@ -65,30 +70,34 @@ def _sinusoids(module: fx.GraphModule) -> tuple[set[fx.Node], set[fx.Node]]:
 
 
 def _latents(capture: Capture, candidates: Sequence[int], names: dict[int, str]) -> int | None:
-    """The input with the output's rank and sizes, but for the channels and a patch factor that all models restore."""
+    """The input with the output's rank and sizes, but for the channels and a patch factor that all models restore.
+
+    A piece of a model may return something else: there a name has to tell.
+    """
     output = next(n for n in reversed(capture.module.graph.nodes) if n.op == "output")
     results = [n for n in output.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
     if not results:
         return None
-    wanted = results[0].meta["val"].shape
+    wanted = hints(results[0].meta["val"].shape)
 
     def alike(index: int) -> bool:
         value = capture.inputs[index].value
-        same = sum(a == b for a, b in zip(value.shape, wanted, strict=False))
+        same = sum(a == b for a, b in zip(hints(value.shape), wanted, strict=False))
         return value.is_floating_point() and len(value.shape) == len(wanted) >= 2 and same >= len(wanted) - 1
 
-    return _prefer([i for i in candidates if alike(i)], names, _LATENT_NAMES)
+    named = [i for i in candidates if names[i] in _LATENT_NAMES and len(capture.inputs[i].value.shape) >= 3]
+    return _prefer([i for i in candidates if alike(i)] or named, names, _LATENT_NAMES)
 
 
 def _prefer(
     candidates: Sequence[int], names: dict[int, str], wanted: Sequence[str], avoid: Sequence[str] = ()
 ) -> int | None:
-    """The candidate with the best name; an unlisted name comes after the listed ones, an avoided one last."""
+    """The candidate with the best name: a listed one, one that holds a listed word, any other, an avoided one last."""
 
-    def key(index: int) -> tuple[bool, int, int]:
+    def key(index: int) -> tuple[bool, bool, int, int]:
         name = names[index]
         place = next((i for i, w in enumerate(wanted) if _word(w)(name)), len(wanted))
-        return any(a in name for a in avoid), place, index
+        return any(a in name for a in avoid), name not in wanted, place, index
 
     return min(candidates, key=key, default=None)
 

@@ -120,7 +120,7 @@ def make_plan(
             site = _site(len(sites), candidate, owner, owners[owner], sizes, layer, config)
             owners[owner] += 1
             sites.append(_decide(site, config, gate))
-    explained = {n for c in candidates if c.operands is not None for n in c.nodes}
+    explained = {n for s in sites for n in s.nodes}
     total = product_flops(capture.module)
     beside = total - sum(node_flops(n) for n in explained)
     rest = beside + sum(_beside_flops(s) for s in sites)

@@ -71,7 +71,7 @@ class _Writer:
             if key in anchor.meta:
                 new.meta[key] = anchor.meta[key]
         anchor.replace_all_uses_with(new)
-        for node in sorted((self.copied[n] for n in site.nodes), reverse=True):
+        for node in sorted({self.copied[n] for n in site.nodes}, reverse=True):
             if not node.users:
                 self.graph.erase_node(node)
 

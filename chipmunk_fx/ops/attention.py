@@ -123,7 +123,7 @@ class Head:
     def masses(self, lse: Tensor, stride: int) -> Tensor:
         """fp32 [G, M]: the share of attention that each key receives from every stride-th row of a group. lse: [N]."""
         sampled, total = math.ceil(self.group_rows / stride), self.k.shape[0]
-        bytes_a_group = sampled * total * self.q.element_size()
+        bytes_a_group = sampled * total  # scores pass through once: four times the space of gathered operands will do
         held = min(groups_at_once(self.q.device, bytes_a_group), self.groups) * sampled
         products = self.q.new_empty(held, total)
         scores = products if products.dtype == torch.float32 else lse.new_empty(held, total)

@@ -12,21 +12,34 @@ from chipmunk_fx.graph.plan import Plan, Site
 from chipmunk_fx.graph.sizes import hints
 from chipmunk_fx.kernels import BACKENDS
 from chipmunk_fx.runtime.footprint import cache_bytes, density
+from chipmunk_fx.runtime.registry import held
 
-# Two CPU cores with AVX-512 (kernels/README.md has the sweep): below these row counts gathering costs what sparsity saves.
-_CPU_ROWS = {"attention": 768, "mlp": 768}
-_CPU_DENSITY = {"attention": 0.45, "mlp": 0.6}  # above this share dense is as fast
+# Least rows for which ten steps with one refresh beat ten dense ones, measured on two cores with AVX-512 and AMX at the default
+# densities (kernels/README.md has the figures). AMX makes dense bf16 products so fast that gathering for them never pays.
+_CPU_ROWS = {
+    ("attention", torch.float32): 768,
+    ("attention", torch.bfloat16): 2048,
+    ("attention", torch.float16): 2048,
+    ("mlp", torch.float32): 2048,
+}
+_CPU_DENSITY = {"attention": 0.4, "mlp": 0.5}  # above this share of columns dense is as fast
+_CPU_WEIGHT_BYTES = 16e6  # of the first linear: larger ones are gathered from memory, not from a cache
 
 
 def cost_gate(site: Site, config: Config) -> str | None:
     """Why `site` stays dense with gate="auto"; None where sparse steps are expected to be faster."""
-    if site.device.type == "cuda" and not BACKENDS:
-        return 'no kernel backend for cuda: plain PyTorch would be slower than dense (gate="off" runs it)'
-    rows, share = hints([site.rows])[0], density(site, config)
-    if rows < _CPU_ROWS[site.kind]:
-        return f"{rows} rows: sparse is not faster below {_CPU_ROWS[site.kind]}"
+    if site.device.type == "cuda":
+        return None if BACKENDS else 'no kernel backend for cuda: plain PyTorch is slower than dense (gate="off" runs it)'
+    sizes, share = hints(site.sizes), density(site, config)
+    rows, least = hints([site.rows])[0], _CPU_ROWS.get((site.kind, site.dtype))
+    if least is None:
+        return f"{site.kind} in {site.dtype} on {site.device.type}: sparse is not faster"
+    if rows < least:
+        return f"{rows} rows in {site.dtype}: sparse is not faster below {least}"
     if share > _CPU_DENSITY[site.kind]:
         return f"density {share:.2f}: sparse is not faster above {_CPU_DENSITY[site.kind]}"
+    if site.kind == "mlp" and (weight := sizes[2] * sizes[3] * site.dtype.itemsize) > _CPU_WEIGHT_BYTES:
+        return f"weights of {weight / 1e6:.0f} MB: sparse is not faster above {_CPU_WEIGHT_BYTES / 1e6:.0f} MB"
     return None
 
 
@@ -50,9 +63,9 @@ def fit(plan: Plan, config: Config) -> Plan:
 
 
 def budget(config: Config, device: torch.device) -> int:
-    """Bytes that caches may take: memory.budget_gb, or 60 % of what is free on the device (host: 50 %)."""
+    """Bytes that caches may take: memory.budget_gb, or 60 % of what is free on the device (host: 50 %) or theirs already."""
     if config.memory.budget_gb != "auto":
         return int(float(config.memory.budget_gb) * 1e9)
     if device.type == "cuda":
-        return int(0.6 * torch.cuda.mem_get_info(device)[0])
-    return int(0.5 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        return int(0.6 * (torch.cuda.mem_get_info(device)[0] + held(config)))
+    return int(0.5 * (os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") + held(config)))

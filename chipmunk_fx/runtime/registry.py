@@ -32,16 +32,22 @@ class _Registry:
         self.row = 0
         self.lock = threading.Lock()
 
-    def session_of(self, owner: torch.Tensor, tag: Any, make: Callable[[int], Session]) -> Session:
+    def session_of(self, owner: torch.Tensor, tag: Any, piece: bool, make: Callable[[int], Session]) -> Session:
         with self.lock:
             known = self.by_parameter.setdefault(owner, [])
             for session in known:
                 if session.tag == tag:
-                    self.row = 0  # the next new session belongs to another model
+                    if piece:
+                        self.row = 0  # the next new session belongs to another model
                     return session
-            known.append(session := make(self.row))
-            self.row += 1
+            known.append(session := make(self.row if piece else 0))
+            self.row += piece
             return session
+
+
+    def held(self, tag: Any) -> int:
+        with self.lock:
+            return sum(s.held for known in self.by_parameter.values() for s in known if s.tag == tag)
 
 
 _REGISTRY = _Registry()
@@ -60,9 +66,17 @@ class Scope:
 _SCOPES: contextvars.ContextVar[tuple[Scope, ...]] = contextvars.ContextVar("chipmunk_fx_scopes", default=())
 
 
-def session_of(owner: torch.Tensor, tag: Any, make: Callable[[int], Session]) -> Session:
-    """The session of the parameter `owner` with the same `tag` (settings); made at its first call, told its place in the row."""
-    return _REGISTRY.session_of(owner, tag, make)
+def session_of(owner: torch.Tensor, tag: Any, piece: bool, make: Callable[[int], Session]) -> Session:
+    """The session of the parameter `owner` with the same `tag` (settings), made at its first call.
+
+    `make` is told its place among the pieces of a model (blocks compiled one by one), 0 for a whole model.
+    """
+    return _REGISTRY.session_of(owner, tag, piece, make)
+
+
+def held(tag: Any) -> int:
+    """Bytes of the caches of all sessions with these settings: the blocks of a model share its memory budget."""
+    return _REGISTRY.held(tag)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -20,7 +20,7 @@ from chipmunk_fx.graph.sizes import bindings, evaluate
 from chipmunk_fx.log import Notices, logger
 from chipmunk_fx.runtime.footprint import site_slots
 from chipmunk_fx.runtime.observe import Observer
-from chipmunk_fx.runtime.registry import active_scope
+from chipmunk_fx.runtime.registry import active_scope, held
 from chipmunk_fx.runtime.tables import Tables, attention_tables
 from chipmunk_fx.runtime.variants import Variants
 from chipmunk_fx.schedule.phase import Phase
@@ -90,10 +90,12 @@ class Track:
     clock: torch.Tensor | None = None
     prepared: dict[Any, _Prepared] = field(default_factory=dict)
     last_call: int = 0
+    begun: int = 0  # larger for the generation that began later, over all sessions
 
     def begin(self) -> None:
         """A generation begins: nothing cached is valid, buffers are kept for reuse."""
         self.records, self.fallbacks, self.tables, self.grid, self.prepared = [], [], {}, None, {}
+        self.begun = next(_BIRTHS)
         for branch in self.branches.values():
             branch.last_refresh = None
 
@@ -110,6 +112,7 @@ class Graph:
         self.entries = state_inputs(plan)
         self.owner = plan.rewritten[0].owner
         self.is_piece = plan.roles.timestep is None
+        self.notices = Notices()
         self.free = [i for i, entry in enumerate(capture.inputs) if entry.is_tensor and not entry.is_parameter]
         kinds = {s.kind for s in plan.rewritten}
         self.dense_layers = max(s.dense_layers for k, s in (("attention", config.attention), ("mlp", config.mlp)) if k in kinds)
@@ -128,6 +131,7 @@ class Session:
         self.policy = policy_from(config.schedule)
         self.tracks: dict[Any, Track] = {}
         self.graphs: list[weakref.ref] = []
+        self.held = 0  # bytes of all caches, read by other sessions
         self.calls = 0
         self.latest: Any = None
 
@@ -161,7 +165,8 @@ class Session:
             except _OverBudget as over:
                 branch.caches.clear()
                 track.prepared.clear()
-                phase = self._fall_back(track, position, str(over))
+                self.held = self.bytes
+                phase = self._fall_back(graph, track, position, str(over))
                 state = []
             else:
                 if phase is Phase.SPARSE and not whole:  # a parameter was replaced: its caches are new
@@ -190,18 +195,20 @@ class Session:
         if graph.is_piece and self.arrival < graph.dense_layers:
             return Phase.DENSE
         if not position.decided:
-            return self._fall_back(track, position, position.reason or "its place in the generation is undecidable")
+            return self._fall_back(graph, track, position, position.reason or "its place in the generation is undecidable")
         phase = self.policy.phase(position.step, branch.last_refresh)
         if phase is Phase.SKIP:
             self.notices.once(_log, "schedule.skip_steps: no region of blocks can be skipped yet; those steps run sparse")
             return Phase.SPARSE
         return phase
 
-    def _fall_back(self, track: Track, position: Position, reason: str) -> Phase:
+    def _fall_back(self, graph: Graph, track: Track, position: Position, reason: str) -> Phase:
         if self.config.strict:
             raise FallbackError.of(f"step {position.step}, branch {position.branch}", reason)
         track.fallbacks.append(Fallback(position.step, position.branch, reason))
-        self.notices.once(_log, f"running dense: {reason}", key=reason)
+        # The blocks of a model have a session each, and one graph.
+        notices = graph.notices if graph.is_piece else self.notices
+        notices.once(_log, f"running dense: {reason}", key=reason)
         return Phase.DENSE
 
     def _passed(
@@ -290,24 +297,27 @@ class Session:
         ):  # fmt: skip
             return held, True
         sites.pop(ordinal, None)
+        self.held = self.bytes
         self._make_room(sum(s.bytes for s in slots), device)
         with torch.inference_mode(False):  # a cache made in inference mode could not be written outside it
             made = {s.name: torch.zeros(s.shape, dtype=s.dtype, device=device) for s in slots}
         sites[ordinal] = made
+        self.held = self.bytes
         return made, False
 
     def _make_room(self, need: int, device: torch.device) -> None:
         """Drop the caches of the generations that were called longest ago until `need` bytes fit the budget."""
         limit = self.budget(device)
-        while need + self.bytes > limit:
+        while need + held(self.tag) > limit:
             idle = [t for k, t in self.tracks.items() if k != self.latest and t.branches]
             if not idle:
                 raise _OverBudget(
-                    f"caches of {(need + self.bytes) / 1e9:.3g} GB exceed memory.budget_gb ({limit / 1e9:.3g} GB)"
+                    f"caches of {(need + held(self.tag)) / 1e9:.3g} GB exceed memory.budget_gb ({limit / 1e9:.3g} GB)"
                 )
             oldest = min(idle, key=lambda track: track.last_call)
             oldest.branches.clear()
             oldest.prepared.clear()
+            self.held = self.bytes
 
     @property
     def bytes(self) -> int:

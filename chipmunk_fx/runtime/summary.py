@@ -52,7 +52,7 @@ class Summary:
 
 def summarize(sessions: Sequence[Session], key: Any = None, named: bool = False) -> Summary:
     """The generation begun last, or the one of `key` where `named`. Raises KeyError for a key that no call had."""
-    tracks = [(s, t) for s in sessions if (t := _track(s, key, named)) is not None and t.records]
+    tracks = _tracks(sessions, key, named)
     if named and not tracks:
         known = sorted({repr(k) for s in sessions for k in s.tracks if k is not None})
         raise KeyError(f"no generation {key!r}; there are {', '.join(known) or 'none with a key'}")
@@ -70,20 +70,24 @@ def summarize(sessions: Sequence[Session], key: Any = None, named: bool = False)
     )
 
 
-def site_flops(site: Site, phase: Phase, config: Config) -> float:
-    """Operations of one site in one phase; a refresh adds the column masses and the selected part."""
+def site_flops(site: Site, phase: Phase, share: float, mass_stride: int) -> float:
+    """Operations of one site in one phase, `share` of its columns being computed on a sparse step.
+
+    A refresh of attention adds the column masses and the selected part.
+    """
     dense = site.dense_flops
     if site.status == "dense" or phase is Phase.DENSE:
         return dense
     if site.kind == "mlp":
-        return dense if phase is Phase.REFRESH else dense * density(site, config)
-    if phase is Phase.REFRESH:
-        return dense * (1 + 0.5 / config.attention.mass_stride + density(site, config))
-    return dense * density(site, config)
+        return dense if phase is Phase.REFRESH else dense * share
+    return dense * (1 + 0.5 / mass_stride + share if phase is Phase.REFRESH else share)
 
 
-def _track(session: Session, key: Any, named: bool) -> Track | None:
-    return session.tracks.get(key if named else session.latest)
+def _tracks(sessions: Sequence[Session], key: Any, named: bool) -> list[tuple[Session, Track]]:
+    """One generation: the same key in all sessions (pieces of the model) under the settings that it began with."""
+    called = [(s, k, t) for s in sessions for k, t in s.tracks.items() if t.records and (k == key or not named)]
+    newest, chosen, _ = max(called, key=lambda entry: entry[2].begun, default=(None, None, None))
+    return [(s, t) for s, k, t in called if newest is not None and s.tag == newest.tag and k == chosen]
 
 
 def _phases(track: Track) -> dict[int, list[str]]:
@@ -131,5 +135,8 @@ def _work(session: Session, track: Track) -> tuple[float, float]:
         if graph is not None:
             plan = graph.plan
             dense += plan.total_flops
-            spent += plan.rest_flops + sum(site_flops(s, record.phase, session.config) for s in plan.sites)
+            spent += plan.rest_flops
+            for site in plan.sites:
+                share, _ = _held(track, site, session.config)
+                spent += site_flops(site, record.phase, share, session.config.attention.mass_stride)
     return spent, dense

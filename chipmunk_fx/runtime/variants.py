@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,14 +42,16 @@ class Variants:
     def __init__(self, original: fx.GraphModule, capture: Capture, plan: Plan, config: Config) -> None:
         self.original, self.capture, self.plan, self.config = original, capture, plan, config
         self._made: dict[Phase, Callable[..., Any]] = {}
+        self._lock = threading.Lock()
 
     def get(self, phase: Phase, state: Sequence[torch.Tensor]) -> Callable[..., Any]:
         """The callable for `phase`; `state` are the tensors appended to its inputs (none for dense)."""
-        if phase not in self._made:
-            _log.debug("building the %s variant", phase)
-            with tracing(self.capture.context), torch.no_grad():
-                self._made[phase] = self._build(phase, state)
-        return self._made[phase]
+        with self._lock:  # models that share the graph may call it from several threads
+            if phase not in self._made:
+                _log.debug("building the %s variant", phase)
+                with tracing(self.capture.context), torch.no_grad():
+                    self._made[phase] = self._build(phase, state)
+            return self._made[phase]
 
     def _build(self, phase: Phase, state: Sequence[torch.Tensor]) -> Callable[..., Any]:
         if phase is Phase.DENSE:

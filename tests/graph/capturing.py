@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,9 +14,10 @@ from chipmunk_fx.graph.capture import Capture, capture
 from chipmunk_fx.graph.geometry import Geometry, find_geometry
 from chipmunk_fx.graph.inputs import Roles, classify
 from chipmunk_fx.graph.match import Candidate, find
+from chipmunk_fx.graph.pattern import AttentionOperands
 from chipmunk_fx.graph.plan import Plan, make_plan
-from chipmunk_fx.graph.walk import shape
 from chipmunk_fx.patterns import ALL
+from tests.harness.zoo import build
 
 aten = torch.ops.aten
 
@@ -59,14 +61,20 @@ class Seen:
         return None if found is None else self.names[found]
 
     def geometry(self, **options: Any) -> Geometry:
-        rows = [shape(c.anchor)[2] for c in self.candidates if c.kind == "attention" and c.form != "cross"]
+        rows = [c.operands.q.shape[2] for c in self.candidates if isinstance(c.operands, AttentionOperands)]
         return find_geometry(self.capture, self.roles, config_of(options).tokens, rows, self.inputs)
 
-    def plan(self, gate: Callable[[Any], str | None] = lambda site: None, **options: Any) -> Plan:
-        """Options with dots are written with two underscores."""
-        return make_plan(
-            self.capture, self.candidates, self.roles, self.geometry(**options), config_of(options), gate
-        )
+    def plan(self, judge: Callable[[Any], str | None] = lambda site: None, /, **options: Any) -> Plan:
+        """Options with dots are written with two underscores; `judge` is the cost gate."""
+        geometry, config = self.geometry(**options), config_of(options)
+        return make_plan(self.capture, self.candidates, self.roles, geometry, config, judge)
+
+
+@cache
+def captured_from_zoo(name: str) -> Seen:
+    """The capture of one of the zoo's models."""
+    model, inputs = build(name)
+    return captured(model, **inputs)
 
 
 def config_of(options: dict[str, Any]) -> Config:

@@ -6,10 +6,13 @@ diffusers is imported when a model is made, not before.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+BUNDLED = Path(__file__).parents[2] / "examples" / "flux-photos"
 
 Draw = Callable[..., Tensor]
 Made = tuple[nn.Module, dict[str, Any]]
@@ -476,4 +479,20 @@ def sana(draw: Draw, large: bool) -> Made:
         "hidden_states": draw(2, 4, 32, 32),
         "encoder_hidden_states": draw(2, 8, 8),
         "timestep": times(2),
+    }
+
+
+def bundled(draw: Draw, large: bool) -> Made:
+    """The trained model of examples/, drawing a cat (class 1 of 16) at 128 or 64 pixels."""
+    import diffusers
+
+    side = 32 if large else 16  # tokens of 4x4 pixels
+    label = torch.eye(16)[1:2]
+    return diffusers.FluxTransformer2DModel.from_pretrained(BUNDLED, torch_dtype=torch.float32), {
+        "hidden_states": draw(1, side * side, 48),
+        "encoder_hidden_states": torch.cat([label.expand(16, -1), torch.eye(16)], dim=1)[None],
+        "pooled_projections": label,
+        "img_ids": position_ids(1, side, side) * (64 / side),
+        "txt_ids": torch.zeros(16, 3),
+        "timestep": torch.ones(1),
     }

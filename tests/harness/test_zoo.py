@@ -12,8 +12,8 @@ def predict(model, inputs):
     return first_tensor(model(**inputs))
 
 
-def test_the_zoo_has_22_models_with_facts():
-    assert len(names()) == 22
+def test_the_zoo_has_23_models_with_facts():
+    assert len(names()) == 23
     assert all({"attention", "mlp", "cross", "timestep"} <= facts(name).keys() for name in names())
 
 

@@ -1,4 +1,4 @@
-"""Twenty-two tiny Diffusion Transformers with inputs, random weights and what is known of them.
+"""Twenty-two tiny Diffusion Transformers with random weights and the bundled one, with inputs and what is known of them.
 
     model, inputs = build("Flux")          # eval mode, CPU, fp32
     model(**step_inputs("Flux", inputs, i=3, n=50, drift=0.05))
@@ -65,6 +65,7 @@ ZOO: dict[str, Entry] = {
     "WanI2V": Entry(d.wan_i2v),
     "Lumina2": Entry(d.lumina2, horizon=1.0),
     "Sana": Entry(d.sana),
+    "Bundled": Entry(d.bundled, horizon=1.0),
     "H-fused-sdpa/gelu": _hand(hand(FusedAttention, GeluMlp)),
     "H-softmax/gelu": _hand(hand(SoftmaxAttention, GeluMlp)),
     "H-einsum/swiglu": _hand(hand(EinsumAttention, SwigluMlp)),

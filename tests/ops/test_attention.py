@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import chipmunk_fx.ops.dense as dense
+import chipmunk_fx.ops.groups as groups
 from chipmunk_fx.ops.attention import attention_refresh, attention_sparse
 from chipmunk_fx.ops.cases import AttentionCase, call, largest_error, tolerance
 from tests.ops import oracle
@@ -123,7 +124,9 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def test_no_score_matrix_is_held():
+def test_no_score_matrix_is_held(monkeypatch: pytest.MonkeyPatch):
+    """What is held at once follows a limit in bytes, not the number of rows times columns."""
+    monkeypatch.setattr(groups, "_GATHER_BYTES", {"cpu": 1 << 18})
     values = AttentionCase(rows=2048, keys=2048, width=32, group_rows=128, columns=256, heads=3).values(torch.float32)
     with Largest() as largest:
         refresh(values)

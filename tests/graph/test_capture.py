@@ -1,0 +1,151 @@
+"""Capturing a model: parameters keep their sources, what cannot be re-traced is refused, nothing given is edited."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
+
+from chipmunk_fx.graph.capture import Uncapturable, capture, dotted
+from tests.graph.capturing import captured
+from tests.runtime.models import Block, TinyDiT, calls, noise, words
+
+CALL = calls([900])[0]
+
+
+class Autocast(TinyDiT):
+    enabled = True
+
+    def forward(self, *args):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.enabled):
+            return super().forward(*args)
+
+
+class NoAutocast(Autocast):
+    enabled = False
+
+
+class Flex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(32, 96)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4).unbind(0)
+        return flex_attention(q, k, v)
+
+
+class Data(TinyDiT):
+    def forward(self, latents, timestep, text):
+        return super().forward(latents.data * 2, timestep, text)
+
+
+class Buffered(TinyDiT):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(1))
+
+    def forward(self, latents, timestep, text):
+        return super().forward(latents * self.scale, timestep, text)
+
+
+def test_inputs_keep_the_users_names_and_tell_parameters():
+    model = Buffered()
+    seen = captured(model, CALL[0], CALL[1], text=CALL[2])
+    kept = {entry.name for entry in seen.capture.inputs if entry.is_parameter}
+    assert kept == {name for name, _ in model.named_parameters()} | {"scale"}
+    assert {entry.name for entry in seen.capture.inputs} - kept == {"latents", "timestep", "text"}
+
+
+def test_parameters_keep_what_inductor_finds_them_by():
+    seen = captured(TinyDiT(), *CALL)
+    old = [n for n in seen.given.graph.nodes if n.op == "placeholder"]
+    new = [n for n in seen.capture.module.graph.nodes if n.op == "placeholder"]
+    assert len(old) == len(new) == len(seen.inputs)
+    assert [n._dynamo_source for n in new] == [n._dynamo_source for n in old]
+    static = [n.meta["tensor_dict"] for n in new if "_dynamo_static_input_type" in n.meta.get("tensor_dict", {})]
+    assert len(static) == len(list(TinyDiT().parameters()))
+
+
+def test_the_captured_graph_computes_the_same():
+    model = TinyDiT()
+    seen = captured(model, *CALL)
+    with torch.no_grad():
+        (result,) = seen.capture.module(*seen.inputs)
+        torch.testing.assert_close(result, model(*CALL))
+
+
+def test_the_given_graph_is_not_edited():
+    for model in (TinyDiT(), Data()):
+        before: list[str] = []
+        after: list[str] = []
+
+        def backend(module, inputs, before=before, after=after):
+            before.append(module.print_readable(print_output=False))
+            ids = [id(n) for n in module.graph.nodes]
+            capture(module, inputs)
+            after.append(module.print_readable(print_output=False))
+            assert ids == [id(n) for n in module.graph.nodes]
+            return module.forward
+
+        torch._dynamo.reset()
+        with torch.no_grad():
+            result = torch.compile(model, backend=backend)(*CALL)
+            torch.testing.assert_close(result, model(*CALL))
+        assert before == after and len(before) == 1
+
+
+def test_a_detached_input_is_captured():
+    model = Data()
+    seen = captured(model, *CALL)
+    with torch.no_grad():
+        torch.testing.assert_close(seen.capture.module(*seen.inputs)[0], model(*CALL))
+
+
+def test_autocast_in_the_graph_is_refused():
+    with pytest.raises(Uncapturable, match="autocast"):
+        captured(Autocast(), *CALL)
+
+
+def test_disabled_autocast_is_captured():
+    model = NoAutocast()
+    seen = captured(model, *CALL)
+    with torch.no_grad():
+        torch.testing.assert_close(seen.capture.module(*seen.inputs)[0], model(*CALL))
+
+
+def test_flex_attention_is_refused():
+    with pytest.raises(Uncapturable, match="flex_attention"):
+        captured(Flex(), torch.randn(1, 128, 32))
+
+
+def test_sizes_are_dynamic_only_where_dynamo_made_them_so():
+    assert not captured(TinyDiT(), *CALL).capture.dynamic
+    seen = captured(TinyDiT(), *CALL, dynamic=True)
+    assert seen.capture.dynamic
+    text = seen.capture.inputs[seen.roles.text[0]].value
+    assert isinstance(text.shape[1], torch.SymInt) and isinstance(text.shape[2], int)
+    assert all(isinstance(n, int) for e in seen.capture.inputs if e.is_parameter for n in e.value.shape)
+
+
+def test_a_copy_of_the_model_has_the_same_names():
+    assert captured(copy.deepcopy(TinyDiT()), *CALL).names == captured(TinyDiT(), *CALL).names
+
+
+def test_a_block_alone_is_captured():
+    assert "qkv.weight" in captured(Block(), torch.randn(1, 16, 32)).names
+
+
+def test_paths_are_spelled_as_the_user_does():
+    assert dotted("L['self']._modules['blocks']._modules['0']._parameters['weight']") == "blocks.0.weight"
+    assert dotted("L['kwargs']['hidden_states']") == "hidden_states"
+
+
+def test_inputs_of_other_kinds_pass():
+    class Sized(TinyDiT):
+        def forward(self, latents, timestep, text, sizes):
+            return super().forward(latents * len(sizes), timestep, text[0])
+
+    seen = captured(Sized(), noise(), torch.ones(1), [words()], (16, 16))
+    assert seen.role("latents") == "latents"

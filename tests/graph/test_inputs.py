@@ -1,0 +1,164 @@
+"""What a graph's inputs mean, on hand-written models and on some of diffusers'."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tests.graph.capturing import captured, captured_from_zoo
+from tests.harness.zoo import facts
+from tests.runtime.models import WIDTH, Block, TinyDiT, calls, noise, words
+
+
+class Guided(TinyDiT):
+    """A second sinusoid: guidance strength, or a size."""
+
+    def forward(self, latents, timestep, guidance, text):
+        return super().forward(latents, timestep, text) + super().forward(latents, guidance, text)
+
+
+class Unnamed(TinyDiT):
+    def forward(self, a, b, c):
+        return super().forward(a, b, c)
+
+
+class Classes(TinyDiT):
+    """Class labels in place of text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.labels = nn.Embedding(10, WIDTH)
+
+    def forward(self, latents, timestep, labels):
+        return super().forward(latents + self.labels(labels)[:, :4, None, None], timestep)
+
+
+class Waved(TinyDiT):
+    """A sine of projected tokens is an activation."""
+
+    def forward(self, latents, timestep, text):
+        return super().forward(latents, timestep, F.linear(F.linear(text, text[0, :8].mT @ text[0, :8]).sin(), text[0, :16]))
+
+
+class Rotary(nn.Module):
+    """Tokens with positions given as ids [N, 3], used for rotary embedding only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.time = Block(), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, hidden_states, timestep, img_ids):
+        angles = (img_ids[:, :, None].float() * torch.arange(1, 6)).flatten(1)
+        hidden_states = hidden_states * angles.cos().mean(-1)[:, None] + angles.sin().mean(-1)[:, None]
+        waves = (timestep[:, None] * torch.arange(1, WIDTH + 1)).sin()
+        return self.block(hidden_states + self.time(waves)[:, None])
+
+
+def ids(t: int, h: int, w: int) -> torch.Tensor:
+    axes = torch.meshgrid(torch.arange(t), torch.arange(h), torch.arange(w), indexing="ij")
+    return torch.stack(axes, -1).reshape(-1, 3)
+
+
+def test_timestep_latents_and_text():
+    seen = captured(TinyDiT(), *calls([900])[0])
+    assert (seen.role("timestep"), seen.role("latents"), seen.role("text")) == ("timestep", "latents", ("text",))
+    assert seen.roles.ids == ()
+
+
+def test_names_are_not_needed():
+    seen = captured(Unnamed(), *calls([900])[0])
+    assert (seen.role("timestep"), seen.role("latents"), seen.role("text")) == ("b", "a", ("c",))
+
+
+def test_a_better_name_wins_between_two_sinusoids():
+    latents, timestep, text = calls([900])[0]
+    for order in ((timestep, timestep * 0 + 3), (timestep * 0 + 3, timestep)):
+        assert captured(Guided(), latents, *order, text).role("timestep") == "timestep"
+
+
+def test_class_labels_stand_for_text_where_there_is_none():
+    latents, timestep, _ = calls([900])[0]
+    seen = captured(Classes(), latents, timestep, torch.tensor([3]))
+    assert seen.role("text") == ("labels",)
+
+
+def test_no_text():
+    seen = captured(TinyDiT(), *calls([900])[0][:2])
+    assert seen.role("timestep") == "timestep" and seen.roles.text == ()
+
+
+def test_a_wave_of_projected_tokens_is_no_timestep():
+    seen = captured(Waved(), noise(), torch.ones(1), words(count=16))
+    assert (seen.role("timestep"), seen.role("text")) == ("timestep", ("text",))
+
+
+def test_settings_that_dynamo_turns_into_scalars_are_no_text():
+    seen = captured(TinyDiT(), *calls([900])[0][:2], dynamic=True)
+    assert any(name.endswith("eps") for name in seen.names)
+    assert seen.roles.text == ()
+
+
+def test_position_ids():
+    seen = captured(Rotary(), torch.randn(1, 24, WIDTH), torch.ones(1), ids(1, 4, 6))
+    assert seen.role("ids") == ("img_ids",)
+    assert (seen.role("timestep"), seen.role("latents")) == ("timestep", "hidden_states")
+
+
+def test_a_block_alone_has_no_timestep():
+    seen = captured(Block(), torch.randn(1, 24, WIDTH))
+    assert seen.roles.timestep is None and seen.role("latents") == "x"
+
+
+class Piece(nn.Module):
+    """Returns tokens, as the first part of a model whose graph breaks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.time, self.project = Block(), nn.Linear(WIDTH, WIDTH), nn.Linear(4, WIDTH)
+
+    def forward(self, latents, timestep):
+        waves = (timestep[:, None] * torch.arange(1, WIDTH + 1)).sin()
+        return self.block(self.project(latents.flatten(2).mT) + self.time(waves)[:, None])
+
+
+class Anonymous(Piece):
+    def forward(self, a, b):
+        return super().forward(a, b)
+
+
+def test_a_piece_that_returns_tokens_finds_its_latents_by_name():
+    seen = captured(Piece(), noise(), torch.ones(1))
+    assert (seen.role("latents"), seen.role("text")) == ("latents", ())
+
+
+def test_what_may_be_the_latents_is_not_taken_for_text():
+    seen = captured(Anonymous(), noise(), torch.ones(1))
+    assert (seen.role("timestep"), seen.roles.latents, seen.roles.text) == ("b", None, ())
+
+
+class TextFirst(nn.Module):
+    """Reads a text as long as the image before the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.project, self.context = Block(), nn.Linear(4, WIDTH), nn.Linear(16, WIDTH)
+        self.out = nn.Linear(WIDTH, 4)
+
+    def forward(self, encoder_hidden_states, hidden_states):
+        words = self.context(encoder_hidden_states)
+        x = torch.cat([words, self.project(hidden_states)], 1)
+        return self.out(self.block(x)[:, words.shape[1] :])
+
+
+def test_an_exact_name_comes_before_one_that_holds_it():
+    seen = captured(TextFirst(), torch.randn(1, 24, 16), torch.randn(1, 24, 4))
+    assert (seen.role("latents"), seen.role("text")) == ("hidden_states", ("encoder_hidden_states",))
+
+
+@pytest.mark.parametrize("name", ["Flux", "SD3", "Wan", "DiT"])
+def test_diffusers_models(name: str):
+    seen, known = captured_from_zoo(name), facts(name)
+    assert (seen.role("timestep"), seen.role("latents")) == (known["timestep"], known["latents"])
+    text = ("class_labels",) if name == "DiT" else ("encoder_hidden_states",)
+    assert seen.role("text")[:1] == text
+    assert ("img_ids" in seen.role("ids")) == (name == "Flux")

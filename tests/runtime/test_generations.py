@@ -1,0 +1,148 @@
+"""Generations and branches that the caller names."""
+
+import pytest
+import torch
+
+import chipmunk_fx
+from tests.runtime.models import TinyDiT, assert_same, calls, compiled, exactly, identical, run, words
+
+TIMES = (900, 700, 500, 300)
+PHASES = {0: ["refresh", "sparse", "sparse", "sparse"]}
+
+
+def within(model, key, inputs, branch=None):
+    with chipmunk_fx.generation(model, key=key, branch=branch):
+        return run(model, inputs)
+
+
+def test_interleaved_generations_are_what_each_is_alone():
+    model = compiled(TinyDiT())
+    first, second = calls(TIMES, seed=1), calls(TIMES, seed=2)
+    alone = [within(model, "first alone", first), within(model, "second alone", second)]
+    mixed = [[], []]
+    for pair in zip(first, second, strict=True):
+        for index, call in enumerate(pair):
+            mixed[index] += within(model, index, [call])
+    assert identical(mixed[0], alone[0]) and identical(mixed[1], alone[1])
+    assert not torch.equal(mixed[0][-1], mixed[1][-1])
+    assert chipmunk_fx.summary(model, key=0).phases == chipmunk_fx.summary(model, key=1).phases == PHASES
+
+
+def test_generations_with_two_branches_interleave():
+    model = compiled(TinyDiT())
+    texts = [words(1), words(2)]
+    first, second = calls(TIMES, texts, seed=1), calls(TIMES, texts, seed=2)
+    alone = [within(model, "first alone", first), within(model, "second alone", second)]
+    mixed = [[], []]
+    for pair in zip(first, second, strict=True):
+        for index, call in enumerate(pair):
+            mixed[index] += within(model, index, [call])
+    assert identical(mixed[0], alone[0]) and identical(mixed[1], alone[1])
+
+
+def test_a_block_without_a_key_is_a_generation_of_its_own():
+    model = compiled(TinyDiT())
+    for _ in range(2):
+        with chipmunk_fx.generation(model):
+            run(model, calls((500, 300)))
+        assert chipmunk_fx.summary(model).phases == {0: ["refresh", "sparse"]}
+
+
+def test_calls_outside_go_on_beside_those_inside():
+    model = compiled(TinyDiT())
+    outside, inside = calls(TIMES, seed=1), calls(TIMES, seed=2)
+    alone = run(model, outside)
+    chipmunk_fx.reset(model)
+    mixed = []
+    for a, b in zip(outside, inside, strict=True):
+        mixed += run(model, [a])
+        within(model, "inside", [b])
+    assert identical(mixed, alone)
+    assert chipmunk_fx.summary(model, key="inside").phases == PHASES
+
+
+def test_a_summary_is_of_the_generation_that_began_last():
+    model = compiled(TinyDiT())
+    within(model, "a", calls(TIMES[:2]))
+    within(model, "b", calls(TIMES[:1]))
+    within(model, "a", calls(TIMES[2:]))
+    assert chipmunk_fx.summary(model).phases == {0: ["refresh"]}
+    assert chipmunk_fx.summary(model, key="a").phases == PHASES
+
+
+def test_branches_that_the_caller_names():
+    model = TinyDiT()
+    ours = exactly(model)
+    first = calls(TIMES)
+    second = [(latents + 0.3, time, text) for latents, time, text in first]  # no text tells them apart
+    for a, b in zip(first, second, strict=True):
+        for branch, call in enumerate((a, b)):
+            assert_same(within(ours, "named", [call], branch), run(model, [call]))
+    assert chipmunk_fx.summary(ours, key="named").phases == {0: PHASES[0], 1: PHASES[0]}
+
+
+def test_named_branches_of_a_model_without_a_timestep():
+    block = TinyDiT().blocks[0]
+    ours = exactly(block)
+    tokens = torch.randn(1, 48, 32)
+    with torch.no_grad():
+        for step in range(3):
+            for branch in range(2):
+                with chipmunk_fx.generation(ours, key="named", branch=branch):
+                    moved = tokens + 0.1 * step + branch
+                    assert_same([ours(moved)], [block(moved)])
+    assert chipmunk_fx.summary(ours, key="named").phases == {0: ["refresh", "sparse", "sparse"]} | {
+        1: ["refresh", "sparse", "sparse"]
+    }
+
+
+def test_a_generation_is_left_when_its_block_raises():
+    model = compiled(TinyDiT())
+    with pytest.raises(ValueError), chipmunk_fx.generation(model, key="a"):
+        run(model, calls(TIMES[:1]))
+        raise ValueError
+    run(model, calls(TIMES))
+    assert chipmunk_fx.summary(model).phases == PHASES
+    assert chipmunk_fx.summary(model, key="a").phases == {0: ["refresh"]}
+
+
+def test_the_innermost_block_counts_and_only_for_its_model():
+    outer, inner = TinyDiT(), TinyDiT()
+    ours, theirs = compiled(outer), torch.compile(inner, backend="chipmunk", options={"lowering": "eager", "gate": "off"})
+    with chipmunk_fx.generation(ours, key="a"):
+        with chipmunk_fx.generation(ours, key="b"):
+            run(ours, calls(TIMES[:1]))
+        run(theirs, calls(TIMES[:1]))
+    assert chipmunk_fx.summary(ours, key="b").phases == {0: ["refresh"]}
+    for model, key in ((ours, "a"), (theirs, "a")):
+        with pytest.raises(KeyError, match=f"no generation '{key}'"):
+            chipmunk_fx.summary(model, key=key)
+
+
+def test_reset_is_for_every_generation():
+    model = compiled(TinyDiT())
+    within(model, "a", calls(TIMES[:2]))
+    chipmunk_fx.reset(model)
+    within(model, "a", calls(TIMES[2:]))
+    assert chipmunk_fx.summary(model, key="a").phases == {0: ["refresh", "sparse"]}
+
+
+def test_over_the_budget_the_generation_called_longest_ago_gives_way():
+    one = exactly(TinyDiT())
+    within(one, 0, calls(TIMES[:1]))
+    size = chipmunk_fx.summary(one, key=0).cache_bytes
+    model = TinyDiT()
+    ours = exactly(model, memory__budget_gb=2.5 * size / 1e9)
+    for time in range(4):
+        for key in range(3):
+            inputs = calls(TIMES, seed=key)[time : time + 1]
+            assert_same(within(ours, key, inputs), run(model, inputs))
+    sizes = [chipmunk_fx.summary(ours, key=key).cache_bytes for key in range(3)]
+    assert sizes == [0, size, size]
+    phases = chipmunk_fx.summary(ours, key=2).phases
+    assert phases == {0: ["refresh"] * 4}  # three of them never fit, so each finds its caches gone
+    for time in range(2):
+        for key in (1, 2):
+            inputs = calls((200, 100), seed=key)[time : time + 1]
+            assert_same(within(ours, key, inputs), run(model, inputs))
+    assert chipmunk_fx.summary(ours, key=2).phases == {0: ["refresh"] * 4 + ["sparse"] * 2}

@@ -1,0 +1,131 @@
+"""Blocks compiled one by one, and models whose graph breaks."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import chipmunk_fx
+from tests.runtime.models import EXACT, SPARSE, TinyDiT, assert_same, calls, identical, run, words
+
+TIMES = (900, 700, 500)
+PHASES = {0: ["refresh", "sparse", "sparse"]}
+TOLD = {"schedule.steps": 3, "schedule.branches": 1}
+
+
+def blockwise(model: TinyDiT, options: dict[str, Any]) -> TinyDiT:
+    """Every block compiled in place, as diffusers' compile_repeated_blocks does."""
+    torch._dynamo.reset()
+    for block in model.blocks:
+        block.compile(backend="chipmunk", fullgraph=True, options=options)
+    return model
+
+
+class Broken(TinyDiT):
+    """The graph breaks between the blocks."""
+
+    def forward(self, latents, timestep, text):
+        b, _, h, w = latents.shape
+        x = self.embed(latents).flatten(2).transpose(1, 2)
+        x = x + self.time((timestep[:, None] * torch.arange(1, 33)).sin())[:, None]
+        x = self.blocks[0](x)
+        torch._dynamo.graph_break()
+        return self.out(self.blocks[1](x)).reshape(b, -1, h, w)
+
+
+def test_blocks_follow_the_schedule_when_steps_and_branches_are_given():
+    model = blockwise(TinyDiT(depth=3), EXACT | TOLD)
+    plain = TinyDiT(depth=3)
+    for seed in range(2):
+        assert_same(run(model, calls(TIMES, seed=seed)), run(plain, calls(TIMES, seed=seed)))
+        summary = chipmunk_fx.summary(model)
+        assert summary.phases == PHASES
+        assert len(summary.sites) == 6 and all(s.phases == PHASES and s.cache_bytes for s in summary.sites)
+
+
+def test_blocks_have_two_branches():
+    model = blockwise(TinyDiT(depth=2), EXACT | TOLD | {"schedule.branches": 2})
+    steps = calls(TIMES, [words(1), words(2)])
+    assert_same(run(model, steps), run(TinyDiT(depth=2), steps))
+    assert chipmunk_fx.summary(model).phases == {0: PHASES[0], 1: PHASES[0]}
+
+
+def test_blocks_inside_a_generation_need_no_settings():
+    model = blockwise(TinyDiT(depth=2), EXACT)
+    with chipmunk_fx.generation(model, key="a"):
+        assert_same(run(model, calls(TIMES)), run(TinyDiT(depth=2), calls(TIMES)))
+    assert chipmunk_fx.summary(model, key="a").phases == PHASES
+
+
+def test_blocks_are_dense_otherwise_and_say_so_once(caplog: pytest.LogCaptureFixture):
+    model = blockwise(TinyDiT(depth=1), SPARSE)
+    with caplog.at_level("WARNING", logger="chipmunk_fx"):
+        assert_same(run(model, calls(TIMES)), run(TinyDiT(depth=1), calls(TIMES)))
+    assert chipmunk_fx.summary(model).phases == {0: ["dense"] * 3}
+    assert len(caplog.records) == 1 and "schedule.steps" in caplog.records[0].message
+
+
+def test_many_blocks_say_so_once(caplog: pytest.LogCaptureFixture):
+    model = blockwise(TinyDiT(depth=3), SPARSE)
+    with caplog.at_level("WARNING", logger="chipmunk_fx"):
+        run(model, calls(TIMES))
+    assert len(caplog.records) == 1
+
+
+def test_the_first_blocks_stay_dense():
+    model = blockwise(TinyDiT(depth=4), SPARSE | TOLD | {"attention.dense_layers": 2, "mlp.dense_layers": 2})
+    run(model, calls(TIMES))
+    dense = {0: ["dense"] * 3}
+    assert [s.phases for s in chipmunk_fx.summary(model).sites] == [dense] * 4 + [PHASES] * 4
+
+
+def test_the_first_blocks_of_a_second_model_stay_dense_too():
+    options = SPARSE | TOLD | {"attention.dense_layers": 1, "mlp.dense_layers": 1}
+    first, second = (blockwise(TinyDiT(depth=2, seed=seed), options) for seed in range(2))
+    whole = torch.compile(TinyDiT(), backend="chipmunk", options=SPARSE)
+    run(first, calls(TIMES))
+    run(whole, calls(TIMES[:1]))
+    run(second, calls(TIMES))
+    for model in (first, second):
+        assert [s.phases == PHASES for s in chipmunk_fx.summary(model).sites] == [False, False, True, True]
+
+
+def test_two_models_of_blocks_share_graphs_but_no_state():
+    first, second = TinyDiT(depth=2, seed=1), TinyDiT(depth=2, seed=2)
+    alone = []
+    for model in (first, second):
+        alone.append(run(blockwise(model, SPARSE | TOLD), calls(TIMES)))
+        chipmunk_fx.reset(model)
+    mixed = [[], []]
+    for call in calls(TIMES):
+        mixed[0] += run(first, [call])
+        mixed[1] += run(second, [call])
+    assert identical(mixed[0], alone[0]) and identical(mixed[1], alone[1])
+
+
+def test_the_work_of_blocks_is_added_up():
+    model = blockwise(TinyDiT(depth=2), SPARSE | TOLD)
+    run(model, calls(TIMES))
+    summary = chipmunk_fx.summary(model)
+    assert 0.4 < summary.flops_ratio < 1
+    assert summary.cache_bytes == sum(s.cache_bytes for s in summary.sites)
+
+
+def test_a_model_whose_graph_breaks_is_right():
+    model = Broken(depth=2)
+    torch._dynamo.reset()
+    ours = torch.compile(model, backend="chipmunk", options=EXACT)
+    assert_same(run(ours, calls(TIMES)), run(model, calls(TIMES)))
+    assert {"refresh", "dense"} <= {p for s in chipmunk_fx.summary(ours).sites for p in s.phases[0]}
+    told = torch.compile(model, backend="chipmunk", options=EXACT | TOLD)
+    assert_same(run(told, calls(TIMES)), run(model, calls(TIMES)))
+    assert [s.phases for s in chipmunk_fx.summary(told).sites] == [PHASES] * 4
+
+
+def test_a_model_whose_graph_breaks_in_a_generation():
+    model = Broken(depth=2)
+    torch._dynamo.reset()
+    ours = torch.compile(model, backend="chipmunk", options=EXACT)
+    with chipmunk_fx.generation(ours, key="a"):
+        assert_same(run(ours, calls(TIMES)), run(model, calls(TIMES)))
+    assert [s.phases for s in chipmunk_fx.summary(ours, key="a").sites] == [PHASES] * 4

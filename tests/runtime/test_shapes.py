@@ -1,0 +1,138 @@
+"""Other shapes, dtypes and modes in one process."""
+
+import pytest
+import torch
+
+import chipmunk_fx
+from tests.runtime.models import TinyDiT, assert_same, calls, compiled, exactly, identical, run, words
+
+TIMES = (900, 700, 500)
+PHASES = {0: ["refresh", "sparse", "sparse"]}
+
+
+def test_another_resolution_and_back():
+    model = TinyDiT()
+    ours = exactly(model)
+    for side in (16, 24, 32, 16, 20):
+        steps = calls(TIMES, side=side)
+        assert_same(run(ours, steps), run(model, steps))
+        assert chipmunk_fx.summary(ours).phases == PHASES
+
+
+def test_another_resolution_is_sparse_too():
+    ours = compiled(TinyDiT())
+    for side in (16, 24, 32):
+        run(ours, calls(TIMES, side=side))
+        assert chipmunk_fx.summary(ours).phases == PHASES
+        assert len(chipmunk_fx.summary(ours).sites) == 2
+        assert all(site.density < 0.5 for site in chipmunk_fx.summary(ours).sites)
+
+
+def test_a_resolution_that_changes_within_a_generation_begins_another():
+    model = TinyDiT()
+    ours = exactly(model)
+    for steps in (calls((900, 700)), calls((500, 300), side=24), calls((100,), side=16)):
+        assert_same(run(ours, steps), run(model, steps))
+    assert chipmunk_fx.summary(ours).phases == {0: ["refresh"]}
+
+
+def test_another_batch_size():
+    model = TinyDiT()
+    ours = exactly(model)
+    for batch in (1, 2, 3, 1):
+        steps = calls(TIMES, batch=batch)
+        assert_same(run(ours, steps), run(model, steps))
+        assert chipmunk_fx.summary(ours).phases == PHASES
+
+
+def test_branches_with_texts_of_other_lengths():
+    model = TinyDiT()
+    ours = exactly(model)
+    steps = calls(TIMES, [words(1, 8), words(2, 5)])
+    for _ in range(2):
+        assert_same(run(ours, steps), run(model, steps))
+        assert chipmunk_fx.summary(ours).phases == {0: PHASES[0], 1: PHASES[0]}
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_dynamic_keeps_its_meaning(dynamic: bool):
+    model = TinyDiT()
+    torch._dynamo.reset()
+    ours = torch.compile(model, backend="chipmunk", dynamic=dynamic, options=_exact())
+    for count in (8, 5):
+        steps = calls(TIMES, [words(count, count)])
+        assert_same(run(ours, steps), run(model, steps))
+        assert chipmunk_fx.summary(ours).phases == PHASES
+
+
+def _exact() -> dict:
+    from tests.runtime.models import EXACT
+
+    return EXACT
+
+
+def test_bfloat16():
+    model = TinyDiT()
+    low = TinyDiT().bfloat16()
+    steps = calls(TIMES)
+    cast = [(latents.bfloat16(), time, text.bfloat16()) for latents, time, text in steps]
+    exact, dense, ours = run(model, steps), run(low, cast), run(exactly(low), cast)
+    assert all(result.dtype is torch.bfloat16 for result in ours)
+    for a, b, c in zip(ours, dense, exact, strict=True):
+        assert (a.float() - c).norm() <= 2 * (b.float() - c).norm() + 1e-6
+
+
+def test_another_dtype_between_generations():
+    model = TinyDiT()
+    ours = exactly(model)
+    run(ours, calls(TIMES))
+    model.double()
+    steps = [(latents.double(), time, text.double()) for latents, time, text in calls(TIMES)]
+    assert_same(run(ours, steps), run(model, steps))
+    assert chipmunk_fx.summary(ours).phases == PHASES
+
+
+def test_under_autocast():
+    model = TinyDiT()
+    ours = exactly(model)
+    steps = calls(TIMES)
+    with torch.autocast("cpu", torch.bfloat16):
+        for a, b in zip(run(ours, steps), run(model, steps), strict=True):
+            assert a.dtype == b.dtype == torch.bfloat16
+            torch.testing.assert_close(a, b, atol=2e-2, rtol=2e-2)
+    assert chipmunk_fx.summary(ours).phases == PHASES
+
+
+def test_inference_mode_and_no_grad_may_be_mixed():
+    model = TinyDiT()
+    ours = exactly(model)
+    steps = calls((900, 700, 500, 300))
+    results = []
+    for index, call in enumerate(steps):
+        with torch.inference_mode() if index % 2 == 0 else torch.no_grad():
+            results.append(ours(*call))
+    assert_same([result.clone() for result in results], run(model, steps))
+    assert chipmunk_fx.summary(ours).phases == {0: ["refresh", "sparse", "sparse", "sparse"]}
+
+
+def test_inputs_made_in_inference_mode():
+    model = TinyDiT()
+    ours = exactly(model)
+    with torch.inference_mode():
+        steps = calls(TIMES)
+        results = [ours(*call) for call in steps]
+        assert_same(results, [model(*call) for call in steps])
+    assert chipmunk_fx.summary(ours).phases == PHASES
+
+
+def test_the_global_generator_is_not_consumed_and_results_repeat():
+    model = TinyDiT()
+    ours = compiled(model, attention__random_density=0.1)
+    torch.manual_seed(1)
+    first = run(ours, calls(TIMES))
+    drawn = torch.rand(3)
+    torch.manual_seed(1)
+    assert torch.equal(torch.rand(3), drawn)
+    assert identical(run(ours, calls(TIMES)), first)
+    other = compiled(TinyDiT(), attention__random_density=0.1, seed=1)
+    assert not identical(run(other, calls(TIMES)), first)
