@@ -5,7 +5,6 @@ The only file that imports all layers.
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,7 +36,6 @@ from chipmunk_fx.runtime.variants import Variants, inductor_patches, lower
 from chipmunk_fx.schedule.phase import Phase
 
 _log = logger("plan")
-_KEYS = itertools.count()
 
 
 def chipmunk(
@@ -103,7 +101,7 @@ def generation(model: nn.Module, key: Any = None, branch: int | None = None) -> 
     Entering again with the same key goes on with that generation. Raises `NotCompiledError`.
     """
     registry.sessions(model)
-    with registry.scope(model, f"generation-{next(_KEYS)}" if key is None else key, branch):
+    with registry.scope(model, key, branch):
         yield
 
 

@@ -4,7 +4,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 from importlib.machinery import PathFinder
 from importlib.util import find_spec, module_from_spec
@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import yaml
 from tabulate import tabulate
-from tqdm import tqdm
 
 import chipmunk_fx
 from chipmunk_fx import images
@@ -136,12 +135,19 @@ def _import_from_here(top: str) -> bool:
     return True
 
 
+def _progress(items: list[Any], label: str) -> Iterable[Any]:
+    """A progress bar on a terminal, where tqdm is installed (it is no dependency of the package)."""
+    if find_spec("tqdm") is None:
+        return items
+    return import_module("tqdm").tqdm(items, desc=label, leave=False, disable=None)
+
+
 def _compare(arguments: argparse.Namespace) -> None:
     pairs = _pairs(arguments.first, arguments.second)
     lpips = images.lpips_metric()
     metrics = {"psnr": images.psnr, "ssim": images.ssim} | ({"lpips": lpips} if lpips else {})
     rows = []
-    for first, second in tqdm(pairs, desc="compare", unit="pair", leave=False, disable=None):
+    for first, second in _progress(pairs, "compare"):
         a, b = images.load(first), images.load(second)
         rows.append({"picture": first.name} | {name: metric(a, b) for name, metric in metrics.items()})
     if len(rows) > 1:

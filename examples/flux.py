@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from chipmunk_fx import Config, ConfigError
 
 BUNDLED = Path(__file__).resolve().parent / "flux-photos"
-CLASSES = ("cat", "coffee", "astronaut", "temple")
+CLASSES = ("cat", "coffee", "astronaut")
 PROMPT = "a chipmunk reads a newspaper in a street café, morning light"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -47,21 +47,23 @@ class Photographs:
         if given.prompt is not None:
             raise ValueError(f"--prompt: this model takes --classes instead, of {', '.join(photos.NAMES)}")
         chosen = given.classes or CLASSES
-        self.names = [chosen[i % len(chosen)] for i in range(given.images or len(chosen))]
+        self.names: list[str] = [chosen[i % len(chosen)] for i in range(given.images or len(chosen))]
         self.classes = [photos.class_index(name) for name in self.names]
         self.seed, self.guidance = given.seed, 1.0 if given.guidance is None else given.guidance
         self.calls = 1 if self.guidance == 1 else 2
         self.device, self.dtype = torch.device(given.device), DTYPES[given.dtype]
-        model = FluxTransformer2DModel.from_pretrained(folder, torch_dtype=self.dtype)
-        if model.config.joint_attention_dim != photos.CLASSES + photos.TEXT_TOKENS:
+        model: Any = FluxTransformer2DModel.from_pretrained(folder, dtype=self.dtype)
+        widths = model.config.in_channels, model.config.joint_attention_dim
+        if widths != (3 * photos.PATCH**2, photos.CLASSES + photos.TEXT_TOKENS):
             raise ValueError(f"--model {folder}: a transformer alone; give the folder of its whole pipeline")
         self.transformer: nn.Module = model.to(self.device)
 
     def sample(self, model: nn.Module, index: int, steps: int) -> Tensor:
         random = torch.Generator().manual_seed(self.seed + index)
         x = photos.to_tokens(torch.randn(1, 3, self.height, self.width, generator=random)).to(self.device)
-        scheduler = FlowMatchEulerDiscreteScheduler()
+        scheduler: Any = FlowMatchEulerDiscreteScheduler()
         scheduler.set_timesteps(sigmas=photos.noise_levels(steps, self.height)[:-1], device=self.device)
+        scheduler.set_begin_index(0)  # spares the GPU a look-up that waits for it
         ids = photos.position_ids(self.height, self.device)
         classes = (self.classes[index], photos.UNCONDITIONAL)[: self.calls]
         conditions = [photos.condition(torch.tensor([c], device=self.device), self.dtype) for c in classes]
@@ -82,13 +84,14 @@ class Prompted:
     def __init__(self, model: str, given: argparse.Namespace):
         if given.classes:
             raise ValueError("--classes belong to the bundled model; a pipeline takes --prompt")
-        self.seed, self.names = given.seed, [given.prompt or PROMPT] * (given.images or 1)
+        self.names: list[str] = [given.prompt or PROMPT] * (given.images or 1)
+        self.seed = given.seed
         self.settings: dict[str, Any] = dict(zip(("height", "width"), given.size or (768, 1280), strict=True))
         if given.guidance is not None:
             self.settings["guidance_scale"] = given.guidance
         from diffusers import FluxPipeline  # here, because it loads transformers
 
-        self.pipe = FluxPipeline.from_pretrained(model, torch_dtype=DTYPES[given.dtype]).to(given.device)
+        self.pipe: Any = FluxPipeline.from_pretrained(model, dtype=DTYPES[given.dtype]).to(given.device)
         self.pipe.set_progress_bar_config(disable=True)
         self.transformer: nn.Module = self.pipe.transformer
 
@@ -111,6 +114,8 @@ def load(given: argparse.Namespace) -> Sampler:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser()
     given = parser.parse_args(arguments)
+    if given.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {given.device}: PyTorch finds no CUDA device here; use --device cpu")
     try:
         options = read_options(given)
         lowering = Config.from_options(options).lowering
@@ -179,11 +184,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--classes", nargs="+", metavar="CLASS", help=f"what the bundled model draws: {', '.join(photos.NAMES)}")
     add("--images", type=count, help="number of pictures, made one by one with seeds SEED, SEED + 1, ...")
     add("--size", type=size, metavar="SIDE|HxW", help="pixels (default: 256, or 768x1280 for a pipeline)")
-    add("--steps", type=count, default=50)
+    add("--steps", type=count, default=50, help="default: 50")
     add("--guidance", type=float, help="classifier-free for the bundled model (1: off), distilled for a pipeline")
-    add("--seed", type=int, default=0)
-    add("--dtype", choices=tuple(DTYPES), default="bf16")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--seed", type=int, default=0, help="of the first picture; default: 0")
+    add("--dtype", choices=tuple(DTYPES), default="bf16", help="default: bf16")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is one")
     add("--option", action="append", default=[], metavar="KEY=VALUE", help="an option of the backend; repeatable")
     add("--config", type=Path, metavar="YAML", help="a config file of the backend")
     add("--lowering", choices=("inductor", "eager"), help="eager: run both models op by op")

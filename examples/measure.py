@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -21,7 +22,7 @@ class Sampler(Protocol):
     """Makes picture number `index`, [3, H, W] in [0, 1], with `model` in the place of `transformer`."""
 
     transformer: nn.Module
-    names: Sequence[str]  # what each picture shows
+    names: list[str]  # what each picture shows
     calls: int  # of the transformer, a step
 
     def sample(self, model: nn.Module, index: int, steps: int) -> Tensor: ...
@@ -147,6 +148,9 @@ def compare(
             "density": of_kind.density,
             "random_density": of_kind.random_density,
             "computed": statistics.fmean(shares) if shares else None,
+            "dense_because": dict(
+                Counter(s.reason for s in report.sites if s.accepted and s.kind == kind and s.reason)
+            ),
         }
     return {
         "torch": torch.__version__,
@@ -167,7 +171,7 @@ def compare(
 
 
 def table(dense: Run | None, sparse: Run, figures: Mapping[str, Any]) -> str:
-    """One row a quantity; the columns are the two models."""
+    """One row a quantity, one column a model; below, why sites stayed dense."""
 
     def row(name: str, pick: Callable[[Run], float | None], digits: int) -> tuple[str, ...]:
         values = [pick(run) if run else None for run in (dense, sparse)]
@@ -196,4 +200,10 @@ def table(dense: Run | None, sparse: Run, figures: Mapping[str, Any]) -> str:
         ("operations, share of dense", "", f"{figures['flops_ratio']:.3f}"),
         ("caches, MB", "", f"{figures['cache_bytes'] / 1e6:.1f}"),
     ]
-    return tabulate(rows, headers=("", "dense", "chipmunk"), disable_numparse=True, colalign=("left", "right", "right"))
+    text = tabulate(rows, headers=("", "dense", "chipmunk"), disable_numparse=True, colalign=("left", "right", "right"))
+    reasons = [
+        f"{kind}: {number} dense, {reason}"
+        for kind, site in figures["sites"].items()
+        for reason, number in site["dense_because"].items()
+    ]
+    return "\n".join([text, *reasons])

@@ -149,7 +149,9 @@ def near_misses() -> Sequence[Example]:
     mask = torch.ones(1, 1, 24, 24, dtype=torch.bool).tril()
     return [
         Example(
-            "causal", lambda: (SelfAttention(lambda q, k, v: sdpa(q, k, v, is_causal=True)), (_x(),)), "causal attention"
+            "causal",
+            lambda: (SelfAttention(lambda q, k, v: sdpa(q, k, v, is_causal=True)), (_x(),)),
+            "causal attention",
         ),
         Example("mask", lambda: (SelfAttention(lambda q, k, v: sdpa(q, k, v, mask)), (_x(),)), "attention mask"),
         Example(

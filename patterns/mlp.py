@@ -223,9 +223,7 @@ def halves_near_misses(join: Callable[..., torch.Tensor]) -> Sequence[Example]:
     ]
 
 
-MLP = Pattern(
-    "mlp", "mlp", PLAIN, judged("{activation}", operands), plain_examples, plain_near_misses, begins=3
-)
+MLP = Pattern("mlp", "mlp", PLAIN, judged("{activation}", operands), plain_examples, plain_near_misses, begins=3)
 GATED_MLP = Pattern(
     "gated mlp", "mlp", GATED, judged("gated {activation}", operands), gated_examples, gated_near_misses, begins=4
 )

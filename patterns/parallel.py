@@ -77,7 +77,8 @@ def examples() -> Sequence[Example]:
         Example("hidden last", lambda: (_Parallel(lambda hidden, side: torch.cat([side, hidden], 2)), _x())),
         Example("hidden first", lambda: (_Parallel(lambda hidden, side: torch.cat([hidden, side], -1)), _x())),
         Example(
-            "two branches", lambda: (_Parallel(lambda hidden, side: torch.cat([side.cos(), side, hidden], -1), 96), _x())
+            "two branches",
+            lambda: (_Parallel(lambda hidden, side: torch.cat([side.cos(), side, hidden], -1), 96), _x()),
         ),
     ]
 

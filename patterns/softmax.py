@@ -163,7 +163,9 @@ def matmul_near_misses() -> Sequence[Example]:
         return scores.softmax(dim=-1) @ v
 
     return [
-        Example("softmax over rows", lambda: (SelfAttention(_matmul(1.0, dim=-2)), _x()), "softmax over the last dimension"),
+        Example(
+            "softmax over rows", lambda: (SelfAttention(_matmul(1.0, dim=-2)), _x()), "softmax over the last dimension"
+        ),
         Example("mask added", lambda: (SelfAttention(biased), _x()), "aten.add.Tensor"),
         Example("weights also used", lambda: (SelfAttention(_leaking), _x()), "also used by"),
         Example("cross", lambda: (SelfAttention(_matmul(1.0), 16), (*_x(), *_x())), "cross attention"),

@@ -67,7 +67,9 @@ class Geometry:
         return Layout(grid, self.side if text else None, text)
 
 
-def find_geometry(capture: Capture, roles: Roles, tokens: TokensConfig, rows: Sequence[Size], real: Sequence[Any]) -> Geometry:
+def find_geometry(
+    capture: Capture, roles: Roles, tokens: TokensConfig, rows: Sequence[Size], real: Sequence[Any]
+) -> Geometry:
     """Geometry for the sequences of length `rows`. `real` are the compiling call's inputs.
 
     Raises `ConfigError` where the user's grid explains none of a whole model's sequences; a piece of a model (no timestep)

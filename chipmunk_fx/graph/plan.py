@@ -13,7 +13,7 @@ from torch import fx
 
 from chipmunk_fx.config import AttentionConfig, Config, MlpConfig
 from chipmunk_fx.graph.capture import Capture
-from chipmunk_fx.graph.flops import node_flops, product_flops
+from chipmunk_fx.graph.flops import product_flops
 from chipmunk_fx.graph.geometry import Geometry
 from chipmunk_fx.graph.inputs import Roles
 from chipmunk_fx.graph.match import Candidate
@@ -83,6 +83,7 @@ class Plan:
     geometry: Geometry
     rest_flops: int
     total_flops: int
+    windowed: bool = False  # attention.local_window is set
 
     @property
     def rewritten(self) -> tuple[Site, ...]:
@@ -91,6 +92,11 @@ class Plan:
     @property
     def has_grid(self) -> bool:
         return self.geometry.sizes is not None or self.geometry.ids is not None
+
+    @property
+    def has_tables(self) -> bool:
+        """Whether rows have an order other than as they come, or columns that are always on."""
+        return self.has_grid or self.windowed
 
 
 Gate = Callable[[Site], str | None]
@@ -121,10 +127,10 @@ def make_plan(
             owners[owner] += 1
             sites.append(_decide(site, config, gate))
     explained = {n for s in sites for n in s.nodes}
-    total = product_flops(capture.module)
-    beside = total - sum(node_flops(n) for n in explained)
+    beside = product_flops(capture.module, explained)
     rest = beside + sum(_beside_flops(s) for s in sites)
-    return Plan(tuple(sites), tuple(refused), roles, geometry, rest, rest + sum(s.dense_flops for s in sites))
+    total = rest + sum(s.dense_flops for s in sites)
+    return Plan(tuple(sites), tuple(refused), roles, geometry, rest, total, config.attention.local_window > 0)
 
 
 def number_layers(candidates: Sequence[Candidate], latents: fx.Node | None) -> dict[Candidate, int]:
@@ -150,7 +156,7 @@ def state_inputs(plan: Plan) -> tuple[StateInput, ...]:
     """What every rewritten variant takes after the graph's own inputs, in this order."""
     entries = [StateInput("clock", "clock")]
     for site in plan.rewritten:
-        if plan.has_grid:
+        if plan.has_tables:
             entries.append(StateInput(f"order_{site.index}", "order", site.index))
             if site.kind == "attention":
                 entries.append(StateInput(f"always_{site.index}", "always", site.index))

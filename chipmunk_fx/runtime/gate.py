@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -29,7 +30,9 @@ _CPU_WEIGHT_BYTES = 16e6  # of the first linear: larger ones are gathered from m
 def cost_gate(site: Site, config: Config) -> str | None:
     """Why `site` stays dense with gate="auto"; None where sparse steps are expected to be faster."""
     if site.device.type == "cuda":
-        return None if BACKENDS else 'no kernel backend for cuda: plain PyTorch is slower than dense (gate="off" runs it)'
+        return (
+            None if BACKENDS else 'no kernel backend for cuda: plain PyTorch is slower than dense (gate="off" runs it)'
+        )
     sizes, share = hints(site.sizes), density(site, config)
     rows, least = hints([site.rows])[0], _CPU_ROWS.get((site.kind, site.dtype))
     if least is None:
@@ -68,4 +71,13 @@ def budget(config: Config, device: torch.device) -> int:
         return int(float(config.memory.budget_gb) * 1e9)
     if device.type == "cuda":
         return int(0.6 * (torch.cuda.mem_get_info(device)[0] + held(config)))
-    return int(0.5 * (os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") + held(config)))
+    return int(0.5 * (_host_memory() + held(config)))
+
+
+def _host_memory() -> int:
+    """Bytes that the host can give, what it uses to cache files included."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -51,7 +51,7 @@ def fingerprint(tensor: torch.Tensor) -> tuple[tuple[int, ...], int]:
     flat = tensor.detach().contiguous()
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     size = flat.element_size()
-    bits = (torch.view_as_real(flat).contiguous().view(torch.int32) if flat.is_complex() else flat.view(kinds[size]))
+    bits = torch.view_as_real(flat).contiguous().view(torch.int32) if flat.is_complex() else flat.view(kinds[size])
     bits = bits.reshape(-1).to(torch.int64)
     weights = torch.arange(1, bits.numel() + 1, device=bits.device) * 0x9E3779B97F4A7C1  # odd steps: positions count
     mixed = (bits + weights) * (weights ^ 0x5851F42D4C957F2D)

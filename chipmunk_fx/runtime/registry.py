@@ -44,7 +44,6 @@ class _Registry:
             self.row += piece
             return session
 
-
     def held(self, tag: Any) -> int:
         with self.lock:
             return sum(s.held for known in self.by_parameter.values() for s in known if s.tag == tag)
@@ -92,14 +91,23 @@ def sessions(model: nn.Module) -> list[Session]:
     return sorted(found.values(), key=lambda session: session.born)
 
 
+class Unnamed:
+    """The key of a generation whose caller gave none. Nobody can enter it again once its block is left."""
+
+    over = False
+
+
 @contextmanager
 def scope(model: nn.Module, key: Any, branch: int | None) -> Iterator[None]:
-    entered = Scope(frozenset(id(p) for p in _tensors(model)), key, branch)
+    own = Unnamed() if key is None else key
+    entered = Scope(frozenset(id(p) for p in _tensors(model)), own, branch)
     token = _SCOPES.set((*_SCOPES.get(), entered))
     try:
         yield
     finally:
         _SCOPES.reset(token)
+        if isinstance(own, Unnamed):
+            own.over = True
 
 
 def active_scope(owner: torch.Tensor) -> Scope | None:

@@ -60,12 +60,21 @@ class Report:
 
     def __str__(self) -> str:
         rows = [
-            (s.name, s.kind, s.form, "x".join(map(str, s.shape)), s.status if s.accepted else "refused", s.reason, s.where)
+            (
+                s.name,
+                s.kind,
+                s.form,
+                "x".join(map(str, s.shape)),
+                s.status if s.accepted else "refused",
+                s.reason,
+                s.where,
+            )
             for s in self.sites
         ]
         table = tabulate(rows, headers=("site", "kind", "form", "shape", "status", "reason", "where"))
         counts = ", ".join(
-            f"{self.count(kind, 'rewritten')} of {self.count(kind)} {kind} sites rewritten" for kind in ("attention", "mlp")
+            f"{self.count(kind, 'rewritten')} of {self.count(kind)} {kind} sites rewritten"
+            for kind in ("attention", "mlp")
         )
         lines = [
             f"{counts}; they hold {self.coverage:.1%} of the floating-point operations",

@@ -20,7 +20,7 @@ from chipmunk_fx.graph.sizes import bindings, evaluate
 from chipmunk_fx.log import Notices, logger
 from chipmunk_fx.runtime.footprint import site_slots
 from chipmunk_fx.runtime.observe import Observer
-from chipmunk_fx.runtime.registry import active_scope, held
+from chipmunk_fx.runtime.registry import Unnamed, active_scope, held
 from chipmunk_fx.runtime.tables import Tables, attention_tables
 from chipmunk_fx.runtime.variants import Variants
 from chipmunk_fx.schedule.phase import Phase
@@ -115,7 +115,9 @@ class Graph:
         self.notices = Notices()
         self.free = [i for i, entry in enumerate(capture.inputs) if entry.is_tensor and not entry.is_parameter]
         kinds = {s.kind for s in plan.rewritten}
-        self.dense_layers = max(s.dense_layers for k, s in (("attention", config.attention), ("mlp", config.mlp)) if k in kinds)
+        self.dense_layers = max(
+            s.dense_layers for k, s in (("attention", config.attention), ("mlp", config.mlp)) if k in kinds
+        )
 
 
 class Session:
@@ -181,24 +183,36 @@ class Session:
         scope = active_scope(values[graph.owner])
         key = scope.key if scope else None
         if key not in self.tracks:
+            self._forget()
             schedule = self.config.schedule
             self.tracks[key] = Track(Timeline(schedule.steps, schedule.branches, bounded=scope is not None))
         track = self.tracks[key]
-        position = track.timeline.advance(self.observer.observe(graph.plan.roles, values), scope.branch if scope else None)
+        position = track.timeline.advance(
+            self.observer.observe(graph.plan.roles, values), scope.branch if scope else None
+        )
         if position.begins:
             track.begin()
         self.calls += 1
         track.last_call, self.latest = self.calls, key
         return track, position
 
+    def _forget(self) -> None:
+        """Drop the generations that nobody can enter again; the last one is kept until then for its summary."""
+        self.tracks = {k: t for k, t in self.tracks.items() if not (isinstance(k, Unnamed) and k.over)}
+        self.held = self.bytes
+
     def _phase(self, graph: Graph, track: Track, branch: Branch, position: Position) -> Phase:
         if graph.is_piece and self.arrival < graph.dense_layers:
             return Phase.DENSE
         if not position.decided:
-            return self._fall_back(graph, track, position, position.reason or "its place in the generation is undecidable")
+            return self._fall_back(
+                graph, track, position, position.reason or "its place in the generation is undecidable"
+            )
         phase = self.policy.phase(position.step, branch.last_refresh)
         if phase is Phase.SKIP:
-            self.notices.once(_log, "schedule.skip_steps: no region of blocks can be skipped yet; those steps run sparse")
+            self.notices.once(
+                _log, "schedule.skip_steps: no region of blocks can be skipped yet; those steps run sparse"
+            )
             return Phase.SPARSE
         return phase
 

@@ -11,6 +11,7 @@ from tabulate import tabulate
 from chipmunk_fx.config import Config
 from chipmunk_fx.graph.plan import Plan, Site
 from chipmunk_fx.runtime.footprint import density
+from chipmunk_fx.runtime.registry import Unnamed
 from chipmunk_fx.runtime.session import Fallback, Session, Track
 from chipmunk_fx.schedule.phase import Phase
 
@@ -54,7 +55,9 @@ def summarize(sessions: Sequence[Session], key: Any = None, named: bool = False)
     """The generation begun last, or the one of `key` where `named`. Raises KeyError for a key that no call had."""
     tracks = _tracks(sessions, key, named)
     if named and not tracks:
-        known = sorted({repr(k) for s in sessions for k in s.tracks if k is not None})
+        known = sorted(
+            {repr(k) for s in sessions for k in list(s.tracks) if k is not None and not isinstance(k, Unnamed)}
+        )
         raise KeyError(f"no generation {key!r}; there are {', '.join(known) or 'none with a key'}")
     if not tracks:
         return Summary({}, (), 1.0, 0, (), "no call has reached the backend yet" if not sessions else "")
@@ -85,7 +88,7 @@ def site_flops(site: Site, phase: Phase, share: float, mass_stride: int) -> floa
 
 def _tracks(sessions: Sequence[Session], key: Any, named: bool) -> list[tuple[Session, Track]]:
     """One generation: the same key in all sessions (pieces of the model) under the settings that it began with."""
-    called = [(s, k, t) for s in sessions for k, t in s.tracks.items() if t.records and (k == key or not named)]
+    called = [(s, k, t) for s in sessions for k, t in list(s.tracks.items()) if t.records and (k == key or not named)]
     newest, chosen, _ = max(called, key=lambda entry: entry[2].begun, default=(None, None, None))
     return [(s, t) for s, k, t in called if newest is not None and s.tag == newest.tag and k == chosen]
 

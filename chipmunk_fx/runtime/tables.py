@@ -52,7 +52,9 @@ def text_columns(layout: Layout | None, columns: int) -> torch.Tensor:
     return always
 
 
-def local_columns(order: torch.Tensor, layout: Layout | None, columns: int, rows: int, config: AttentionConfig) -> torch.Tensor:
+def local_columns(
+    order: torch.Tensor, layout: Layout | None, columns: int, rows: int, config: AttentionConfig
+) -> torch.Tensor:
     """bool [G, columns]: what lies near each group, by `local_window` (along the order) and `local_voxels` (in the grid)."""
     groups = ceil(len(order) / rows)
     near = torch.zeros(groups, columns, dtype=torch.bool)

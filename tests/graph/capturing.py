@@ -18,6 +18,7 @@ from chipmunk_fx.graph.pattern import AttentionOperands
 from chipmunk_fx.graph.plan import Plan, make_plan
 from chipmunk_fx.patterns import ALL
 from tests.harness.zoo import build
+from tests.runtime.models import TinyDiT, calls
 
 aten = torch.ops.aten
 
@@ -68,6 +69,12 @@ class Seen:
         """Options with dots are written with two underscores; `judge` is the cost gate."""
         geometry, config = self.geometry(**options), config_of(options)
         return make_plan(self.capture, self.candidates, self.roles, geometry, config, judge)
+
+
+@cache
+def captured_tiny(depth: int = 1, side: int = 16) -> Seen:
+    """The capture of `TinyDiT`, with 8 text tokens."""
+    return captured(TinyDiT(depth), *calls([900], side=side)[0])
 
 
 @cache

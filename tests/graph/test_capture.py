@@ -44,7 +44,7 @@ class Data(TinyDiT):
 class Buffered(TinyDiT):
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("scale", torch.ones(1))
+        self.scale = nn.Buffer(torch.ones(1))
 
     def forward(self, latents, timestep, text):
         return super().forward(latents * self.scale, timestep, text)

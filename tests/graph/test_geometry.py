@@ -6,7 +6,7 @@ import torch
 from chipmunk_fx.errors import ConfigError
 from chipmunk_fx.graph.geometry import Geometry, Layout, grid_of_ids
 from chipmunk_fx.graph.sizes import bindings
-from tests.graph.capturing import captured, captured_from_zoo
+from tests.graph.capturing import captured, captured_from_zoo, captured_tiny
 from tests.graph.test_inputs import Rotary, ids
 from tests.runtime.models import WIDTH, Block, TinyDiT, calls, noise, words
 
@@ -36,7 +36,7 @@ def grid(seen, **options):
 
 
 def test_a_convolution_that_patchifies():
-    seen = captured(TinyDiT(), *CALL)
+    seen = captured_tiny(side=12)
     geometry = seen.geometry()
     assert (grid(seen), geometry.side, geometry.source) == ((1, 6, 6), "first", "convolution conv2d")
     assert geometry.layout(44, (1, 6, 6)) == Layout((1, 6, 6), "first", 8)
@@ -91,24 +91,26 @@ def test_a_block_alone_has_raster_order():
 
 
 def test_the_users_grid_and_text_come_first():
-    seen = captured(TinyDiT(), *CALL)
+    seen = captured_tiny(side=12)
     geometry = seen.geometry(tokens__grid=(1, 4, 9), tokens__text=("last", 8))
     assert geometry.source == "option tokens.grid"
     assert geometry.layout(44, grid(seen, tokens__grid=(1, 4, 9))) == Layout((1, 4, 9), "last", 8)
 
 
 def test_the_users_grid_alone_finds_the_text():
-    seen = captured(TinyDiT(), *CALL)
+    seen = captured_tiny(side=12)
     assert seen.geometry(tokens__grid=(1, 6, 6)).layout(44, (1, 6, 6)) == Layout((1, 6, 6), "first", 8)
 
 
 def test_the_users_text_goes_with_the_grid_that_is_found():
-    seen = captured(TinyDiT(), *CALL)
+    seen = captured_tiny(side=12)
     geometry = seen.geometry(tokens__text=("last", 8))
     assert geometry.layout(44, grid(seen)) == Layout((1, 6, 6), "last", 8)
 
 
-@pytest.mark.parametrize("options", [{"tokens__grid": (1, 5, 5)}, {"tokens__grid": (1, 6, 6), "tokens__text": ("first", 9)}])
+@pytest.mark.parametrize(
+    "options", [{"tokens__grid": (1, 5, 5)}, {"tokens__grid": (1, 6, 6), "tokens__text": ("first", 9)}]
+)
 def test_a_grid_that_explains_no_sequence_is_an_error(options):
     seen = captured(TinyDiT(), noise(side=12), torch.ones(1), words(count=8))
     with pytest.raises(ConfigError, match="44") as error:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.graph.capturing import captured, captured_from_zoo
+from tests.graph.capturing import captured, captured_from_zoo, captured_tiny
 from tests.harness.zoo import facts
 from tests.runtime.models import WIDTH, Block, TinyDiT, calls, noise, words
 
@@ -37,7 +37,9 @@ class Waved(TinyDiT):
     """A sine of projected tokens is an activation."""
 
     def forward(self, latents, timestep, text):
-        return super().forward(latents, timestep, F.linear(F.linear(text, text[0, :8].mT @ text[0, :8]).sin(), text[0, :16]))
+        return super().forward(
+            latents, timestep, F.linear(F.linear(text, text[0, :8].mT @ text[0, :8]).sin(), text[0, :16])
+        )
 
 
 class Rotary(nn.Module):
@@ -60,7 +62,7 @@ def ids(t: int, h: int, w: int) -> torch.Tensor:
 
 
 def test_timestep_latents_and_text():
-    seen = captured(TinyDiT(), *calls([900])[0])
+    seen = captured_tiny()
     assert (seen.role("timestep"), seen.role("latents"), seen.role("text")) == ("timestep", "latents", ("text",))
     assert seen.roles.ids == ()
 

@@ -254,7 +254,7 @@ def cogvideox(draw: Draw, large: bool) -> Made:
     model = transformer(
         "CogVideoXTransformer3DModel",
         num_attention_heads=2,
-        attention_head_dim=8,
+        attention_head_dim=16 if large else 8,
         in_channels=4,
         out_channels=4,
         time_embed_dim=2,
@@ -276,14 +276,14 @@ def cogvideox(draw: Draw, large: bool) -> Made:
 
 
 def ltx(draw: Draw, large: bool) -> Made:
-    del large  # 512 tokens as it is
+    """512 tokens at either size."""
     model = transformer(
         "LTXVideoTransformer3DModel",
         in_channels=4,
         out_channels=4,
         num_attention_heads=2,
-        attention_head_dim=8,
-        cross_attention_dim=16,
+        attention_head_dim=16 if large else 8,
+        cross_attention_dim=32 if large else 16,
         num_layers=2,
         qk_norm="rms_norm_across_heads",
         caption_channels=16,
@@ -355,7 +355,7 @@ def kandinsky5(draw: Draw, large: bool) -> Made:
         in_text_dim2=12,
         time_dim=16,
         model_dim=32,
-        ff_dim=64,
+        ff_dim=128 if large else 64,
         num_text_blocks=1,
         num_visual_blocks=2,
         axes_dims=(4, 6, 6),
@@ -372,7 +372,7 @@ def kandinsky5(draw: Draw, large: bool) -> Made:
 
 def hunyuan_dit(draw: Draw, large: bool) -> Made:
     side = 48 if large else 8
-    tokens = (side // 2) ** 2
+    tokens, width = (side // 2) ** 2, 16 if large else 8  # of a head
     model = transformer(
         "HunyuanDiT2DModel",
         sample_size=side,
@@ -380,11 +380,11 @@ def hunyuan_dit(draw: Draw, large: bool) -> Made:
         in_channels=4,
         num_layers=2,
         num_attention_heads=2,
-        attention_head_dim=8,
+        attention_head_dim=width,
         cross_attention_dim=8,
         cross_attention_dim_t5=8,
         pooled_projection_dim=4,
-        hidden_size=16,
+        hidden_size=2 * width,
         text_len=4,
         text_len_t5=4,
         activation_fn="gelu-approximate",
@@ -398,7 +398,7 @@ def hunyuan_dit(draw: Draw, large: bool) -> Made:
         "timestep": times(2).float(),
         "image_meta_size": torch.tensor([[1024.0, 1024.0, 16.0, 16.0, 0.0, 0.0]] * 2),
         "style": torch.zeros(2, dtype=torch.int64),
-        "image_rotary_emb": [torch.ones(tokens, 8), torch.zeros(tokens, 8)],
+        "image_rotary_emb": [torch.ones(tokens, width), torch.zeros(tokens, width)],
     }
 
 
@@ -411,11 +411,11 @@ def latte(draw: Draw, large: bool) -> Made:
         num_layers=2,
         patch_size=2,
         num_attention_heads=2,
-        attention_head_dim=4,
+        attention_head_dim=16 if large else 4,
         caption_channels=8,
         in_channels=4,
         out_channels=8,
-        cross_attention_dim=8,
+        cross_attention_dim=32 if large else 8,
         attention_bias=True,
         activation_fn="gelu-approximate",
         num_embeds_ada_norm=1000,

@@ -1,14 +1,17 @@
 """Every pattern of ALL on its own examples and near misses. A new pattern is tested by adding it to ALL."""
 
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import chipmunk_fx
+from chipmunk_fx.backend import chipmunk
+from chipmunk_fx.graph.capture import capture
 from chipmunk_fx.graph.match import find
 from chipmunk_fx.graph.pattern import Example, Pattern
 from chipmunk_fx.patterns import ALL
-from tests.graph.capturing import captured
 
 OPTIONS = {
     "attention.density": 1.0,
@@ -40,7 +43,7 @@ def made(example: Example) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
 
 
 @torch.no_grad()
-def outputs(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+def outputs(model: Any, inputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
     """Three steps with moving inputs; what is random draws the same numbers every time."""
     results = []
     for step in range(3):
@@ -50,13 +53,20 @@ def outputs(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> list[torch.Te
     return results
 
 
-def assert_equals_eager(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> nn.Module:
+def compiled(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[Any, fx.GraphModule]:
+    """The compiled model, which has been found equal to eager over three steps, and its captured graph."""
+    graphs: list[fx.GraphModule] = []
+
+    def backend(module: fx.GraphModule, given: Any) -> Any:
+        graphs.append(capture(module, given).module)
+        return chipmunk(module, given, options=OPTIONS)
+
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="chipmunk", options=OPTIONS)
-    for ours, theirs in zip(outputs(compiled, inputs), outputs(model, inputs), strict=True):
-        assert ours.dtype == theirs.dtype
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-    return compiled
+    ours = torch.compile(model, backend=backend, fullgraph=True)
+    for got, want in zip(outputs(ours, inputs), outputs(model, inputs), strict=True):
+        assert got.dtype == want.dtype
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    return ours, graphs[0]
 
 
 def test_names_are_unique_and_every_pattern_has_examples_and_near_misses():
@@ -68,21 +78,17 @@ def test_names_are_unique_and_every_pattern_has_examples_and_near_misses():
 
 @pytest.mark.parametrize(("pattern", "example"), cases("examples"))
 def test_an_example_is_accepted_and_rewritten_without_a_change(pattern: Pattern, example: Example):
-    model, inputs = made(example)
-    accepted = [c for c in find(captured(model, *inputs).capture.module, ALL) if c.operands is not None]
-    assert [c.pattern for c in accepted if c.kind == pattern.kind] == [pattern.name]
-    compiled = assert_equals_eager(model, inputs)
-    summary = chipmunk_fx.summary(compiled)
+    ours, graph = compiled(*made(example))
+    assert [c.pattern for c in find(graph, ALL) if c.operands is not None and c.kind == pattern.kind] == [pattern.name]
+    summary = chipmunk_fx.summary(ours)
     assert summary.phases == {0: ["refresh", "sparse", "sparse"]}
     assert [(s.kind, s.status) for s in summary.sites if s.kind == pattern.kind] == [(pattern.kind, "rewritten")]
 
 
 @pytest.mark.parametrize(("pattern", "example"), cases("near_misses"))
 def test_a_near_miss_is_refused_with_its_reason_and_left_as_it_is(pattern: Pattern, example: Example):
-    model, inputs = made(example)
-    graph = captured(model, *inputs).capture.module
+    _, graph = compiled(*made(example))
     assert not [c for c in find(graph, [pattern]) if c.operands is not None]
     if example.reason is not None:
         reasons = [c.reason or "" for c in find(graph, ALL)]
         assert any(example.reason in reason for reason in reasons), reasons
-    assert_equals_eager(model, inputs)

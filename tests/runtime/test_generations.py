@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import chipmunk_fx
-from tests.runtime.models import TinyDiT, assert_same, calls, compiled, exactly, identical, run, words
+from chipmunk_fx.runtime import registry
+from tests.runtime.models import TinyDiT, assert_same, calls, chipmunk, compiled, exactly, identical, run, words
 
 TIMES = (900, 700, 500, 300)
 PHASES = {0: ["refresh", "sparse", "sparse", "sparse"]}
@@ -46,6 +47,25 @@ def test_a_block_without_a_key_is_a_generation_of_its_own():
         with chipmunk_fx.generation(model):
             run(model, calls((500, 300)))
         assert chipmunk_fx.summary(model).phases == {0: ["refresh", "sparse"]}
+
+
+def test_a_generation_without_a_key_is_forgotten_once_another_begins():
+    model = compiled(TinyDiT())
+    sizes = []
+    for _ in range(3):
+        with chipmunk_fx.generation(model):
+            run(model, calls(TIMES[:1]))
+        (session,) = registry.sessions(model)
+        sizes.append(session.bytes)
+        assert chipmunk_fx.summary(model).cache_bytes == session.bytes
+    assert len(set(sizes)) == 1 and len(session.tracks) == 1
+    with chipmunk_fx.generation(model):
+        run(model, calls(TIMES[:1]))
+        run(model, calls(TIMES[1:2]))
+        with chipmunk_fx.generation(model):
+            run(model, calls(TIMES[:1]))
+        run(model, calls(TIMES[2:]))  # the outer one is still under way
+        assert {len(track.records) for track in session.tracks.values()} == {4, 1}
 
 
 def test_calls_outside_go_on_beside_those_inside():
@@ -108,7 +128,10 @@ def test_a_generation_is_left_when_its_block_raises():
 
 def test_the_innermost_block_counts_and_only_for_its_model():
     outer, inner = TinyDiT(), TinyDiT()
-    ours, theirs = compiled(outer), torch.compile(inner, backend="chipmunk", options={"lowering": "eager", "gate": "off"})
+    ours, theirs = (
+        compiled(outer),
+        chipmunk(inner, options={"lowering": "eager", "gate": "off"}),
+    )
     with chipmunk_fx.generation(ours, key="a"):
         with chipmunk_fx.generation(ours, key="b"):
             run(ours, calls(TIMES[:1]))

@@ -12,7 +12,7 @@ from torch import nn
 
 import chipmunk_fx
 from chipmunk_fx.runtime import registry
-from tests.runtime.models import SPARSE, TinyDiT, assert_same, calls, compiled, exactly, identical, run
+from tests.runtime.models import SPARSE, TinyDiT, assert_same, calls, chipmunk, compiled, exactly, identical, run
 
 TIMES = (900, 700, 500, 300)
 PHASES = {0: ["refresh", "sparse", "sparse", "sparse"]}
@@ -26,7 +26,7 @@ def test_two_models_of_one_class_share_a_graph_but_no_state():
     twins = [copy.deepcopy(model) for model in models]
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    ours = [torch.compile(model, backend="chipmunk", options=SPARSE) for model in twins]
+    ours = [chipmunk(model, options=SPARSE) for model in twins]
     mixed = [[], []]
     for call in calls(TIMES):
         for index, model in enumerate(ours):
@@ -40,7 +40,7 @@ def test_two_models_of_one_class_share_a_graph_but_no_state():
 def test_two_compilations_of_one_model_keep_apart():
     model = TinyDiT()
     coarse = compiled(model, attention__density=0.05)
-    fine = torch.compile(model, backend="chipmunk", options=SPARSE | {"attention.density": 0.5})
+    fine = chipmunk(model, options=SPARSE | {"attention.density": 0.5})
     steps = calls(TIMES)
     alone = run(coarse, steps), run(fine, steps)
     for compilation in (coarse, fine):
@@ -58,7 +58,7 @@ def test_a_copy_of_the_model_begins_with_nothing():
     ours = compiled(model)
     run(ours, calls(TIMES[:2]))
     twin = copy.deepcopy(model)
-    theirs = torch.compile(twin, backend="chipmunk", options=SPARSE)
+    theirs = chipmunk(twin, options=SPARSE)
     assert chipmunk_fx.summary(theirs).phases == {}
     run(theirs, calls(TIMES[2:]))
     run(ours, calls(TIMES[2:]))
@@ -98,7 +98,7 @@ def test_threads_on_models_that_share_a_graph():
     first = exactly(models[0])
     run(first, calls(TIMES[:1]))  # the graph is there, its sparse variant is not
     options = {"attention.density": 1.0, "mlp.density": 1.0, "attention.random_density": 0.0, "mlp.random_density": 0.0}
-    ours = [torch.compile(model, backend="chipmunk", options=SPARSE | options) for model in models]
+    ours = [chipmunk(model, options=SPARSE | options) for model in models]
     results: dict[int, list[torch.Tensor]] = {}
     failures: list[BaseException] = []
 
@@ -122,10 +122,10 @@ def test_a_freed_model_frees_its_state():
     model = TinyDiT()
     ours = compiled(model)
     run(ours, calls(TIMES))
-    (session,) = [weakref.ref(s) for s in registry.sessions(ours)]
-    cache = weakref.ref(next(iter(next(iter(session().tracks[None].branches[0].caches.values())).values()))["lists"])
-    assert cache() is not None
-    del model, ours
+    (kept,) = registry.sessions(ours)
+    sites = next(iter(kept.tracks[None].branches[0].caches.values()))
+    session, cache = weakref.ref(kept), weakref.ref(sites[0]["lists"])
+    del model, ours, kept, sites
     gc.collect()
     assert session() is None and cache() is None
 
@@ -137,7 +137,7 @@ def test_a_freed_model_leaves_the_one_that_shares_its_graph():
     del ours, first
     gc.collect()
     steps = calls(TIMES)
-    theirs = torch.compile(second, backend="chipmunk", options=SPARSE | {"attention.density": 1.0, "mlp.density": 1.0})
+    theirs = chipmunk(second, options=SPARSE | {"attention.density": 1.0, "mlp.density": 1.0})
     assert_same(run(theirs, steps), run(second, steps))
 
 

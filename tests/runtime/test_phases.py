@@ -37,7 +37,9 @@ def test_every_phase_is_right():
 def test_sparse_steps_differ_from_dense_and_a_refresh_does_not():
     model = TinyDiT()
     ours = compiled(model, schedule__refresh_every=3)
-    errors = [(a - b).abs().max().item() for a, b in zip(run(ours, calls(TIMES)), run(model, calls(TIMES)), strict=True)]
+    errors = [
+        (a - b).abs().max().item() for a, b in zip(run(ours, calls(TIMES)), run(model, calls(TIMES)), strict=True)
+    ]
     assert [error > 1e-4 for error in errors] == [False, True, True, False, True]
 
 
@@ -150,14 +152,13 @@ class Labelled(TinyDiT):
     def __init__(self) -> None:
         super().__init__(depth=2)
         self.labels = nn.Embedding(3, 32)
-        self.label = torch.zeros(1, dtype=torch.int64)
 
     def forward(self, latents, timestep, text):
-        first, self_label = self.blocks[0], text[0, 0, :1].long()
+        label = text[0, 0, :1].long()
         b, _, h, w = latents.shape
         x = self.embed(latents).flatten(2).transpose(1, 2)
         x = x + self.time((timestep[:, None] * torch.arange(1, 33)).sin())[:, None]
-        x = self.blocks[1](first(x) + self.labels(self_label))
+        x = self.blocks[1](self.blocks[0](x) + self.labels(label))
         return self.out(x).reshape(b, -1, h, w)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import chipmunk_fx
-from tests.runtime.models import EXACT, SPARSE, TinyDiT, assert_same, calls, identical, run, words
+from tests.runtime.models import EXACT, SPARSE, TinyDiT, assert_same, calls, chipmunk, identical, run, words
 
 TIMES = (900, 700, 500)
 PHASES = {0: ["refresh", "sparse", "sparse"]}
@@ -82,12 +82,24 @@ def test_the_first_blocks_stay_dense():
 def test_the_first_blocks_of_a_second_model_stay_dense_too():
     options = SPARSE | TOLD | {"attention.dense_layers": 1, "mlp.dense_layers": 1}
     first, second = (blockwise(TinyDiT(depth=2, seed=seed), options) for seed in range(2))
-    whole = torch.compile(TinyDiT(), backend="chipmunk", options=SPARSE)
+    whole = chipmunk(TinyDiT(), options=SPARSE)
     run(first, calls(TIMES))
     run(whole, calls(TIMES[:1]))
     run(second, calls(TIMES))
     for model in (first, second):
         assert [s.phases == PHASES for s in chipmunk_fx.summary(model).sites] == [False, False, True, True]
+
+
+def test_local_windows_without_a_grid():
+    block = TinyDiT().blocks[0]
+    tokens = [torch.randn(1, 64, 32) for _ in range(3)]
+    exact = chipmunk(block, options=EXACT | TOLD | {"attention.local_window": 0.2})
+    windowed = chipmunk(block, options=SPARSE | TOLD | {"attention.local_window": 0.5, "attention.density": 0.01})
+    with torch.no_grad():
+        assert_same([exact(x) for x in tokens], [block(x) for x in tokens])
+        [windowed(x) for x in tokens]
+    # a window of half the sequence around 16 rows, 1 column by mass and 1 at random, in tiles of 16
+    assert chipmunk_fx.summary(windowed).sites[0].density == 64 / 64
 
 
 def test_two_models_of_blocks_share_graphs_but_no_state():
@@ -114,10 +126,10 @@ def test_the_work_of_blocks_is_added_up():
 def test_a_model_whose_graph_breaks_is_right():
     model = Broken(depth=2)
     torch._dynamo.reset()
-    ours = torch.compile(model, backend="chipmunk", options=EXACT)
+    ours = chipmunk(model, options=EXACT)
     assert_same(run(ours, calls(TIMES)), run(model, calls(TIMES)))
     assert {"refresh", "dense"} <= {p for s in chipmunk_fx.summary(ours).sites for p in s.phases[0]}
-    told = torch.compile(model, backend="chipmunk", options=EXACT | TOLD)
+    told = chipmunk(model, options=EXACT | TOLD)
     assert_same(run(told, calls(TIMES)), run(model, calls(TIMES)))
     assert [s.phases for s in chipmunk_fx.summary(told).sites] == [PHASES] * 4
 
@@ -125,7 +137,7 @@ def test_a_model_whose_graph_breaks_is_right():
 def test_a_model_whose_graph_breaks_in_a_generation():
     model = Broken(depth=2)
     torch._dynamo.reset()
-    ours = torch.compile(model, backend="chipmunk", options=EXACT)
+    ours = chipmunk(model, options=EXACT)
     with chipmunk_fx.generation(ours, key="a"):
         assert_same(run(ours, calls(TIMES)), run(model, calls(TIMES)))
     assert [s.phases for s in chipmunk_fx.summary(ours, key="a").sites] == [PHASES] * 4

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import chipmunk_fx
-from tests.runtime.models import TinyDiT, assert_same, calls, compiled, exactly, identical, run, words
+from tests.runtime.models import TinyDiT, assert_same, calls, chipmunk, compiled, exactly, identical, run, words
 
 TIMES = (900, 700, 500)
 PHASES = {0: ["refresh", "sparse", "sparse"]}
@@ -58,7 +58,7 @@ def test_branches_with_texts_of_other_lengths():
 def test_dynamic_keeps_its_meaning(dynamic: bool):
     model = TinyDiT()
     torch._dynamo.reset()
-    ours = torch.compile(model, backend="chipmunk", dynamic=dynamic, options=_exact())
+    ours = chipmunk(model, dynamic=dynamic, options=_exact())
     for count in (8, 5):
         steps = calls(TIMES, [words(count, count)])
         assert_same(run(ours, steps), run(model, steps))

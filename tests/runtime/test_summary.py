@@ -5,7 +5,7 @@ import pytest
 import chipmunk_fx
 from chipmunk_fx.runtime.summary import site_flops
 from chipmunk_fx.schedule.phase import Phase
-from tests.graph.capturing import captured
+from tests.graph.capturing import captured_tiny
 from tests.runtime.models import TinyDiT, calls, compiled, run
 
 TIMES = (900, 700, 500)
@@ -14,7 +14,7 @@ OFF = {"gate": "off", "attention__dense_layers": 0, "mlp__dense_layers": 0}
 
 @pytest.fixture(scope="module")
 def plan():
-    return captured(TinyDiT(), *calls(TIMES)[0]).plan(**OFF)
+    return captured_tiny().plan(**OFF)
 
 
 def test_operations_of_a_site(plan):

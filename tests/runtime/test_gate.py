@@ -1,0 +1,49 @@
+"""The cost gate: where sparse is not faster, a site stays dense and says why."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from chipmunk_fx.config import Config
+from chipmunk_fx.runtime import gate
+from chipmunk_fx.runtime.gate import budget, cost_gate
+from tests.graph.capturing import captured_tiny
+
+DEFAULT = Config()
+
+
+@pytest.fixture(scope="module")
+def sites():
+    return captured_tiny().plan(gate="off", attention__dense_layers=0, mlp__dense_layers=0).sites
+
+
+def large(site):
+    sizes = (1, 4, 8192, 8192, 64) if site.kind == "attention" else (1, 8192, 256, 1024, 256)
+    return replace(site, sizes=sizes)
+
+
+def test_large_sites_pass(sites):
+    assert [cost_gate(large(site), DEFAULT) for site in sites] == [None, None]
+
+
+def test_short_sequences_do_not(sites):
+    assert all("rows" in (cost_gate(site, DEFAULT) or "") for site in sites)
+
+
+def test_high_densities_do_not(sites):
+    config = Config.from_options({"attention.density": 0.9, "mlp.density": 0.9})
+    assert all("density 0.9" in (cost_gate(large(site), config) or "") for site in sites)
+
+
+@pytest.mark.parametrize("backends", [(), ("some backend",)])
+def test_a_gpu_needs_a_kernel_backend(sites, backends, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gate, "BACKENDS", backends)
+    site = replace(large(sites[0]), device=torch.device("cuda"))
+    reason = cost_gate(site, DEFAULT)
+    assert reason is None if backends else reason and 'gate="off"' in reason
+
+
+def test_the_budget_is_the_users_or_a_share_of_what_is_free():
+    assert budget(Config.from_options({"memory.budget_gb": 1.5}), torch.device("cpu")) == 1_500_000_000
+    assert 0 < budget(DEFAULT, torch.device("cpu")) < 2**50
