@@ -71,6 +71,7 @@ def capture(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Capt
         raise Uncapturable(f"re-tracing failed: {type(error).__name__}: {error}") from error
     if any(isinstance(_attribute(traced, n), FakeTensor) for n in traced.graph.nodes if n.op == "get_attr"):
         raise Uncapturable("the re-trace captured a tensor made inside the graph as a constant")
+    _relax_views(traced)
     inputs = _describe(graph_module, traced, fakes)
     dynamic = any(isinstance(f, torch.SymInt) or _has_symbols(f) for f in fakes)
     return Capture(traced, inputs, context, dynamic)
@@ -132,6 +133,14 @@ def _detach_data(module: fx.GraphModule) -> None:
     for node in module.graph.nodes:
         if node.op == "call_function" and getattr(node.target, "__name__", "") == "_get_data_attr":
             node.target, node.kwargs = torch.Tensor.detach, {}
+    module.recompile()
+
+
+def _relax_views(module: fx.GraphModule) -> None:
+    """`view` holds for the layout that was traced; a rewritten site may have another, for which `reshape` copies."""
+    for node in module.graph.nodes:
+        if node.target is torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default
     module.recompile()
 
 

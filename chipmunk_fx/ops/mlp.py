@@ -94,7 +94,8 @@ def mlp_sparse(
     key = stream(seed, site, clock[0])
     drawn = random_count(w1.shape[0], random_density, lists.shape[-1])
     by_neuron = w2.mT.contiguous()  # [F, C2]: one neuron is one contiguous row
-    at_once = groups_at_once(x.device, lists.shape[-1] * (w1.shape[1] + w2.shape[0]) * x.element_size())
+    widest = max(w1.shape[1], w2.shape[0])  # the two products gather one after the other
+    at_once = groups_at_once(x.device, lists.shape[-1] * widest * x.element_size())
     for b, rows in enumerate(_batches(x, positions)):
         means = first.pooled(group_means(rows, group_rows))
         renew(lists[b], clock[1], (means - mean[b]).abs_(), drawn, substream(key, b))

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import chipmunk_fx
 import chipmunk_fx.ops  # noqa: F401  (registers torch.ops.chipmunk)
 from chipmunk_fx.graph.plan import state_inputs
 from chipmunk_fx.graph.rewrite import rewrite
@@ -120,3 +121,25 @@ def test_local_windows_need_no_grid():
         if n.target is chipmunk.attention_refresh.default
     )
     assert [str(argument) for argument in refresh.args[3:5]] == ["chipmunk_order_0", "chipmunk_always_0"]
+
+
+class ViewsOfTheResult(nn.Module):
+    """Attention written out, whose result is viewed as only the layout of a matrix product allows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4).unbind(0)
+        return ((q @ k.transpose(-2, -1)).softmax(-1) @ v).view(len(x) * 2, -1, 8)
+
+
+@torch.no_grad()
+def test_a_view_that_the_layout_of_the_op_forbids_becomes_a_copy():
+    model, x = ViewsOfTheResult(), torch.randn(2, 64, 16)
+    options = {"preset": "exact", "lowering": "eager", "schedule.steps": 2, "schedule.branches": 1}
+    ours = torch.compile(model, backend="chipmunk", options=options)
+    for _ in range(2):
+        torch.testing.assert_close(ours(x), model(x))
+    assert chipmunk_fx.summary(model).phases == {0: ["refresh", "sparse"]}
