@@ -113,6 +113,11 @@ def _compile(graph_module: fx.GraphModule, inputs: Sequence[Any], config: Config
     _log.info("%s", report_of(plan, [i.name for i in captured.inputs]))
     if not plan.rewritten:
         return _unchanged(graph_module, inputs, config, _why_nothing(plan))
+    if config.memory.offload != "none":
+        _log.warning(
+            "memory.offload = %r is not available yet: caches stay on the device, within memory.budget_gb",
+            config.memory.offload,
+        )
     graph = Graph(captured, plan, config, Variants(graph_module, captured, plan, config))
     if captured.dynamic:
         _build_all(graph, inputs)

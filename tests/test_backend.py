@@ -14,11 +14,29 @@ from torch._inductor import list_mode_options
 
 import chipmunk_fx
 from chipmunk_fx import Config, ConfigError, NotCompiledError
-from tests.runtime.models import EXACT, SPARSE, TinyDiT, assert_same, calls, chipmunk, compiled, noise, run, words
+from tests.runtime.models import (
+    EXACT,
+    SPARSE,
+    TinyDiT,
+    assert_same,
+    calls,
+    chipmunk,
+    compiled,
+    noise,
+    one_thread,
+    run,
+    words,
+)
 
 TIMES = (900, 700, 500)
 PHASES = {0: ["refresh", "sparse", "sparse"]}
 CALL = calls(TIMES)[0]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def single_thread():
+    with one_thread():
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -475,3 +493,9 @@ def test_inputs_on_which_the_model_was_not_compiled():
     ]
     for steps in mixes:
         assert_same(run(ours, steps), run(model, steps))
+
+
+@torch.no_grad()
+def test_offloading_that_is_not_there_yet_is_said(caplog: pytest.LogCaptureFixture):
+    compiled(TinyDiT(depth=1), memory__offload="all")(*CALL[:2], text=CALL[2])
+    assert any("memory.offload = 'all' is not available yet" in message for message in warnings_of(caplog))

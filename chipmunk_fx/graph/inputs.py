@@ -72,7 +72,7 @@ def _sinusoids(module: fx.GraphModule) -> tuple[set[fx.Node], set[fx.Node]]:
 def _latents(capture: Capture, candidates: Sequence[int], names: dict[int, str]) -> int | None:
     """The input with the output's rank and sizes, but for the channels and a patch factor that all models restore.
 
-    A piece of a model may return something else: there a name has to tell.
+    A piece of a model may return something else: a name that says it comes first.
     """
     output = next(n for n in reversed(capture.module.graph.nodes) if n.op == "output")
     results = [n for n in output.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
@@ -86,7 +86,7 @@ def _latents(capture: Capture, candidates: Sequence[int], names: dict[int, str])
         return value.is_floating_point() and len(value.shape) == len(wanted) >= 2 and same >= len(wanted) - 1
 
     named = [i for i in candidates if names[i] in _LATENT_NAMES and len(capture.inputs[i].value.shape) >= 3]
-    return _prefer([i for i in candidates if alike(i)] or named, names, _LATENT_NAMES)
+    return _prefer([*named, *(i for i in candidates if alike(i))], names, _LATENT_NAMES)
 
 
 def _prefer(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -147,7 +148,8 @@ def explain_model(model: nn.Module, args: tuple, kwargs: dict[str, Any], config:
         raise _Stop
 
     notes: list[str] = []
-    with torch.no_grad():
+    # Classes may share the code of a wrapped forward: looking at many models must not use up its recompiles.
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize):
         try:
             torch.compile(target.forward, backend=stopping, fullgraph=True)(*args, **kwargs)
         except _Stop as stop:

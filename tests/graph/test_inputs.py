@@ -152,8 +152,17 @@ class TextFirst(nn.Module):
         return self.out(self.block(x)[:, words.shape[1] :])
 
 
-def test_an_exact_name_comes_before_one_that_holds_it():
-    seen = captured(TextFirst(), torch.randn(1, 24, 16), torch.randn(1, 24, 4))
+class TextOut(TextFirst):
+    """A piece that returns its text first."""
+
+    def forward(self, encoder_hidden_states, hidden_states):
+        words = self.context(encoder_hidden_states)
+        return words, self.project(hidden_states)
+
+
+@pytest.mark.parametrize("piece", [TextFirst(), TextOut()])
+def test_an_exact_name_comes_first(piece: nn.Module):
+    seen = captured(piece, torch.randn(1, 24, 16), torch.randn(1, 24 if type(piece) is TextFirst else 30, 4))
     assert (seen.role("latents"), seen.role("text")) == ("hidden_states", ("encoder_hidden_states",))
 
 

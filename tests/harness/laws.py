@@ -55,15 +55,23 @@ def outputs(model: Any, steps: list[Inputs]) -> list[Tensor]:
     return [first_tensor(model(**inputs)) for inputs in steps]
 
 
+# What no pattern takes yet, by model; a pattern that comes to take it has to be struck off here.
+LEFT_DENSE = {
+    "HunyuanVideo": ["attention"],  # key-padding masks
+    "QwenImage": ["attention"],  # key-padding masks
+    "Flux2": ["mlp"],  # gate and value from one linear through a module of their own; qkv and MLP in one linear
+}
+
+
 def assert_scheduled(model: Any, name: str) -> None:
-    """Every rewritten site followed the schedule, and there is one of each kind that the zoo knows of."""
+    """Every rewritten site followed the schedule, and there is one of each kind that patterns take in this model."""
     summary = chipmunk_fx.summary(model)
     assert summary.phases == {0: PHASES}
     assert not summary.fallbacks
     rewritten = [site for site in summary.sites if site.status == "rewritten"]
     assert all(site.phases == {0: PHASES} for site in rewritten)
     missing = [kind for kind in ("attention", "mlp") if facts(name)[kind] and kind not in {s.kind for s in rewritten}]
-    assert not missing, f"no {' and no '.join(missing)} of {name} is rewritten"
+    assert missing == LEFT_DENSE.get(name, []), f"no {' and no '.join(missing)} of {name} is rewritten"
 
 
 def assert_sparse(model: Any, kinds: tuple[str, ...] = ("attention", "mlp")) -> None:
@@ -187,3 +195,10 @@ def _sparse_errors(sparse: list[list[Tensor]], dense: list[list[Tensor]]) -> lis
         for step, phase in enumerate(PHASES)
         if phase == "sparse"
     ]
+
+
+def check_left_alone(name: str) -> None:
+    """A model in which nothing can be rewritten gives what it gives without us."""
+    model, inputs = enlarged(name)
+    steps = moving(name, inputs, drift=0.3)
+    assert_near(outputs(compiled(model, "eager", 0.1), steps), outputs(model, steps))

@@ -4,17 +4,29 @@ import pytest
 import torch
 
 from tests.harness import laws
-from tests.harness.zoo import ZOO, facts, names
+from tests.harness.zoo import ZOO, names
 
-EVERY_RUN = ["Bundled", "Flux", "SD3", "Wan", "DiT", "H-fused-sdpa/gelu", "H-softmax/gelu", "H-einsum/swiglu", "H-mha/gelu"]
+EVERY_RUN = [
+    "Bundled",
+    "Flux",
+    "SD3",
+    "Wan",
+    "DiT",
+    "H-fused-sdpa/gelu",
+    "H-softmax/gelu",
+    "H-einsum/swiglu",
+    "H-mha/gelu",
+]
+LEFT_ALONE = ["Mochi", "Sana"]  # autocast within the forward; linear attention and convolutions
 MODELS = [
     pytest.param(name, marks=[] if name in EVERY_RUN else pytest.mark.full)
     for name in names()
-    if facts(name)["attention"]
+    if name not in LEFT_ALONE
 ]
 # The bundled model has nine blocks of 1040 tokens: two laws in every run, all of them with the long matrix.
 QUICK_MODELS = [pytest.param("Bundled", marks=pytest.mark.full), *(p for p in MODELS if p.values[0] != "Bundled")]
-BF16_MODELS = [param for param in QUICK_MODELS if ZOO[str(param.values[0])].bf16]
+# In bf16 Lumina2 computes silu in fp32 between casts, which no pattern takes yet.
+BF16_MODELS = [p for p in QUICK_MODELS if ZOO[str(p.values[0])].bf16 and p.values[0] != "Lumina2"]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -53,3 +65,9 @@ def test_error_falls(name: str):
 @pytest.mark.parametrize("name", QUICK_MODELS)
 def test_generations_apart(name: str):
     laws.check_generations_apart(name)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", LEFT_ALONE)
+def test_left_alone(name: str):
+    laws.check_left_alone(name)

@@ -12,6 +12,7 @@ from chipmunk_fx.graph.capture import capture
 from chipmunk_fx.graph.match import find
 from chipmunk_fx.graph.pattern import Example, Pattern
 from chipmunk_fx.patterns import ALL
+from tests.runtime.models import one_thread
 
 OPTIONS = {
     "attention.density": 1.0,
@@ -27,6 +28,12 @@ OPTIONS = {
     "gate": "off",
     "lowering": "eager",
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def single_thread():
+    with one_thread():
+        yield
 
 
 def cases(kind: str) -> list:

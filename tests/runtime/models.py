@@ -1,6 +1,7 @@
 """A DiT of a few hundred parameters with all that matters to the runtime: timestep, text, patches, one list of blocks."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -70,6 +71,17 @@ class TinyDiT(nn.Module):
             x = block(x)
         x = self.out(x[:, words:]).unflatten(1, (h // 2, w // 2)).unflatten(-1, (2, 2, CHANNELS))
         return x.permute(0, 5, 1, 3, 2, 4).reshape(b, CHANNELS, h, w)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Tensors of a few thousand numbers are not worth a second one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def chipmunk(model: nn.Module, **arguments: Any) -> Any:
