@@ -149,7 +149,10 @@ def explain_model(model: nn.Module, args: tuple, kwargs: dict[str, Any], config:
 
     notes: list[str] = []
     # Classes may share the code of a wrapped forward: looking at many models must not use up its recompiles.
-    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize):
+    with (
+        torch.no_grad(),
+        torch._dynamo.config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize),
+    ):
         try:
             torch.compile(target.forward, backend=stopping, fullgraph=True)(*args, **kwargs)
         except _Stop as stop:
