@@ -25,7 +25,7 @@ from chipmunk_fx.graph.match import find
 from chipmunk_fx.graph.pattern import AttentionOperands
 from chipmunk_fx.graph.plan import Plan, make_plan
 from chipmunk_fx.graph.sizes import is_data_dependent
-from chipmunk_fx.log import logger
+from chipmunk_fx.log import Notices, logger
 from chipmunk_fx.patterns import ALL
 from chipmunk_fx.runtime import registry
 from chipmunk_fx.runtime.gate import budget, cost_gate, fit
@@ -124,7 +124,7 @@ def _compile(graph_module: fx.GraphModule, inputs: Sequence[Any], config: Config
 
     def call(*values: Any) -> Any:
         owner = values[graph.owner]
-        make = lambda row: Session(config, lambda device: budget(config, device), row)  # noqa: E731
+        make = lambda row, notices: Session(config, lambda device: budget(config, device), row, notices)  # noqa: E731
         return registry.session_of(owner, config, graph.is_piece, make).call(graph, values)
 
     return call
@@ -132,7 +132,7 @@ def _compile(graph_module: fx.GraphModule, inputs: Sequence[Any], config: Config
 
 def _build_all(graph: Graph, inputs: Sequence[Any]) -> None:
     """All variants now: guards that a variant built later would add are not enforced under dynamic shapes."""
-    scratch = Session(graph.config, lambda device: sys.maxsize)
+    scratch = Session(graph.config, lambda device: sys.maxsize, 0, Notices())
     state = scratch.example_state(graph, inputs)
     for phase in (Phase.DENSE, Phase.REFRESH, Phase.SPARSE):
         graph.variants.get(phase, [] if phase is Phase.DENSE else state)

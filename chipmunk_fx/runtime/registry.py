@@ -19,9 +19,12 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from chipmunk_fx.errors import NotCompiledError
+from chipmunk_fx.log import Notices
 
 if TYPE_CHECKING:
     from chipmunk_fx.runtime.session import Session
+
+Make = Callable[[int, Notices], "Session"]
 
 
 class _Registry:
@@ -30,9 +33,10 @@ class _Registry:
     def __init__(self) -> None:
         self.by_parameter: WeakIdKeyDictionary = WeakIdKeyDictionary()  # Parameter -> list[Session]
         self.row = 0
+        self.notices = Notices()  # of the row: what concerns all pieces of a model is said once
         self.lock = threading.Lock()
 
-    def session_of(self, owner: torch.Tensor, tag: Any, piece: bool, make: Callable[[int], Session]) -> Session:
+    def session_of(self, owner: torch.Tensor, tag: Any, piece: bool, make: Make) -> Session:
         with self.lock:
             known = self.by_parameter.setdefault(owner, [])
             for session in known:
@@ -40,7 +44,9 @@ class _Registry:
                     if piece:
                         self.row = 0  # the next new session belongs to another model
                     return session
-            known.append(session := make(self.row if piece else 0))
+            if self.row == 0 or not piece:
+                self.notices = Notices()
+            known.append(session := make(self.row if piece else 0, self.notices))
             self.row += piece
             return session
 
@@ -65,10 +71,11 @@ class Scope:
 _SCOPES: contextvars.ContextVar[tuple[Scope, ...]] = contextvars.ContextVar("chipmunk_fx_scopes", default=())
 
 
-def session_of(owner: torch.Tensor, tag: Any, piece: bool, make: Callable[[int], Session]) -> Session:
+def session_of(owner: torch.Tensor, tag: Any, piece: bool, make: Make) -> Session:
     """The session of the parameter `owner` with the same `tag` (settings), made at its first call.
 
-    `make` is told its place among the pieces of a model (blocks compiled one by one), 0 for a whole model.
+    `make` is told its place among the pieces of a model (blocks compiled one by one), 0 for a whole model, and what has
+    been said of that model.
     """
     return _REGISTRY.session_of(owner, tag, piece, make)
 

@@ -112,7 +112,6 @@ class Graph:
         self.entries = state_inputs(plan)
         self.owner = plan.rewritten[0].owner
         self.is_piece = plan.roles.timestep is None
-        self.notices = Notices()
         self.free = [i for i, entry in enumerate(capture.inputs) if entry.is_tensor and not entry.is_parameter]
         kinds = {s.kind for s in plan.rewritten}
         self.dense_layers = max(
@@ -123,12 +122,11 @@ class Graph:
 class Session:
     """Serves the calls of one model under one set of options; one call at a time."""
 
-    def __init__(self, config: Config, budget: Callable[[torch.device], int], arrival: int = 0) -> None:
-        self.config, self.budget, self.arrival = config, budget, arrival
+    def __init__(self, config: Config, budget: Callable[[torch.device], int], arrival: int, notices: Notices) -> None:
+        self.config, self.budget, self.arrival, self.notices = config, budget, arrival, notices
         self.tag: Any = config
         self.born = next(_BIRTHS)
         self.lock = threading.RLock()
-        self.notices = Notices()
         self.observer = Observer()
         self.policy = policy_from(config.schedule)
         self.tracks: dict[Any, Track] = {}
@@ -168,7 +166,7 @@ class Session:
                 branch.caches.clear()
                 track.prepared.clear()
                 self.held = self.bytes
-                phase = self._fall_back(graph, track, position, str(over))
+                phase = self._fall_back(track, position, str(over))
                 state = []
             else:
                 if phase is Phase.SPARSE and not whole:  # a parameter was replaced: its caches are new
@@ -205,9 +203,7 @@ class Session:
         if graph.is_piece and self.arrival < graph.dense_layers:
             return Phase.DENSE
         if not position.decided:
-            return self._fall_back(
-                graph, track, position, position.reason or "its place in the generation is undecidable"
-            )
+            return self._fall_back(track, position, position.reason or "its place in the generation is undecidable")
         phase = self.policy.phase(position.step, branch.last_refresh)
         if phase is Phase.SKIP:
             self.notices.once(
@@ -216,13 +212,11 @@ class Session:
             return Phase.SPARSE
         return phase
 
-    def _fall_back(self, graph: Graph, track: Track, position: Position, reason: str) -> Phase:
+    def _fall_back(self, track: Track, position: Position, reason: str) -> Phase:
         if self.config.strict:
             raise FallbackError.of(f"step {position.step}, branch {position.branch}", reason)
         track.fallbacks.append(Fallback(position.step, position.branch, reason))
-        # The blocks of a model have a session each, and one graph.
-        notices = graph.notices if graph.is_piece else self.notices
-        notices.once(_log, f"running dense: {reason}", key=reason)
+        self.notices.once(_log, f"running dense: {reason}", key=reason)
         return Phase.DENSE
 
     def _passed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +48,8 @@ class Summary:
         rows = [(s.name, s.kind, s.status, f"{s.density:.3f}", s.cache_bytes / 1e6, s.reason) for s in self.sites]
         table = tabulate(rows, headers=("site", "kind", "status", "density", "cache MB", "reason"), floatfmt=".2f")
         total = f"operations: {self.flops_ratio:.1%} of dense; caches: {self.cache_bytes / 1e6:.1f} MB"
-        falls = [f"dense at step {f.step}, branch {f.branch}: {f.reason}" for f in self.fallbacks]
+        counts = Counter(f.reason for f in self.fallbacks)
+        falls = [f"{count} {'call' if count == 1 else 'calls'} dense: {reason}" for reason, count in counts.items()]
         return "\n".join([*strip, table, total, *falls, *([self.note] if self.note else [])])
 
 
