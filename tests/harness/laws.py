@@ -59,6 +59,7 @@ def outputs(model: Any, steps: list[Inputs]) -> list[Tensor]:
 LEFT_DENSE = {
     "HunyuanVideo": ["attention"],  # key-padding masks
     "QwenImage": ["attention"],  # key-padding masks
+    "Mochi": ["attention"],  # autocast within the forward: the graph breaks, and attention's length depends on the data
     "Flux2": ["mlp"],  # gate and value from one linear through a module of their own; qkv and MLP in one linear
 }
 
@@ -74,12 +75,12 @@ def assert_scheduled(model: Any, name: str) -> None:
     assert missing == LEFT_DENSE.get(name, []), f"no {' and no '.join(missing)} of {name} is rewritten"
 
 
-def assert_sparse(model: Any, kinds: tuple[str, ...] = ("attention", "mlp")) -> None:
+def assert_sparse(model: Any, name: str, kinds: tuple[str, ...] = ("attention", "mlp")) -> None:
     """The typical site of each kind computed fewer than half of its columns on sparse steps.
 
     Not every site: some towers are a dozen tokens long, less than one tile of columns.
     """
-    for kind in kinds:
+    for kind in (kind for kind in kinds if kind not in LEFT_DENSE.get(name, [])):
         sites = [site for site in chipmunk_fx.summary(model).sites if site.kind == kind]
         shares = [site.density for site in sites if "sparse" in site.phases[0]]
         assert shares and median_low(shares) < 0.5, f"{kind}: computed shares of columns {shares}"
@@ -111,7 +112,7 @@ def check_standing_still(
     sparse_model = compiled(model, lowering, density)
     sparse = outputs(sparse_model, steps)
     assert_scheduled(sparse_model, name)
-    assert_sparse(sparse_model)
+    assert_sparse(sparse_model, name)
     assert_near(sparse, dense)
 
 
@@ -132,7 +133,7 @@ def check_dense_rows(
     with torch.no_grad():
         dense = [attention(*args, **kwargs) for args, kwargs in steps]
         sparse = [sparse_attention(*args, **kwargs) for args, kwargs in steps]
-    assert_sparse(sparse_attention, kinds=("attention",))
+    assert_sparse(sparse_attention, name, kinds=("attention",))
     assert_near([rows for _, rows in sparse], [rows for _, rows in dense])
     moved = [relative(ours[0], theirs[0]) for ours, theirs in zip(sparse, dense, strict=True)]
     assert all((error > 1e-4) == (phase == "sparse") for error, phase in zip(moved, PHASES, strict=True)), moved
@@ -151,7 +152,7 @@ def check_error_falls(name: str, lowering: str = "eager", seeds: int = 8) -> Non
             chipmunk_fx.reset(sparse_model)
             sparse.append(outputs(sparse_model, steps))
         if density < 0.5:
-            assert_sparse(sparse_model)
+            assert_sparse(sparse_model, name)
         errors.append(mean(_sparse_errors(sparse, dense)))
     assert errors[0] > 0
     assert errors[1] <= 1.05 * errors[0] and errors[2] <= 1.05 * errors[1], f"errors by density {errors}"
@@ -173,7 +174,7 @@ def check_generations_apart(name: str, lowering: str = "eager") -> None:
             with chipmunk_fx.generation(sparse_model, key=key):
                 kept += outputs(sparse_model, [step])
     assert_scheduled(sparse_model, name)
-    assert_sparse(sparse_model)
+    assert_sparse(sparse_model, name)
     for kept, expected in zip(mixed, alone, strict=True):
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(kept, expected, strict=True))
     assert not torch.equal(mixed[0][-1], mixed[1][-1])

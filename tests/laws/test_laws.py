@@ -17,7 +17,7 @@ EVERY_RUN = [
     "H-einsum/swiglu",
     "H-mha/gelu",
 ]
-LEFT_ALONE = ["Mochi", "Sana"]  # autocast within the forward; linear attention and convolutions
+LEFT_ALONE = ["Sana"]  # linear attention and convolutions
 MODELS = [
     pytest.param(name, marks=[] if name in EVERY_RUN else pytest.mark.full)
     for name in names()
