@@ -17,7 +17,7 @@ from torch._inductor.compile_fx import compile_fx
 import chipmunk_fx.kernels
 import chipmunk_fx.ops  # noqa: F401  (registers the ops and their kernels)
 from chipmunk_fx.config import Config
-from chipmunk_fx.errors import ConfigError, FallbackError
+from chipmunk_fx.errors import ChipmunkError, ConfigError, FallbackError
 from chipmunk_fx.graph.capture import Capture, Uncapturable, capture
 from chipmunk_fx.graph.geometry import find_geometry
 from chipmunk_fx.graph.inputs import classify
@@ -110,6 +110,11 @@ def _compile(graph_module: fx.GraphModule, inputs: Sequence[Any], config: Config
         captured, plan = analyse(graph_module, inputs, config)
     except Uncapturable as reason:
         return _unchanged(graph_module, inputs, config, str(reason))
+    except ChipmunkError:
+        raise
+    except Exception as error:  # a graph unlike any seen so far must not cost the user the model
+        _log.debug("analysis failed", exc_info=True)
+        return _unchanged(graph_module, inputs, config, f"its analysis failed ({type(error).__name__}: {error})")
     _log.info("%s", report_of(plan, [i.name for i in captured.inputs]))
     if not plan.rewritten:
         return _unchanged(graph_module, inputs, config, _why_nothing(plan))

@@ -499,3 +499,16 @@ def test_inputs_on_which_the_model_was_not_compiled():
 def test_offloading_that_is_not_there_yet_is_said(caplog: pytest.LogCaptureFixture):
     compiled(TinyDiT(depth=1), memory__offload="all")(*CALL[:2], text=CALL[2])
     assert any("memory.offload = 'all' is not available yet" in message for message in warnings_of(caplog))
+
+
+@torch.no_grad()
+def test_a_graph_that_breaks_the_analysis_is_left_alone(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    def broken(*_):
+        raise KeyError("a node unlike any other")
+
+    monkeypatch.setattr("chipmunk_fx.backend.find", broken)
+    model = TinyDiT(depth=1)
+    torch.testing.assert_close(compiled(model)(*CALL[:2], text=CALL[2]), model(*CALL[:2], text=CALL[2]))
+    assert any("its analysis failed (KeyError: 'a node unlike any other')" in m for m in warnings_of(caplog))

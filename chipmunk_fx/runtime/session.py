@@ -130,14 +130,12 @@ class Session:
         self.observer = Observer()
         self.policy = policy_from(config.schedule)
         self.tracks: dict[Any, Track] = {}
-        self.graphs: list[weakref.ref] = []
         self.held = 0  # bytes of all caches, read by other sessions
         self.calls = 0
         self.latest: Any = None
 
     def call(self, graph: Graph, values: Sequence[Any]) -> Any:
         with self.lock:
-            self._meet(graph)
             return self._serve(graph, values)
 
     def example_state(self, graph: Graph, values: Sequence[Any]) -> list[torch.Tensor]:
@@ -149,10 +147,6 @@ class Session:
         with self.lock:
             for track in self.tracks.values():
                 track.timeline.reset()
-
-    def _meet(self, graph: Graph) -> None:
-        if not any(known() is graph for known in self.graphs):
-            self.graphs = [known for known in self.graphs if known() is not None] + [weakref.ref(graph)]
 
     def _serve(self, graph: Graph, values: Sequence[Any]) -> Any:
         track, position = self._locate(graph, values)
