@@ -10,6 +10,7 @@ noise. Compiling is timed by itself: a short generation that visits every phase 
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"pictures: {given.out}")
     if given.json:
         asked = {key: value if isinstance(value, int | float) else str(value) for key, value in vars(given).items()}
-        given.json.write_text(json.dumps({"device": name, "asked": asked, **figures}, indent=2) + "\n")
+        # JSON has no infinity, which is the PSNR of equal pictures
+        finite = [None if value == math.inf else value for value in figures["psnr_db"] or ()] or None
+        figures = {"device": name, "asked": asked, **figures, "psnr_db": finite}
+        given.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def read_options(given: argparse.Namespace) -> dict[str, Any]:

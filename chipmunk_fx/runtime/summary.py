@@ -16,6 +16,8 @@ from chipmunk_fx.runtime.registry import Unnamed
 from chipmunk_fx.runtime.session import Fallback, Session, Track
 from chipmunk_fx.schedule.phase import Phase
 
+_NOTHING = "no call has reached the backend yet, or nothing of the model was rewritten (explain says why)"
+
 
 @dataclass(frozen=True)
 class SiteSummary:
@@ -62,7 +64,7 @@ def summarize(sessions: Sequence[Session], key: Any = None, named: bool = False)
         )
         raise KeyError(f"no generation {key!r}; there are {', '.join(known) or 'none with a key'}")
     if not tracks:
-        return Summary({}, (), 1.0, 0, (), "no call has reached the backend yet" if not sessions else "")
+        return Summary({}, (), 1.0, 0, (), _NOTHING if not sessions else "")
     sites = [site for session, track in tracks for site in _sites(session, track)]
     spent, dense = zip(*(_work(session, track) for session, track in tracks), strict=True)
     first = max((track for _, track in tracks), key=lambda t: any(r.phase is not Phase.DENSE for r in t.records))
