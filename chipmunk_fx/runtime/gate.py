@@ -15,16 +15,20 @@ from chipmunk_fx.kernels import BACKENDS
 from chipmunk_fx.runtime.footprint import cache_bytes, density
 from chipmunk_fx.runtime.registry import held
 
-# Least rows for which ten steps with one refresh beat ten dense ones, measured on two cores with AVX-512 and AMX at the default
-# densities (kernels/README.md has the figures). AMX makes dense bf16 products so fast that gathering for them never pays.
+# Least rows for which ten steps with one refresh beat ten dense ones: bounds set between sizes measured on two cores with
+# AVX-512 and AMX at the default densities (3 heads of 64; ms for dense, refresh, sparse). fp32 attention: 512 rows 0.75,
+# 3.0, 0.71; 1040 rows 3.6, 8.0, 1.7. bf16: 1040 rows 1.3, 6.1, 1.2; 4112 rows 16, 39, 7.5. fp32 MLP 192 to 768: 1024 rows
+# 2.9, 3.5, 2.4; 4096 rows 10.6, 13.1, 7.5. bf16 MLP: 4096 rows 4.1, 7.1, 5.0, since AMX makes dense products so fast.
 _CPU_ROWS = {
     ("attention", torch.float32): 768,
     ("attention", torch.bfloat16): 2048,
     ("attention", torch.float16): 2048,
     ("mlp", torch.float32): 2048,
 }
-_CPU_DENSITY = {"attention": 0.4, "mlp": 0.5}  # above this share of columns dense is as fast
-_CPU_WEIGHT_BYTES = 16e6  # of the first linear: larger ones are gathered from memory, not from a cache
+# Share of columns above which a site stays dense: estimated from the cost at the default densities, not swept.
+_CPU_DENSITY = {"attention": 0.4, "mlp": 0.5}
+# Of the first linear, between 9 MB (150 ms dense, 85 sparse) and 151 MB (626 dense, 2277 sparse, gathered from memory).
+_CPU_WEIGHT_BYTES = 16e6
 
 
 def cost_gate(site: Site, config: Config) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from chipmunk_fx.config import Config
+from chipmunk_fx.config import AttentionConfig, Config
 from chipmunk_fx.errors import FallbackError
 from chipmunk_fx.graph.capture import Capture
 from chipmunk_fx.graph.plan import Plan, Site, state_inputs
@@ -279,9 +279,9 @@ class Session:
         if key not in track.tables:
             layout = graph.plan.geometry.layout(rows, track.grid)
             raster = self.config.tokens.order == "raster"
-            made = attention_tables(layout, rows, columns, site.group_rows, self.config.attention, raster)
-            if not attention and len(made.order) != rows:  # an MLP has no dense rows
-                made = attention_tables(layout, rows, columns, site.group_rows, type(self.config.attention)(), raster)
+            # An MLP shares the order of rows, not what attention adds to it: dense text rows, local windows.
+            settings = self.config.attention if attention else AttentionConfig()
+            made = attention_tables(layout, rows, columns, site.group_rows, settings, raster)
             with torch.inference_mode(False):
                 track.tables[key] = Tables(made.order.to(device), made.always.to(device))
         return track.tables[key]
