@@ -23,7 +23,7 @@ from chipmunk_fx.graph.geometry import find_geometry
 from chipmunk_fx.graph.inputs import classify
 from chipmunk_fx.graph.match import find
 from chipmunk_fx.graph.pattern import AttentionOperands
-from chipmunk_fx.graph.plan import Plan, make_plan
+from chipmunk_fx.graph.plan import Plan, make_plan, state_inputs
 from chipmunk_fx.graph.sizes import is_data_dependent
 from chipmunk_fx.log import Notices, logger
 from chipmunk_fx.patterns import ALL
@@ -70,7 +70,7 @@ def analyse(graph_module: fx.GraphModule, inputs: Sequence[Any], config: Config)
     roles = classify(captured)
     rows = [c.operands.q.shape[2] for c in candidates if isinstance(c.operands, AttentionOperands)]
     geometry = find_geometry(captured, roles, config.tokens, [r for r in rows if not is_data_dependent([r])], inputs)
-    plan = make_plan(captured, candidates, roles, geometry, config, lambda site: cost_gate(site, config))
+    plan = make_plan(captured, candidates, roles, geometry, config, lambda site: cost_gate(site, config), inputs)
     return captured, fit(plan, config)
 
 
@@ -116,7 +116,7 @@ def _compile(graph_module: fx.GraphModule, inputs: Sequence[Any], config: Config
         _log.debug("analysis failed", exc_info=True)
         return _unchanged(graph_module, inputs, config, f"its analysis failed ({type(error).__name__}: {error})")
     _log.info("%s", report_of(plan, [i.name for i in captured.inputs]))
-    if not plan.rewritten:
+    if not plan.rewritten and not plan.streams:
         return _unchanged(graph_module, inputs, config, _why_nothing(plan))
     if config.memory.offload != "none":
         _log.warning(
@@ -139,8 +139,16 @@ def _build_all(graph: Graph, inputs: Sequence[Any]) -> None:
     """All variants now: guards that a variant built later would add are not enforced under dynamic shapes."""
     scratch = Session(graph.config, lambda device: sys.maxsize, 0, Notices())
     state = scratch.example_state(graph, inputs)
-    for phase in (Phase.DENSE, Phase.REFRESH, Phase.SPARSE):
-        graph.variants.get(phase, [] if phase is Phase.DENSE else state)
+    graph.variants.original()
+    for phase in variants_of(graph.plan):
+        graph.variants.get(phase, state[: len(state_inputs(graph.plan, phase))])
+
+
+def variants_of(plan: Plan) -> list[Phase]:
+    """The phases that a plan has graphs of its own for."""
+    phases = [Phase.REFRESH, Phase.SPARSE] if plan.rewritten else []
+    dense = [Phase.DENSE] if plan.masks or plan.stores(Phase.DENSE) else []
+    return [*dense, *phases, *([Phase.SKIP] if plan.streams else [])]
 
 
 def _unchanged(graph_module: fx.GraphModule, inputs: Sequence[Any], config: Config, reason: str) -> Callable[..., Any]:

@@ -10,13 +10,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from chipmunk_fx.ops.library import NAMESPACE, REFERENCE, bind
+from chipmunk_fx.kernels import triton
+from chipmunk_fx.ops.library import NAMESPACE, REFERENCE, implementation
 
 
 class Backend(Protocol):
     """A folder beside this file: a module with these two names, and one function for each operator it implements.
 
-    The functions are named like the operators and take their arguments in their order.
+    The functions are named like the operators and take their arguments by name.
     """
 
     name: str
@@ -26,7 +27,7 @@ class Backend(Protocol):
         ...
 
 
-BACKENDS: tuple[Backend, ...] = ()
+BACKENDS: tuple[Backend, ...] = (triton,)
 
 
 def choose(
@@ -34,7 +35,7 @@ def choose(
 ) -> tuple[Callable[..., Tensor], str, tuple[str, ...]]:
     """What runs a call of `op`: the function, the name of its backend, and what those before it said against it.
 
-    arguments: the call's, by name (`chipmunk_fx.ops.library.bind`). The last resort is called "reference".
+    arguments: the call's, by name. The last resort is called "reference".
     """
     refused: list[str] = []
     for backend in backends:
@@ -46,18 +47,11 @@ def choose(
     return REFERENCE[op], "reference", tuple(refused)
 
 
-def _chooser(op: str) -> Callable[..., Tensor]:
-    def run(*args: Any, **kwargs: Any) -> Tensor:
-        return choose(op, bind(op, args, kwargs))[0](*args, **kwargs)
-
-    return run
-
-
 def _register() -> torch.library.Library:
     # kept alive by the module: its implementations vanish with it
     library = torch.library.Library(NAMESPACE, "IMPL")
     for op in REFERENCE:
-        library.impl(op, _chooser(op), "CUDA")
+        library.impl(op, implementation(op, lambda op, arguments: choose(op, arguments)[0]), "CUDA")
     return library
 
 

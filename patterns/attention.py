@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from chipmunk_fx.graph.capture import SDPA_CHOICE
 from chipmunk_fx.graph.language import Call, Found, Var
+from chipmunk_fx.graph.masks import padding_refusal
 from chipmunk_fx.graph.pattern import Accepted, AttentionOperands, Example, Laid, Pattern, Refused
 from chipmunk_fx.graph.walk import roots, shape
 
@@ -40,8 +42,10 @@ def judge(found: Found) -> Accepted | Refused:
     reason = reason or _unsupported(found) or operand_shapes(*operands)
     if reason:
         return Refused(form, reason)
-    scale = found.bound["scale"]
-    return Accepted(form, AttentionOperands(*operands, shape(q)[-1] ** -0.5 if scale is None else float(scale)))
+    scale, mask = found.bound["scale"], found.bound["mask"]
+    scale = shape(q)[-1] ** -0.5 if scale is None else float(scale)
+    sdpa = found.nodes[0].meta.get("custom", {}).get(SDPA_CHOICE, "")
+    return Accepted(form, AttentionOperands(*operands, scale, None, mask, sdpa), mask and padding_refusal(mask))
 
 
 def attention_kind(q: fx.Node, k: fx.Node) -> tuple[str, str | None]:
@@ -61,8 +65,8 @@ def operand_shapes(q: Laid, k: Laid, v: Laid) -> str | None:
     if any(len(o.shape) != 4 for o in (q, k, v)):
         ranks = ", ".join(str(len(o.shape)) for o in (q, k, v))
         return f"operands of rank {ranks}; [batch, heads, tokens, width] is supported"
-    if q.shape[1] != k.shape[1]:
-        return f"grouped heads: {q.shape[1]} query heads on {k.shape[1]} key heads are not supported"
+    if k.shape[1] != v.shape[1] or q.shape[1] % k.shape[1]:
+        return f"{q.shape[1]} query heads on {k.shape[1]} key and {v.shape[1]} value heads are no groups"
     if q.shape[-1] != v.shape[-1]:
         return f"value width {v.shape[-1]} differs from query width {q.shape[-1]}"
     if q.shape[0] != k.shape[0]:
@@ -76,9 +80,6 @@ def _unsupported(found: Found) -> str | None:
     bound = found.bound
     if bound["causal"]:
         return "causal attention"
-    if bound["mask"] is not None:
-        value = bound["mask"].meta["val"]
-        return f"attention mask {tuple(value.shape)} {value.dtype} is not supported"
     if bound["dropout"] != 0:
         return f"dropout_p={bound['dropout']} on attention weights"
     if isinstance(bound["scale"], fx.Node):
@@ -124,6 +125,15 @@ class _ImageQueries(_Joint):
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
+class _Padded(SelfAttention):
+    def __init__(self) -> None:
+        super().__init__(F.scaled_dot_product_attention)
+
+    def forward(self, x: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+        q, k, v = (layer(x).unflatten(-1, (2, 8)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        return self.call(q, k, v, present[:, None, None]).transpose(1, 2).flatten(2)
+
+
 class _Unprojected(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q = x.unflatten(-1, (2, 8)).transpose(1, 2)
@@ -141,28 +151,26 @@ def examples() -> Sequence[Example]:
         Example("scale", lambda: (SelfAttention(lambda q, k, v: sdpa(q, k, v, scale=0.5)), (_x(),))),
         Example("joint", lambda: (_Joint(), (_x(), _x(8)))),
         Example("image queries", lambda: (_ImageQueries(), (_x(), _x(8)))),
+        Example(
+            "grouped heads",
+            lambda: (SelfAttention(lambda q, k, v: sdpa(q, k[:, :1], v[:, :1], enable_gqa=True)), (_x(),)),
+        ),
+        Example("padded keys", lambda: (_Padded(), (_x(), torch.arange(24).expand(1, -1) < 17))),
     ]
 
 
 def near_misses() -> Sequence[Example]:
     sdpa = F.scaled_dot_product_attention
-    mask = torch.ones(1, 1, 24, 24, dtype=torch.bool).tril()
     return [
         Example(
             "causal",
             lambda: (SelfAttention(lambda q, k, v: sdpa(q, k, v, is_causal=True)), (_x(),)),
             "causal attention",
         ),
-        Example("mask", lambda: (SelfAttention(lambda q, k, v: sdpa(q, k, v, mask)), (_x(),)), "attention mask"),
         Example(
             "dropout", lambda: (SelfAttention(lambda q, k, v: sdpa(q, k, v, dropout_p=0.5)), (_x(),)), "dropout_p=0.5"
         ),
         Example("cross", lambda: (SelfAttention(sdpa, 16), (_x(), _x())), "cross attention"),
-        Example(
-            "grouped",
-            lambda: (SelfAttention(lambda q, k, v: sdpa(q, k[:, :1], v[:, :1], enable_gqa=True)), (_x(),)),
-            "grouped heads",
-        ),
         Example("no projection", lambda: (_Unprojected(), (_x(),)), "no linear projection"),
         Example(
             "heads folded into the batch",

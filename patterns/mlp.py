@@ -1,7 +1,7 @@
 """linear -> pointwise -> linear, the feed-forward block of most transformers, plain and gated.
 
-Plain: act(x W1^T + b1) W2^T + b2. Gated (SwiGLU, GEGLU; Shazeer 2020): act(x Wg^T) * (x Wu^T), from two linears or from the
-halves of one.
+Plain: act(x W1^T + b1) W2^T + b2. Gated (SwiGLU, GEGLU; Shazeer 2020): act(x Wg^T) * (x Wu^T). The first product may be
+part of a wider linear, of which the rest goes elsewhere: both branches of a gate, or q, k, v and the MLP in one.
 """
 
 from __future__ import annotations
@@ -11,177 +11,173 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import nn
 
-from chipmunk_fx.graph.language import Call, Expression, Found, Literal, Var
+from chipmunk_fx.graph.calls import dtype
+from chipmunk_fx.graph.language import Call, Expression, Found, Range, Var
 from chipmunk_fx.graph.pattern import Accepted, Example, MlpOperands, Part, Pattern, Refused, open_end
-from chipmunk_fx.graph.walk import rank, shape, strip
-from chipmunk_fx.patterns.activations import activation
+from chipmunk_fx.graph.walk import rank
+from chipmunk_fx.patterns.activations import activation, cast
+from chipmunk_fx.patterns.divided import beside, divided_refusal, kept, rows
+from chipmunk_fx.patterns.linears import first_linear, linear, linear_refusal
+from chipmunk_fx.patterns.modules import (
+    Addmm,
+    Folded,
+    GatedMlp,
+    Hyper,
+    LowRank,
+    Matmul,
+    MixedMlp,
+    Mlp,
+    OneLinearMlp,
+    Pooled,
+    Quantised,
+    Sliced,
+    Unnormed,
+    Written,
+    halves,
+    tokens,
+    weight_normed,
+)
+from chipmunk_fx.patterns.streams import stream_refusal
 
 aten = torch.ops.aten
-
-
-def linear(x: Expression, weight: str, bias: str) -> Call:
-    return Call((aten.linear.default,), {"input": x, "weight": Var(weight), "bias": Var(bias)})
-
-
-def half(inner: Expression, index: int) -> Call:
-    """One half of dimension "dim" (which `mlp_refusal` wants to be the last), by chunk(2)."""
-    two = Literal(lambda value: value == 2, "two chunks")
-    return Call((aten.chunk.default,), {"self": inner, "chunks": two, "dim": Var("dim")}, output=index)
 
 
 def product(a: Expression, b: Expression) -> Call:
     return Call((aten.mul.Tensor,), {"self": a, "other": b}, commutes=("self", "other"))
 
 
-FC1 = linear(Var("x"), "w1", "b1")
-UP = linear(Var("x"), "wu", "bu")
-PLAIN = linear(activation(FC1), "w2", "b2")
-GATED = linear(product(activation(FC1), UP), "w2", "b2")
-GATE_FIRST = linear(product(activation(half(FC1, 0)), half(FC1, 1)), "w2", "b2")
-GATE_LAST = linear(product(activation(half(FC1, 1)), half(FC1, 0)), "w2", "b2")
+GATE = Range("gate", first_linear(Var("x"), "w1", "b1"))
+UP = Range("up", first_linear(Var("x"), "wu", "bu"))
+PLAIN_HIDDEN = activation(GATE)
+GATED_HIDDEN = cast("product", product(activation(GATE), cast("up branch", UP)))
+PLAIN = linear(PLAIN_HIDDEN, "w2", "b2")
+GATED = linear(GATED_HIDDEN, "w2", "b2")
+
+
+def judge(found: Found) -> Accepted | Refused:
+    form = form_of(found)
+    reason = mlp_refusal(found)
+    return Refused(form, reason) if reason else Accepted(form, operands(found))
+
+
+def form_of(found: Found) -> str:
+    """`gelu`, `gated silu` (two linears), `chunked gated silu` (one), `fused gelu` (a linear that makes more)."""
+    bound = found.bound
+    gated = ["gated"] if "wu" in bound else []
+    divided = [] if bound["gate"] is None else ["chunked" if gated else "fused"]
+    return " ".join([*divided, *gated, bound["activation"]])
 
 
 def operands(found: Found) -> MlpOperands:
-    """Operands of a plain MLP or of one gated by two linears."""
+    """Operands of a match that `mlp_refusal` lets pass, the second linear taken whole."""
     bound = found.bound
+    gate, up = bound["gate"], bound.get("up")
+    w1 = rows(bound["w1"], gate)
+    assert w1 is not None
     return MlpOperands(
         x=bound["x"],
-        w1=Part(bound["w1"]),
-        b1=_part(bound["b1"]),
-        wu=_part(bound.get("wu")),
-        bu=_part(bound.get("bu")),
+        w1=w1,
+        b1=rows(bound.get("b1"), gate),
+        wu=rows(bound.get("wu"), up),
+        bu=rows(bound.get("bu"), up),
         w2=Part(bound["w2"]),
-        b2=bound["b2"],
+        b2=bound.get("b2"),
         activation=bound["activation"],
+        kept=kept(found),
     )
 
 
-def halved(gate: int) -> Callable[[Found], MlpOperands]:
-    """Operands of a gated MLP whose two branches are halves of one linear; `gate` is the activated half."""
-
-    def build(found: Found) -> MlpOperands:
-        bound = found.bound
-        width = shape(bound["w1"])[0] // 2
-
-        def rows(node: fx.Node | None, index: int) -> Part | None:
-            return None if node is None else Part(node, 0, index * width, (index + 1) * width)
-
-        w1, wu = rows(bound["w1"], gate), rows(bound["w1"], 1 - gate)
-        b1, bu = rows(bound["b1"], gate), rows(bound["b1"], 1 - gate)
-        assert w1 is not None
-        return MlpOperands(bound["x"], w1, b1, wu, bu, Part(bound["w2"]), bound["b2"], bound["activation"])
-
-    return build
-
-
-def judged(form: str, build: Callable[[Found], MlpOperands]) -> Callable[[Found], Accepted | Refused]:
-    def judge(found: Found) -> Accepted | Refused:
-        name = form.format(**{k: v for k, v in found.bound.items() if isinstance(v, str)})
-        reason = mlp_refusal(found)
-        return Refused(name, reason) if reason else Accepted(name, build(found))
-
-    return judge
-
-
 def mlp_refusal(found: Found) -> str | None:
-    """What all MLP forms need: a token dimension, 2-D weights, one dtype, nothing inside used elsewhere."""
+    """What all MLP forms need: tokens, plain weights, one dtype, branches side by side, nothing inside used elsewhere."""
     bound = found.bound
-    if bound.get("dim", -1) not in (-1, rank(bound["x"]) - 1):
-        return f"divided or joined along dimension {bound['dim']}, not the last"
-    if rank(bound["x"]) < 3:
-        return f"input of rank {rank(bound['x'])} is a conditioning vector; [batch, ..., tokens, width] is supported"
-    if strip(bound["x"]).op == "placeholder":
-        return f"embeds the graph input {strip(bound['x'])}: no block of the stack"
-    for name in ("w1", "wu", "w2"):
-        weight = bound.get(name)
-        if weight is not None and rank(weight) != 2:
-            return f"weight {weight} has rank {rank(weight)}, a matrix is supported"
-    dtypes = {bound[n].meta["val"].dtype for n in ("x", "w1", "wu", "w2") if bound.get(n) is not None}
-    if len(dtypes) > 1 or not all(d.is_floating_point for d in dtypes):
+    reason = linear_refusal(found) or stream_refusal(bound["x"])
+    if reason is None and bound.get("dim", -1) not in (-1, rank(bound["x"]) - 1):
+        reason = f"joined along dimension {bound['dim']}, not the last"
+    return reason or _dtype_refusal(found) or divided_refusal(found) or open_end(found, beside(found))
+
+
+def _dtype_refusal(found: Found) -> str | None:
+    bound = found.bound
+    dtypes = {dtype(bound[n]) for n in ("x", "w1", "wu", "w2") if bound.get(n) is not None}
+    given = dtype(bound["x"])
+    if len(dtypes) > 1 or given is None or not given.is_floating_point:
         return f"mixed or integer dtypes {sorted(map(str, dtypes))}"
-    return open_end(found)
-
-
-def _part(node: fx.Node | None) -> Part | None:
-    return None if node is None else Part(node)
-
-
-class Mlp(nn.Module):
-    """A minimal block for examples: a norm, then `act` between two linears; `leak` also returns the hidden values."""
-
-    def __init__(self, act: Callable[[torch.Tensor], torch.Tensor], out: int = 32, leak: bool = False) -> None:
-        super().__init__()
-        self.norm, self.fc1, self.fc2 = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(out, 16)
-        self.act, self.leak = act, leak
-
-    def forward(self, x: torch.Tensor) -> Any:
-        hidden = self.act(self.fc1(self.norm(x)))
-        return (self.fc2(hidden), hidden) if self.leak else self.fc2(hidden)
-
-
-class _GatedMlp(nn.Module):
-    """`join` takes the two linears and what they read."""
-
-    def __init__(self, join: Callable[..., torch.Tensor]) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(16)
-        self.gate, self.up, self.down = (nn.Linear(16, 16, bias=False) for _ in range(3))
-        self.join = join
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(self.join(self.gate, self.up, self.norm(x)))
-
-
-class _Written(Mlp):
-    """Writes to the input of the first linear before the second one runs."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.norm(x)
-        hidden = F.gelu(self.fc1(x))
-        x.mul_(2)
-        return self.fc2(hidden) + x
-
-
-class _Unnormed(Mlp):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-class _Pooled(Mlp):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.mean(1))
-
-
-def _x() -> tuple[torch.Tensor]:
-    return (torch.randn(2, 24, 16),)
+    for node in found.nodes:
+        if (made := dtype(node)) is not None and torch.promote_types(made, given) != made:
+            return f"{node} rounds to {made} between the linears"
+    return None
 
 
 def plain_examples() -> Sequence[Example]:
     acts = {
         "gelu": F.gelu,
         "gelu-tanh": lambda x: F.gelu(x, approximate="tanh"),
+        "gelu-tanh written out": lambda x: 0.5 * x * (1 + torch.tanh(0.7978845608 * (x + 0.044715 * x**3))),
+        "gelu by erf": lambda x: x * 0.5 * (1 + torch.erf(x / 2**0.5)),
+        "quick gelu": lambda x: x * torch.sigmoid(1.702 * x),
         "silu": F.silu,
+        "silu in place": nn.SiLU(inplace=True),
+        "silu by sigmoid": lambda x: torch.sigmoid(x) * x,
+        "silu in higher precision": lambda x: F.silu(x.double()).to(x.dtype),
         "relu": F.relu,
         "relu squared": lambda x: F.relu(x) ** 2,
-        "dropout in eval": lambda x: F.dropout(F.gelu(x), 0.1, training=False),
+        "square of relu": lambda x: torch.square(F.relu(x)),
+        "relu by relu": lambda x: F.relu(x) * F.relu(x),
+        "sigmoid": torch.sigmoid,
+        "tanh": torch.tanh,
+        "dropout of nothing": lambda x: F.dropout(F.gelu(F.dropout(x, 0.0)), 0.1, training=False),
     }
-    return [Example(name, lambda act=act: (Mlp(act), _x())) for name, act in acts.items()]
+    named = [Example(name, lambda act=act: (Mlp(act), tokens())) for name, act in acts.items()]
+    layouts = {
+        "tokens in a grid": lambda: (Mlp(F.gelu), (torch.randn(1, 4, 6, 16),)),
+        "tokens of all samples in a row": lambda: (Folded(F.gelu), tokens()),
+        "no norm before": lambda: (Unnormed(F.gelu), tokens()),
+        "part of a linear": lambda: (Mlp(lambda h: F.gelu(h[..., :24]), 24), tokens()),
+        "matmul": lambda: (Matmul(F.gelu), tokens()),
+        "addmm": lambda: (Addmm(F.gelu), tokens()),
+        "qkv and MLP in one linear": lambda: (OneLinearMlp(lambda h: h.split([48, 32], -1)), tokens()),
+        "MLP first": lambda: (OneLinearMlp(lambda h: (h[..., 32:], h[..., :32])), tokens()),
+        "weight norm": lambda: (weight_normed(), tokens()),
+        "weight in int8": lambda: (Quantised(F.gelu), tokens()),
+        "slices of a weight": lambda: (Sliced(F.gelu), tokens()),
+    }
+    return named + [Example(name, make) for name, make in layouts.items()]
 
 
 def plain_near_misses() -> Sequence[Example]:
-    return [
-        Example("hidden is returned", lambda: (Mlp(F.gelu, leak=True), _x()), "also used by"),
-        Example("dropout in training", lambda: (Mlp(lambda x: F.dropout(F.gelu(x), 0.5)), _x())),
-        Example("hidden is written to", lambda: (Mlp(lambda x: F.gelu(x).mul_(2)), _x())),
-        Example("input is written to", lambda: (_Written(F.gelu), _x()), "writes in place"),
-        Example("softmax between", lambda: (Mlp(lambda x: x.softmax(-1)), _x())),
-        Example("unknown scale", lambda: (Mlp(lambda x: F.gelu(x) * 1.5), _x()), "saw 1.5"),
-        Example("cubed", lambda: (Mlp(lambda x: F.relu(x) ** 3), _x()), "wanted exponent 2, saw 3"),
-        Example("graph input", lambda: (_Unnormed(F.gelu), _x()), "embeds the graph input"),
-        Example("one row", lambda: (_Pooled(F.gelu), _x()), "conditioning vector"),
-    ]
+    acts: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str | None]] = {
+        "dropout in training": (lambda x: F.dropout(F.gelu(x), 0.5), "saw gelu, dropout 0.5"),
+        "hidden is written to": (lambda x: F.gelu(x).mul_(2), "saw gelu, mul_ 2"),
+        "softmax between": (lambda x: x.softmax(-1), None),
+        "unknown scale": (lambda x: F.gelu(x) * 1.5, "saw gelu, mul 1.5"),
+        "cubed": (lambda x: F.relu(x) ** 3, "saw relu, pow 3"),
+        "cut off": (lambda x: F.gelu(x).clamp(max=3), "saw gelu, clamp 3"),
+        "no activation": (lambda x: x, None),
+        "rounded": (lambda x: F.gelu(x.bfloat16()).float(), "rounds to torch.bfloat16"),
+        "scaled by a tensor": (lambda x: F.gelu(x) * torch.arange(32), None),
+    }
+    named = [Example(name, lambda act=act: (Mlp(act), tokens()), why) for name, (act, why) in acts.items()]
+    whole = {
+        "hidden is returned": (lambda: (Mlp(F.gelu, leak=True), tokens()), "also used by"),
+        "input is written to": (lambda: (Written(F.gelu), tokens()), "writes in place"),
+        "one row": (lambda: (Pooled(F.gelu), tokens()), "conditioning vector"),
+        "one token": (lambda: (Mlp(F.gelu), (torch.randn(3, 1, 16),)), "one row a sample"),
+        "in the middle of a linear": (
+            lambda: (OneLinearMlp(lambda h: (torch.cat([h[..., :24], h[..., 56:]], -1), h[..., 24:56])), tokens()),
+            "in the middle",
+        ),
+        "columns of another": (lambda: (OneLinearMlp(lambda h: (h[..., :48], h[..., 40:72])), tokens()), "reads too"),
+        "all of a linear elsewhere": (
+            lambda: (OneLinearMlp(lambda h: (h.sin()[..., :48], h[..., 48:])), tokens()),
+            "also used",
+        ),
+        "low-rank update": (lambda: (LowRank(F.gelu), tokens()), "LoRA"),
+        "weight of the input": (lambda: (Hyper(F.gelu), tokens()), "may change from step to step"),
+        "another precision": (lambda: (MixedMlp(F.gelu), tokens()), "mixed or integer dtypes"),
+    }
+    return named + [Example(name, make, why) for name, (make, why) in whole.items()]
 
 
 def gated_examples() -> Sequence[Example]:
@@ -189,62 +185,64 @@ def gated_examples() -> Sequence[Example]:
         "swiglu": lambda gate, up, x: F.silu(gate(x)) * up(x),
         "gate on the right": lambda gate, up, x: up(x) * F.silu(gate(x)),
         "geglu": lambda gate, up, x: F.gelu(gate(x)) * up(x),
+        "glu": lambda gate, up, x: torch.sigmoid(gate(x)) * up(x),
+        "in higher precision": lambda gate, up, x: (F.silu(gate(x).double()) * up(x).double()).to(x.dtype),
+        "gate in higher precision": lambda gate, up, x: F.silu(gate(x).double()).to(x.dtype) * up(x),
     }
-    return [Example(name, lambda join=join: (_GatedMlp(join), _x())) for name, join in joins.items()]
-
-
-def gated_near_misses() -> Sequence[Example]:
-    joins: dict[str, tuple[Callable[..., torch.Tensor], str]] = {
-        "branches of two inputs": (lambda gate, up, x: F.silu(gate(x)) * up(x.flip(1)), "the same x as before"),
-        "both activated": (lambda gate, up, x: F.silu(gate(x)) * F.silu(up(x)), "saw aten.silu.default"),
+    divisions: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "gate first": halves(lambda a, b: F.gelu(a) * b),
+        "gate last": halves(lambda a, b: a * F.gelu(b)),
+        "split": lambda h: F.silu(h.split(16, -1)[0]) * h.split(16, -1)[1],
+        "split with sizes": lambda h: F.silu(h.split([16, 16], -1)[1]) * h.split([16, 16], -1)[0],
+        "slices": lambda h: F.silu(h[..., :16]) * h[..., 16:],
+        "unbind": lambda h: F.silu(h.unflatten(-1, (2, 16)).unbind(-2)[0]) * h.unflatten(-1, (2, 16)).unbind(-2)[1],
+        "select": lambda h: (
+            F.silu(h.reshape(*h.shape[:-1], 2, 16)[..., 0, :]) * h.reshape(*h.shape[:-1], 2, 16)[..., 1, :]
+        ),
     }
-    return [Example(name, lambda join=join: (_GatedMlp(join), _x()), why) for name, (join, why) in joins.items()]
-
-
-def _halves(join: Callable[..., torch.Tensor], dim: int = -1) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda x: join(*x.chunk(2, dim=dim))
-
-
-def _first(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return F.gelu(a) * b
-
-
-def _last(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return a * F.gelu(b)
-
-
-def halves_near_misses(join: Callable[..., torch.Tensor]) -> Sequence[Example]:
-    x = torch.randn(1, 4, 6, 16)
+    grid = lambda: (Mlp(halves(lambda a, b: a * F.gelu(b), 3), 16), (torch.randn(1, 4, 6, 16),))  # noqa: E731
     return [
-        Example("divided over tokens", lambda: (Mlp(_halves(join, 1)), _x()), "along dimension 1"),
-        Example("divided over a grid", lambda: (Mlp(_halves(join, 2)), (x,)), "along dimension 2"),
-        Example("one half twice", lambda: (Mlp(_halves(lambda a, b: join(a, a) + b), 16), _x())),
-        Example("three parts", lambda: (Mlp(lambda x: join(*x[..., :30].chunk(3, -1)[:2]), 10), _x())),
+        *(Example(name, lambda join=join: (GatedMlp(join), tokens())) for name, join in joins.items()),
+        *(Example(name, lambda act=act: (Mlp(act, 16), tokens())) for name, act in divisions.items()),
+        Example("tokens in a grid", grid),
+        Example(
+            "qkv and gated MLP in one linear",
+            lambda: (OneLinearMlp(lambda h: h.split([48, 32], -1), halved=True), tokens()),
+        ),
     ]
 
 
-MLP = Pattern("mlp", "mlp", PLAIN, judged("{activation}", operands), plain_examples, plain_near_misses, begins=3)
-GATED_MLP = Pattern(
-    "gated mlp", "mlp", GATED, judged("gated {activation}", operands), gated_examples, gated_near_misses, begins=4
-)
-GATE_FIRST_MLP = Pattern(
-    "gated mlp, gate in the first half",
-    "mlp",
-    GATE_FIRST,
-    judged("chunked gated {activation}", halved(0)),
-    lambda: [Example("gate first", lambda: (Mlp(_halves(_first), out=16), _x()))],
-    lambda: halves_near_misses(_first),
-    begins=4,
-)
-GATE_LAST_MLP = Pattern(
-    "gated mlp, gate in the second half",
-    "mlp",
-    GATE_LAST,
-    judged("chunked gated {activation}", halved(1)),
-    lambda: [
-        Example("gate last", lambda: (Mlp(_halves(_last), out=16), _x())),
-        Example("tokens in a grid", lambda: (Mlp(_halves(_last, 3), out=16), (torch.randn(1, 4, 6, 16),))),
-    ],
-    lambda: halves_near_misses(_last),
-    begins=4,
-)
+def gated_near_misses() -> Sequence[Example]:
+    joins: dict[str, tuple[Callable[..., Any], str | None]] = {
+        "branches of two inputs": (lambda gate, up, x: F.silu(gate(x)) * up(x.flip(1)), "the same x as before"),
+        "both activated": (lambda gate, up, x: F.silu(gate(x)) * F.silu(up(x)), "saw silu"),
+        "one branch twice": (lambda gate, up, x: F.silu(gate(x)) * gate(x), "both branches read"),
+        "branch also used": (lambda gate, up, x: (F.silu(gate(x)) * (h := up(x)), h), "also used by"),
+        "sum of branches": (lambda gate, up, x: F.silu(gate(x)) + up(x), None),
+    }
+    divisions: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], int, str]] = {
+        "divided over tokens": (
+            halves(lambda a, b: F.gelu(a) * b, 1),
+            32,
+            "wanted aten.linear.default, saw <built-in function getitem>",
+        ),
+        "one half twice": (halves(lambda a, b: F.gelu(a) * a), 16, "both branches read"),
+        "overlapping": (lambda h: F.silu(h[..., :20]) * h[..., 12:], 20, "both branches read"),
+        "every other column": (lambda h: F.silu(h[..., ::2]) * h[..., 1::2], 16, "saw aten.slice.Tensor"),
+        "pairs side by side": (lambda h: F.silu(_pairs(h)[..., 0]) * _pairs(h)[..., 1], 16, "saw aten.select.int"),
+    }
+    return [
+        *(Example(name, lambda join=join: (GatedMlp(join), tokens()), why) for name, (join, why) in joins.items()),
+        *(
+            Example(name, lambda act=act, width=width: (Mlp(act, width), tokens()), why)
+            for name, (act, width, why) in divisions.items()
+        ),
+    ]
+
+
+def _pairs(hidden: torch.Tensor) -> torch.Tensor:
+    return hidden.unflatten(-1, (16, 2))
+
+
+MLP = Pattern("mlp", "mlp", PLAIN, judge, plain_examples, plain_near_misses, begins=3)
+GATED_MLP = Pattern("gated mlp", "mlp", GATED, judge, gated_examples, gated_near_misses, begins=3)

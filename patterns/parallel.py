@@ -6,35 +6,29 @@ linear(cat([a, h]), W, b) = linear(a, W[:, :A], b) + h W[:, A:]^T, so that the M
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from chipmunk_fx.graph.language import Among, Call, Found, Var
-from chipmunk_fx.graph.pattern import Accepted, Beside, Example, MlpOperands, Part, Pattern, Refused
+from chipmunk_fx.graph.language import Among, Call, Expression, Found, OneOf, Var
+from chipmunk_fx.graph.pattern import Accepted, Beside, Example, Part, Pattern, Refused
 from chipmunk_fx.graph.walk import rank, shape
-from chipmunk_fx.patterns.activations import activation
-from chipmunk_fx.patterns.mlp import linear, mlp_refusal
+from chipmunk_fx.patterns.linears import linear
+from chipmunk_fx.patterns.mlp import GATED_HIDDEN, PLAIN_HIDDEN, form_of, mlp_refusal, operands
 
 aten = torch.ops.aten
 
-FUSED = linear(
-    Call(
-        (aten.cat.default,),
-        {
-            "tensors": Among(activation(linear(Var("x"), "w1", "b1")), "index", "others"),
-            "dim": Var("dim"),
-        },
-    ),
-    "w2",
-    "b2",
-)
+
+def joined(hidden: Expression) -> OneOf:
+    parts = Among(hidden, "index", "others")
+    return linear(Call((aten.cat.default,), {"tensors": parts, "dim": Var("dim")}), "w2", "b2")
 
 
 def judge(found: Found) -> Accepted | Refused:
     bound = found.bound
-    form = f"parallel {bound['activation']}"
+    form = f"parallel {form_of(found)}"
     others, index, total = bound["others"], bound["index"], shape(bound["w2"])[1]
     if not others:
         return Refused(form, "nothing beside the hidden values is concatenated")
@@ -44,15 +38,24 @@ def judge(found: Found) -> Accepted | Refused:
         return Refused(form, reason)
     if any(rank(part) != rank(bound["x"]) for part in others):
         return Refused(form, "parts of different rank are concatenated")
-    hidden = shape(bound["w1"])[0]
-    start = 0 if index == 0 else total - hidden
-    rest = (hidden, total) if index == 0 else (0, total - hidden)
-    beside = Beside(tuple(others), Part(bound["w2"], 1, *rest), bound["b2"])
-    b1 = None if bound["b1"] is None else Part(bound["b1"])
-    w2 = Part(bound["w2"], 1, start, start + hidden)
-    return Accepted(
-        form, MlpOperands(bound["x"], Part(bound["w1"]), b1, None, None, w2, None, bound["activation"], beside)
-    )
+    whole = operands(found)
+    width = shape(bound["w1"])[0] if whole.w1.dim is None else whole.w1.stop - whole.w1.start
+    mlp, rest = ((0, width), (width, total)) if index == 0 else ((total - width, total), (0, total - width))
+    beside = Beside(tuple(others), Part(bound["w2"], 1, *rest), whole.b2)
+    return Accepted(form, replace(whole, w2=Part(bound["w2"], 1, *mlp), b2=None, beside=beside))
+
+
+class _OneLinear(nn.Module):
+    """q, k, v (here one branch, 32 columns) and a gated MLP (32) from one linear, and one linear over both results."""
+
+    def __init__(self, join: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.norm, self.first, self.out, self.join = nn.LayerNorm(16), nn.Linear(16, 64), nn.Linear(48, 16), join
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        side, hidden = self.first(self.norm(x)).split([32, 32], dim=-1)
+        a, b = hidden.chunk(2, dim=-1)
+        return self.out(self.join(side.sin(), a, b))
 
 
 class _Parallel(nn.Module):
@@ -111,4 +114,29 @@ def near_misses() -> Sequence[Example]:
     ]
 
 
-PARALLEL_MLP = Pattern("parallel mlp", "mlp", FUSED, judge, examples, near_misses, begins=3)
+def gated_examples() -> Sequence[Example]:
+    joins: dict[str, Callable[..., torch.Tensor]] = {
+        "hidden last": lambda side, a, b: torch.cat([side, F.silu(a) * b], -1),
+        "hidden first": lambda side, a, b: torch.cat([a * F.silu(b), side], 2),
+    }
+    return [Example(name, lambda join=join: (_OneLinear(join), _x())) for name, join in joins.items()]
+
+
+def gated_near_misses() -> Sequence[Example]:
+    def leaking(side: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.cat([side[..., :16] + b, a, F.silu(a) * b], -1)
+
+    return [
+        Example("a branch also used", lambda: (_OneLinear(leaking), _x()), "also used by"),
+        Example(
+            "both activated",
+            lambda: (_OneLinear(lambda side, a, b: torch.cat([side, F.silu(a) * F.silu(b)], -1)), _x()),
+            "saw silu",
+        ),
+    ]
+
+
+PARALLEL_MLP = Pattern("parallel mlp", "mlp", joined(PLAIN_HIDDEN), judge, examples, near_misses, begins=3)
+PARALLEL_GATED_MLP = Pattern(
+    "parallel gated mlp", "mlp", joined(GATED_HIDDEN), judge, gated_examples, gated_near_misses, begins=4
+)

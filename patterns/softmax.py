@@ -1,103 +1,146 @@
-"""Attention written out: softmax(scale * q k^T) v through matmul or einsum, softmax in any precision.
+"""Attention written out: softmax(scale * q k^T) v through matmul, bmm, baddbmm or einsum, softmax in any precision.
 
-A scale before the product stays with q; one after it becomes the op's.
+Each product is read as an einsum; which letters stand for heads, rows, keys and widths follows from the two together. A
+scale on q or k stays with it; one on the scores becomes the op's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import fx
+import torch.nn.functional as F
+from torch import fx, nn
 
+from chipmunk_fx.graph.calls import dtype
 from chipmunk_fx.graph.language import Call, Each, Expression, Found, Literal, OneOf, Var
 from chipmunk_fx.graph.pattern import Accepted, AttentionOperands, Example, Laid, Pattern, Refused, open_end
 from chipmunk_fx.graph.walk import rank
+from chipmunk_fx.patterns.activations import cast
 from chipmunk_fx.patterns.attention import SelfAttention, attention_kind, operand_shapes
 
 aten = torch.ops.aten
 
-
-def cast(name: str, inner: Expression) -> OneOf:
-    """`inner`, or a cast of it: the op computes softmax in fp32 whatever the model writes."""
-    anything = Literal(lambda value: not isinstance(value, fx.Node), "a constant")
-    to = {"self": inner, "dtype": anything, "non_blocking": anything, "copy": anything, "memory_format": anything}
-    return OneOf(name, {"as it is": inner, "cast": Call((aten.to.dtype,), to)})
+_EMPTY = (aten.empty.memory_format, aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default)
 
 
-def weights(scores: Expression) -> Expression:
-    """softmax over the last dimension of `scores`, scaled or not, cast or not."""
-    number = Var("factor")
-    scaled = OneOf(
+def products(name: str, first: Expression, second: Expression) -> dict[str, Expression]:
+    """first times second; the equation of an einsum is bound to "{name} equation"."""
+    return {
+        "matmul": Call((aten.matmul.default,), {"self": first, "other": second}),
+        "bmm": Call((aten.bmm.default,), {"self": first, "mat2": second}),
+        "einsum": Call((aten.einsum.default,), {"equation": Var(f"{name} equation"), "tensors": Each((first, second))}),
+    }
+
+
+def scores(q: Expression, k: Expression) -> OneOf:
+    """q k^T, scaled in the same op or after it, or not."""
+    added = {"self": Var("added"), "batch1": q, "batch2": k, "beta": Var("beta"), "alpha": Var("alpha")}
+    plain = OneOf("scores by", {**products("scores", q, k), "baddbmm": Call((aten.baddbmm.default,), added)})
+    scaled = {"self": cast("scores", plain), "other": Var("factor")}
+    return OneOf(
         "scaling",
         {
-            "none": scores,
-            "times": Call((aten.mul.Tensor, aten.mul.Scalar), {"self": scores, "other": number}),
-            "over": Call((aten.div.Tensor, aten.div.Scalar), {"self": scores, "other": number}),
+            "times": Call((aten.mul.Tensor, aten.mul.Scalar), scaled),
+            "over": Call((aten.div.Tensor, aten.div.Scalar), scaled),
+            "none": plain,
         },
     )
-    last = Literal(lambda value: value in (-1, 3), "softmax over the last dimension (keys)")
-    softmax = {"self": cast("before", scaled), "dim": last, "dtype": Var("softmax_dtype")}
-    return cast("after", Call((aten.softmax.int,), softmax))
 
 
-MATMUL = Call(
-    (aten.matmul.default,),
-    {"self": weights(Call((aten.matmul.default,), {"self": Var("q"), "other": Var("kt")})), "other": Var("v")},
-)
+def weights(scores: Expression) -> OneOf:
+    """softmax over the last dimension; casts, and dropouts that drop nothing, may stand before and after."""
+    last = Literal(lambda value: value in (-1, 2, 3), "softmax over the last dimension (keys)")
+    softmax = {"self": cast("scaled", scores), "dim": last, "dtype": Var("softmax dtype")}
+    return cast("weights", Call((aten.softmax.int,), softmax))
 
 
-def einsum(equation: str, first: Expression, second: Expression) -> Call:
-    return Call((aten.einsum.default,), {"equation": Var(equation), "tensors": Each((first, second))})
+EXPRESSION = OneOf("mix by", products("mix", weights(scores(Var("q"), Var("k"))), Var("v")))
 
 
-EINSUM = einsum("mix", weights(einsum("scores", Var("q"), Var("k"))), Var("v"))
-
-
-def judge_matmul(found: Found) -> Accepted | Refused:
+def judge(found: Found) -> Accepted | Refused:
     bound = found.bound
-    if any(rank(bound[name]) != 4 for name in ("q", "kt", "v")):
-        return Refused("explicit", "operands are not [batch, heads, tokens, width]")
-    return _judge(found, Laid(bound["q"]), Laid(bound["kt"], (0, 1, 3, 2)), Laid(bound["v"]), None)
-
-
-def judge_einsum(found: Found) -> Accepted | Refused:
-    bound = found.bound
-    layout = einsum_layout(bound["scores"], bound["mix"])
+    ranks = [rank(bound[name]) for name in "qkv"]
+    softmax = next(n for n in found.nodes if n.target is aten.softmax.int)
+    if len(set(ranks)) > 1 or ranks[0] not in (3, 4) or bound_dim(softmax) != ranks[0] - 1:
+        return Refused("explicit", f"operands of rank {', '.join(map(str, ranks))}; {_SUPPORTED}")
+    equations = _equation(bound, "scores", ranks[0]), _equation(bound, "mix", ranks[0])
+    layout = layout_of(*equations)
     if layout is None:
-        return Refused("explicit", f"einsum {bound['scores']} then {bound['mix']} is no attention over 4 letters")
-    q, k, v, out = layout
-    return _judge(found, Laid(bound["q"], q), Laid(bound["k"], k), Laid(bound["v"], v), out)
+        return Refused("explicit", f"{equations[0]} then {equations[1]} is no attention")
+    q, k, v = (Laid(bound[name], dims) for name, dims in zip("qkv", (layout.q, layout.k, layout.v), strict=True))
+    form, reason = attention_kind(q.node, k.node)
+    scale, problem = _scale(found)
+    reason = reason or problem or operand_shapes(q, k, v) or _rounding(found) or open_end(found)
+    return Refused(form, reason) if reason else Accepted(form, AttentionOperands(q, k, v, scale, layout.out))
 
 
-def einsum_layout(scores: str, mix: str) -> tuple[tuple[int, ...], ...] | None:
-    """Permutations of q, k, v to [B,H,*,D] and of [B,H,N,D] to the result, of two einsum equations; None if they do not fit.
+_SUPPORTED = "[batch, heads, tokens, width] and [heads, tokens, width] are supported"
 
-    >>> einsum_layout("bnhd,bmhd->bhnm", "bhnm,bmhd->bnhd")
-    ((0, 2, 1, 3), (0, 2, 1, 3), (0, 2, 1, 3), (0, 2, 1, 3))
+
+@dataclass(frozen=True)
+class Layout:
+    """Permutations of q, k and v to [B, H, tokens, width] (None: a dimension of size 1), and of [B, H, N, D] to the result.
+
+    Where there is one batch letter, all heads are taken for those of one sample, and `out` leaves dimension 0 away.
+    """
+
+    q: tuple[int | None, ...]
+    k: tuple[int | None, ...]
+    v: tuple[int | None, ...]
+    out: tuple[int, ...]
+
+
+def layout_of(scores: str, mix: str) -> Layout | None:
+    """Of the two einsum equations; None if they are no attention.
+
+    >>> layout_of("bnhd,bmhd->bhnm", "bhnm,bmhd->bnhd")
+    Layout(q=(0, 2, 1, 3), k=(0, 2, 1, 3), v=(0, 2, 1, 3), out=(0, 2, 1, 3))
+    >>> layout_of("hnd,hdm->hnm", "hnm,hmd->hnd")
+    Layout(q=(None, 0, 1, 2), k=(None, 0, 2, 1), v=(None, 0, 1, 2), out=(1, 2, 3))
     """
     (qs, ks, ss), (ws, vs, os) = (_terms(e) for e in (scores, mix))
-    if any(len(set(t)) != 4 or len(t) != 4 for t in (qs, ks, ss, ws, vs, os)):
+    if any(len(set(t)) != len(t) or len(t) != len(qs) for t in (qs, ks, ss, ws, vs, os)):
         return None
     batch = [letter for letter in ss if letter in qs and letter in ks]
     rows = [letter for letter in ss if letter in qs and letter not in ks]
     keys = [letter for letter in ss if letter in ks and letter not in qs]
     width = [letter for letter in qs if letter in ks and letter not in ss]
-    if [len(x) for x in (batch, rows, keys, width)] != [2, 1, 1, 1] or ss[-1] != keys[0]:
+    if [len(x) for x in (batch, rows, keys, width)] != [len(qs) - 2, 1, 1, 1] or ss[-1] != keys[0]:
         return None
     # The second equation may use other letters: they are read off the weights' place by place.
     same = dict(zip(ws, ss, strict=True))
-    vs, os = ([same.get(letter, letter) for letter in term] for term in (vs, os))
-    features = [letter for letter in vs if letter not in (*batch, *keys)]
-    if len(features) != 1 or sorted(os) != sorted([*batch, *rows, *features]) or features[0] in ss:
-        return None
+    vs, os = ([same.get(letter, f"{letter}'") for letter in term] for term in (vs, os))
+    features = [letter for letter in vs if letter not in ss]
     wanted = [*batch, *rows, *features]
-    return (
-        tuple(qs.index(x) for x in (*batch, *rows, *width)),
-        tuple(ks.index(x) for x in (*batch, *keys, *width)),
-        tuple(vs.index(x) for x in (*batch, *keys, *features)),
-        tuple(wanted.index(x) for x in os),
+    if len(features) != 1 or sorted(vs) != sorted([*batch, *keys, *features]) or sorted(os) != sorted(wanted):
+        return None
+    absent = 4 - len(qs)
+    return Layout(
+        *(
+            (*[None] * absent, *(term.index(x) for x in (*batch, *places)))
+            for term, places in ((qs, rows + width), (ks, keys + width), (vs, keys + features))
+        ),
+        tuple(wanted.index(x) + absent for x in os),
     )
+
+
+def bound_dim(softmax: fx.Node) -> int:
+    dim = softmax.args[1]
+    assert isinstance(dim, int)
+    return dim % rank(softmax)
+
+
+def _equation(bound: Mapping[str, object], name: str, rank: int) -> str:
+    """The einsum equation of a product; dots become letters."""
+    heads = "ABCD"[: rank - 2]
+    if bound[f"{name} by"] != "einsum":
+        return f"{heads}ik,{heads}kj->{heads}ij"
+    terms = _terms(str(bound[f"{name} equation"]))
+    dots = "ABCD"[: rank - len(terms[0].replace("...", ""))]
+    left, right, result = (term.replace("...", dots) for term in terms)
+    return f"{left},{right}->{result}"
 
 
 def _terms(equation: str) -> list[str]:
@@ -106,83 +149,137 @@ def _terms(equation: str) -> list[str]:
     return terms if len(terms) == 3 else ["", "", ""]
 
 
-def _judge(found: Found, q: Laid, k: Laid, v: Laid, out: tuple[int, ...] | None) -> Accepted | Refused:
-    form, reason = attention_kind(q.node, k.node)
-    scale, problem = _scale(found)
-    reason = reason or problem or operand_shapes(q, k, v) or open_end(found)
-    return Refused(form, reason) if reason else Accepted(form, AttentionOperands(q, k, v, scale, out))
-
-
 def _scale(found: Found) -> tuple[float, str | None]:
-    kind, factor = found.bound["scaling"], found.bound.get("factor")
-    if kind == "none":
-        return 1.0, None
+    bound = found.bound
+    scale = 1.0
+    if bound["scores by"] == "baddbmm":
+        if bound["beta"] != 0 and bound["added"].target not in (_EMPTY[1:]):
+            return scale, f"{bound['added']} is added to the scores"
+        scale = float(bound["alpha"])
+    if bound["scaling"] == "none":
+        return scale, None
+    factor = bound["factor"]
     if not isinstance(factor, (int, float)):
-        return 1.0, "scale is computed in the graph, not a constant"
-    return (float(factor) if kind == "times" else 1.0 / float(factor)), None
+        return scale, "scale is computed in the graph, not a constant"
+    return scale * (float(factor) if bound["scaling"] == "times" else 1.0 / float(factor)), None
 
 
-def _matmul(scale: float, after: bool = True, dim: int = -1):
+def _rounding(found: Found) -> str | None:
+    given = dtype(found.bound["q"])
+    assert given is not None
+    for node in found.nodes:
+        if (made := dtype(node)) is not None and torch.promote_types(made, given) != made:
+            return f"{node} rounds to {made} between the products"
+    return None
+
+
+class _Module(nn.Module):
+    """torch.nn.MultiheadAttention, asked for its weights; they are returned where `leak`."""
+
+    def __init__(self, leak: bool = False) -> None:
+        super().__init__()
+        self.inner, self.leak = nn.MultiheadAttention(16, 2, batch_first=True).eval(), leak
+
+    def forward(self, x: torch.Tensor) -> object:
+        out, shares = self.inner(x, x, x, need_weights=True)
+        return (out, shares) if self.leak else out
+
+
+def _matmul(scale: float | torch.Tensor, dim: int = -1):
+    return lambda q, k, v: ((q @ k.transpose(-2, -1)) * scale).softmax(dim=dim) @ v
+
+
+def _folded(attend):
+    """`attend` over operands [batch * heads, tokens, width]."""
+
     def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        scores = (q @ k.transpose(-2, -1)) * scale if after else (q * scale) @ k.transpose(-2, -1)
-        return scores.softmax(dim=dim) @ v
+        return attend(*(t.reshape(-1, *t.shape[-2:]) for t in (q, k, v))).view(*q.shape)
 
     return call
 
 
-def _einsum_call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    scores = torch.einsum("bhnd,bhmd->bhnm", q, k) / 8**0.5
-    return torch.einsum("bhnm,bhmd->bnhd", scores.softmax(-1), v).transpose(1, 2)
+def _baddbmm(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    nothing = torch.empty(*q.shape[:2], k.shape[1])
+    return torch.bmm(torch.baddbmm(nothing, q, k.mT, beta=0, alpha=0.4).softmax(-1), v)
 
 
-def _upcast(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    scores = ((q @ k.transpose(-2, -1)) * 8**-0.5).double()
-    return scores.softmax(dim=-1).to(q.dtype) @ v
+def _einsum(scores: str, mix: str, laid=lambda t: t):
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        shares = (torch.einsum(scores, laid(q), laid(k)) / 8**0.5).softmax(-1)
+        return laid(torch.einsum(mix, shares, laid(v)))
+
+    return call
 
 
-def _leaking(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    shares = (q @ k.transpose(-2, -1)).softmax(dim=-1)
-    return shares @ v + shares.sum(-1, keepdim=True)
+def _half(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return F.softmax(q @ k.mT * 8**-0.5, -1, dtype=torch.float32).to(torch.bfloat16).to(q.dtype) @ v
 
 
 def _x() -> tuple[torch.Tensor]:
-    return (torch.randn(1, 24, 16),)
+    return (torch.randn(2, 24, 16),)
 
 
-def matmul_examples() -> Sequence[Example]:
+def examples() -> Sequence[Example]:
+    calls = {
+        "scale after": _matmul(0.5),
+        "scale before": lambda q, k, v: ((q * 0.5) @ k.mT).softmax(-1) @ v,
+        "scale on both": lambda q, k, v: ((q * 0.6) @ (k * 0.6).transpose(-1, -2)).softmax(-1) @ v,
+        "division": lambda q, k, v: (q @ k.mT / 2).softmax(3) @ v,
+        "softmax in higher precision": lambda q, k, v: (q @ k.mT).double().mul(0.3).softmax(-1).to(q.dtype) @ v,
+        "softmax to a dtype": lambda q, k, v: F.softmax(q @ k.mT, -1, dtype=torch.float64).type_as(v) @ v,
+        "dropout of nothing": lambda q, k, v: F.dropout((q @ k.mT).softmax(-1), 0.1, training=False) @ v,
+        "bmm": _folded(lambda q, k, v: torch.bmm(torch.bmm(q, k.mT).mul(0.3).softmax(-1), v)),
+        "heads in the batch": _folded(_matmul(0.3)),
+        "baddbmm": _folded(_baddbmm),
+        "einsum": _einsum("bhnd,bhmd->bhnm", "bhnm,bhmd->bhnd"),
+        "einsum, heads last": _einsum("bnhd, bmhd -> bhnm", "bhnm, bmhd -> bnhd", lambda t: t.transpose(1, 2)),
+        "einsum, other letters": _einsum("bhid,bhjd->bhij", "bhqk,bhkc->bhqc"),
+        "einsum, heads in the batch": _folded(_einsum("bid,bjd->bij", "bij,bjd->bid")),
+        "einsum with dots": _einsum("...id,...jd->...ij", "...ij,...jd->...id"),
+        "einsum, then matmul": lambda q, k, v: torch.einsum("bhid,bhjd->bhij", q, k).softmax(-1) @ v,
+    }
     return [
-        Example("scale after", lambda: (SelfAttention(_matmul(0.5)), _x())),
-        Example("scale before", lambda: (SelfAttention(_matmul(0.5, after=False)), _x())),
-        Example("softmax in higher precision", lambda: (SelfAttention(_upcast), _x())),
+        *(Example(name, lambda call=call: (SelfAttention(call), _x())) for name, call in calls.items()),
+        Example("nn.MultiheadAttention", lambda: (_Module(), _x())),
     ]
 
 
-def matmul_near_misses() -> Sequence[Example]:
-    def biased(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        scores = q @ k.transpose(-2, -1) + torch.ones(24, 24).tril()
-        return scores.softmax(dim=-1) @ v
+def near_misses() -> Sequence[Example]:
+    def leaking(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        shares = (q @ k.mT).softmax(dim=-1)
+        return shares @ v + shares.sum(-1, keepdim=True)
 
-    return [
-        Example(
-            "softmax over rows", lambda: (SelfAttention(_matmul(1.0, dim=-2)), _x()), "softmax over the last dimension"
+    def written(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        shares = (q @ k.mT).softmax(-1)
+        q.mul_(2)
+        return shares @ v + q
+
+    calls = {
+        "softmax over rows": (_matmul(1.0, dim=-2), "softmax over the last dimension"),
+        "softmax over heads": (_matmul(1.0, dim=1), "softmax over the last dimension"),
+        "scale is a tensor": (_matmul(torch.tensor(0.3)), "scale is computed in the graph"),
+        "scale of the input": (lambda q, k, v: (q @ k.mT * q.mean()).softmax(-1) @ v, "scale is computed in the graph"),
+        "mask added": (lambda q, k, v: (q @ k.mT + torch.ones(24, 24).tril()).softmax(-1) @ v, "aten.add.Tensor"),
+        "dropout in training": (lambda q, k, v: F.dropout((q @ k.mT).softmax(-1), 0.5) @ v, "dropout"),
+        "weights also used": (leaking, "also used by"),
+        "operand is written to": (written, "writes in place"),
+        "rounded": (_half, "rounds to torch.bfloat16"),
+        "softmax over queries": (_einsum("bhnd,bhmd->bhmn", "bhmn,bhmd->bhnd"), "is no attention"),
+        "sum over keys": (_einsum("bhnd,bhmd->bhnm", "bhnm,bhmd->bhmd"), "is no attention"),
+        "scores added": (
+            _folded(lambda q, k, v: torch.baddbmm(torch.ones(1, 24, 24).triu(), q, k.mT).softmax(-1) @ v),
+            "is added to the scores",
         ),
-        Example("mask added", lambda: (SelfAttention(biased), _x()), "aten.add.Tensor"),
-        Example("weights also used", lambda: (SelfAttention(_leaking), _x()), "also used by"),
+        "one head without a batch": (
+            lambda q, k, v: _matmul(1.0)(q[0, 0], k[0, 0], v[0, 0])[None, None],
+            "operands of rank 2",
+        ),
+    }
+    return [
+        *(Example(name, lambda call=call: (SelfAttention(call), _x()), why) for name, (call, why) in calls.items()),
         Example("cross", lambda: (SelfAttention(_matmul(1.0), 16), (*_x(), *_x())), "cross attention"),
+        Example("weights are returned", lambda: (_Module(leak=True), _x()), "also used by"),
     ]
 
 
-def einsum_examples() -> Sequence[Example]:
-    return [Example("einsum", lambda: (SelfAttention(_einsum_call), _x()))]
-
-
-def einsum_near_misses() -> Sequence[Example]:
-    def crossed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        shares = torch.einsum("bhnd,bhmd->bhmn", q, k).softmax(-1)  # over queries, not keys
-        return torch.einsum("bhmn,bhmd->bhnd", shares, v)
-
-    return [Example("softmax over queries", lambda: (SelfAttention(crossed), _x()), "is no attention")]
-
-
-SOFTMAX = Pattern("softmax, matmul", "attention", MATMUL, judge_matmul, matmul_examples, matmul_near_misses)
-SOFTMAX_EINSUM = Pattern("softmax, einsum", "attention", EINSUM, judge_einsum, einsum_examples, einsum_near_misses)
+SOFTMAX = Pattern("softmax", "attention", EXPRESSION, judge, examples, near_misses)

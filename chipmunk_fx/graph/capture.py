@@ -18,8 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
-# Ops that Dynamo's graph may hold and that a re-trace would silently change (dtype, dispatch) or cannot see into.
-_OPAQUE = ("_enter_autocast", "enter_autocast", "flex_attention")
+_UNCAST = ("to", "float", "view", "reshape", "transpose", "permute")  # methods that autocast leaves alone
+_KERNELS = 5  # that a context puts back when it is left: all
+SDPA_CHOICE = "chipmunk_sdpa"  # in a node's meta["custom"]: names of the attention kernels that the user allows there
 
 
 class Uncapturable(Exception):
@@ -56,10 +57,12 @@ class Capture:
 def capture(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Capture:
     """Re-trace `graph_module` (as Dynamo hands it to a backend). Raises `Uncapturable` with the reason."""
     context = TracingContext.get()
-    refuse_opaque(graph_module)
     fakes = [_fake(value, context) for value in example_inputs]
     source = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
+    _refuse_opaque(source)
+    _drop_autocast(source)
     _detach_data(source)
+    _note_attention_kernels(source)
 
     def run(*args: Any) -> Any:
         return fx.Interpreter(source).run(*args)
@@ -75,15 +78,6 @@ def capture(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Capt
     inputs = _describe(graph_module, traced, fakes)
     dynamic = any(isinstance(f, torch.SymInt) or _has_symbols(f) for f in fakes)
     return Capture(traced, inputs, context, dynamic)
-
-
-def refuse_opaque(graph_module: fx.GraphModule) -> None:
-    for node in graph_module.graph.nodes:
-        name = getattr(node.target, "__name__", str(node.target))
-        if any(word in name for word in _OPAQUE):
-            disabled = "autocast" in name and len(node.args) > 2 and node.args[2] is False
-            if not disabled:
-                raise Uncapturable(f"{name} in the graph: its effect would be lost in a re-trace")
 
 
 def user_name(placeholder: fx.Node) -> str:
@@ -126,6 +120,56 @@ def _fake(value: Any, context: TracingContext) -> Any:
         return context.fake_mode.from_tensor(value, static_shapes=True)
     # With its source, so that a dynamic size is the symbol that Dynamo gave it, not a new one that nothing guards.
     return context.fake_mode.from_tensor(value, symbolic_context=symbolic, source=symbolic.tensor_source)
+
+
+def _name(node: fx.Node) -> str:
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def _refuse_opaque(module: fx.GraphModule) -> None:
+    if node := next((n for n in module.graph.nodes if "flex_attention" in _name(n)), None):
+        raise Uncapturable(f"{_name(node)} in the graph: its effect would be lost in a re-trace")
+
+
+def _drop_autocast(module: fx.GraphModule) -> None:
+    """Remove regions of autocast that cast nothing; a re-trace records the others with wrong dtypes: `Uncapturable`."""
+    regions: list[fx.Node] = []
+    for node in list(module.graph.nodes):
+        if "enter_autocast" in _name(node):
+            regions.append(node)
+        elif "exit_autocast" in _name(node):
+            entered = regions.pop()
+            enabled = len(entered.args) < 3 or entered.args[2] is not False
+            around = torch.is_autocast_enabled(str(entered.args[0]))
+            if enabled and (reason := "inside another" if around else _casts(entered, node)):
+                raise Uncapturable(f"autocast in the graph: {reason}, which would be lost in a re-trace")
+            if not around:
+                module.graph.erase_node(node)
+                module.graph.erase_node(entered)
+    module.recompile()
+
+
+def _casts(entered: fx.Node, left: fx.Node) -> str | None:
+    """An op between the two nodes that takes another dtype than that of the region."""
+    wanted, node = entered.args[1], entered.next
+    while node is not left:
+        for source in () if node.target in _UNCAST else node.all_input_nodes:
+            value = source.meta.get("example_value")
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype != wanted:
+                return f"{node} takes {value.dtype} in a region of {wanted}"
+        node = node.next
+    return None
+
+
+def _note_attention_kernels(module: fx.GraphModule) -> None:
+    """Write on each attention which kernels the `sdpa_kernel` around it allows: a re-trace forgets it."""
+    allowed = ""
+    for node in module.graph.nodes:
+        if _name(node) == "_sdpa_kernel":
+            names = [n.args[0] if isinstance(n, fx.Node) else n.name for n in node.args[0]]
+            allowed = "" if len(names) == _KERNELS else ",".join(names)
+        elif allowed and _name(node) == "scaled_dot_product_attention":
+            node.meta["custom"] = {**node.meta.get("custom", {}), SDPA_CHOICE: allowed}
 
 
 def _detach_data(module: fx.GraphModule) -> None:

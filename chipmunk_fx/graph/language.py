@@ -2,7 +2,8 @@
 
 An expression is a tree of `Call` (an op with its arguments), `Var` (binds what stands there), `OneOf` (tagged
 alternatives, tried in order), `Literal` (a constant that must satisfy a test), `Among` and `Each` (one part, or every
-part, of a list). Matching starts at an anchor node and walks back through value-preserving ops. Every argument of an op
+part, of a list), `Where` (a condition on the node), `Range` (part of a last dimension) and `Function` (a pointwise
+function in any spelling). Matching starts at an anchor node and walks back through value-preserving ops. Every argument of an op
 that a pattern does not name must have its schema default: a keyword that the author forgot is a mismatch, never ignored.
 """
 
@@ -15,7 +16,9 @@ from typing import Any
 import torch
 from torch import fx
 
-aten = torch.ops.aten
+from chipmunk_fx.graph.calls import CASTS, arguments, is_identity
+from chipmunk_fx.graph.columns import columns
+from chipmunk_fx.graph.pointwise import described, name_of, origins
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,37 @@ class Each:
     expressions: tuple[Expression, ...]
 
 
-Expression = Var | Literal | Call | OneOf | Among | Each
+@dataclass(frozen=True)
+class Where:
+    """What matches `expression` and passes `test`, which sees the node; `wanted` describes it in reasons."""
+
+    test: Callable[[fx.Node], bool]
+    wanted: str
+    expression: Expression
+
+
+@dataclass(frozen=True)
+class Range:
+    """A contiguous range of the last dimension of what matches `expression`; binds its `Columns`, None for all of it."""
+
+    name: str
+    expression: Expression
+
+
+@dataclass(frozen=True)
+class Function:
+    """A pointwise function of what matches `expression`, told by its values; binds which of the `known` it is.
+
+    `wanted` describes those in reasons.
+    """
+
+    name: str
+    known: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]
+    expression: Expression
+    wanted: str
+
+
+Expression = Var | Literal | Call | OneOf | Among | Each | Where | Range | Function
 
 
 @dataclass(frozen=True)
@@ -82,8 +115,8 @@ class Found:
 
     @property
     def depth(self) -> int:
-        """Ops of the pattern that matched; value-preserving ones on the way do not count."""
-        return sum(not is_identity(node) for node in self.nodes)
+        """Ops of the pattern that matched; casts and value-preserving ones on the way do not count."""
+        return sum(not is_identity(node) and node.target not in CASTS for node in self.nodes)
 
     def explain(self, *nodes: fx.Node) -> Found:
         return replace(self, nodes=self.nodes + nodes)
@@ -114,26 +147,15 @@ def match(expression: Expression, value: Any, found: Found | None = None) -> Fou
     return deepest
 
 
-def arguments(node: fx.Node) -> dict[str, Any]:
-    """All arguments of an ATen call by schema name, defaults filled in."""
-    schema = node.target._schema.arguments  # pyright: ignore[reportFunctionMemberAccess, reportAttributeAccessIssue]
-    filled = {a.name: a.default_value for a in schema if a.has_default_value()}
-    filled.update(zip((a.name for a in schema), node.args, strict=False))
-    return filled | dict(node.kwargs)
-
-
-def is_identity(node: Any) -> bool:
-    """Ops that return their first argument's values unchanged (same shape, same dtype)."""
-    if not isinstance(node, fx.Node) or node.op != "call_function":
-        return False
-    if node.target in (aten.alias.default, aten.detach.default, aten.contiguous.default, aten.clone.default):
-        return True
-    if node.target is aten.dropout.default:
-        return arguments(node)["train"] is False or arguments(node)["p"] == 0
-    if node.target in (aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.to.device):
-        source = node.args[0]
-        return isinstance(source, fx.Node) and _dtype(source) is not None and _dtype(source) == _dtype(node)
-    return False
+def heads(expression: Expression) -> tuple[Any, ...]:
+    """The ops that a match of `expression` may begin with."""
+    if isinstance(expression, Call):
+        return expression.ops
+    if isinstance(expression, OneOf):
+        return tuple(dict.fromkeys(op for option in expression.options.values() for op in heads(option)))
+    if isinstance(expression, Where):
+        return heads(expression.expression)
+    raise TypeError(f"a pattern begins with a Call, not with {type(expression).__name__}")
 
 
 def _attempts(expression: Expression, value: Any, found: Found) -> Iterator[Found | Mismatch]:
@@ -152,6 +174,15 @@ def _attempts(expression: Expression, value: Any, found: Found) -> Iterator[Foun
                 yield result.bind(expression.name, tag) if isinstance(result, Found) else result
     elif isinstance(expression, Among):
         yield from _among(expression, value, found)
+    elif isinstance(expression, Where):
+        if isinstance(value, fx.Node) and expression.test(value):
+            yield from _attempts(expression.expression, value, found)
+        else:
+            yield _mismatch(value, expression.wanted, _describe(value), found)
+    elif isinstance(expression, Range):
+        yield from _range(expression, value, found)
+    elif isinstance(expression, Function):
+        yield from _function(expression, value, found)
     elif isinstance(expression, Each):
         if isinstance(value, (list, tuple)) and len(value) == len(expression.expressions):
             wanted = {str(i): part for i, part in enumerate(expression.expressions)}
@@ -217,6 +248,35 @@ def _among(expression: Among, value: Any, found: Found) -> Iterator[Found | Mism
                 yield result
 
 
+def _range(expression: Range, value: Any, found: Found) -> Iterator[Found | Mismatch]:
+    """All of it first; else ever larger wholes that it is part of."""
+    taken, through = None, ()
+    for result in _attempts(expression.expression, value, found):
+        yield result.bind(expression.name, None) if isinstance(result, Found) else result
+    while True:
+        while is_identity(value):
+            through, value = (*through, value), value.args[0]
+        part = columns(value)
+        if part is None:
+            return
+        taken = part if taken is None else taken.within(part)
+        through, value = (*through, *part.through), part.source
+        for result in _attempts(expression.expression, value, found.explain(*through)):
+            yield result.bind(expression.name, taken) if isinstance(result, Found) else result
+
+
+def _function(expression: Function, value: Any, found: Found) -> Iterator[Found | Mismatch]:
+    yield _mismatch(value, expression.wanted, _describe(value), found)
+    for origin, between in origins(value) if isinstance(value, fx.Node) else ():
+        name = name_of(between, origin, expression.known)
+        for result in _attempts(expression.expression, origin, found.explain(*between)):
+            if isinstance(result, Found):
+                unknown = Mismatch(value, expression.wanted, described(between), result.depth)
+                yield unknown if name is None else result.bind(expression.name, name)
+            elif name is not None:
+                yield result
+
+
 def _is_getitem(value: Any) -> bool:
     return isinstance(value, fx.Node) and getattr(value.target, "__name__", "") == "getitem"
 
@@ -227,7 +287,3 @@ def _mismatch(value: Any, wanted: str, seen: str, found: Found) -> Mismatch:
 
 def _describe(value: Any) -> str:
     return f"{value.target} ({value.name})" if isinstance(value, fx.Node) else repr(value)
-
-
-def _dtype(node: fx.Node) -> torch.dtype | None:
-    return getattr(node.meta.get("val"), "dtype", None)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import fx
 
 from chipmunk_fx.graph.capture import dotted
 from chipmunk_fx.graph.language import Mismatch, match
+from chipmunk_fx.graph.opaque import opaque_attention
 from chipmunk_fx.graph.pattern import Accepted, AttentionOperands, MlpOperands, Pattern, Refused
 
 _TORCH_FILES = ("/torch/", "<eval_with_key>")
@@ -17,7 +20,10 @@ _TORCH_FILES = ("/torch/", "<eval_with_key>")
 
 @dataclass(frozen=True)
 class Candidate:
-    """An anchor that a pattern took (`operands` given) or refused (`reason` given)."""
+    """An anchor that a pattern took (`operands` given) or refused (`reason` given).
+
+    Of a refusal, `node` is where `constraint` was not met: what the expression wants there, or what a guard says.
+    """
 
     anchor: fx.Node
     kind: str
@@ -29,26 +35,47 @@ class Candidate:
     block: str | None
     where: str
     nodes: tuple[fx.Node, ...]
+    node: fx.Node | None = None
+    constraint: str | None = None
+    dense: str | None = None  # of an accepted one: why it cannot be computed sparsely
 
 
 def find(module: fx.GraphModule, patterns: Sequence[Pattern]) -> list[Candidate]:
     """Candidates in the order of the graph. Ops explained by an accepted match belong to no other."""
-    found: list[Candidate] = []
-    for node in module.graph.nodes:
-        if node.op == "call_function":
-            applicable = [p for p in patterns if node.target in p.anchors]
-            if applicable and (candidate := _best(node, applicable)):
-                found.append(candidate)
+    applicable: dict[Any, list[Pattern]] = {}
+    for pattern in patterns:
+        for op in pattern.anchors:
+            applicable.setdefault(op, []).append(pattern)
+    calls = [n for n in module.graph.nodes if n.op == "call_function"]
+    candidates = [_best(n, applicable[n.target]) if n.target in applicable else _opaque(n) for n in calls]
+    found = _largest([candidate for candidate in candidates if candidate])
     taken: dict[fx.Node, fx.Node] = {}  # node -> anchor of the match that explains it
     for index, candidate in enumerate(found):
         if candidate.operands is None:
             continue
         if shared := next((n for n in candidate.nodes if n in taken), None):
             reason = f"{shared} is part of the match that ends at {taken[shared]}"
-            found[index] = replace(candidate, operands=None, reason=reason)
+            constraint = "each op belongs to one match"
+            found[index] = replace(candidate, operands=None, reason=reason, node=shared, constraint=constraint)
         else:
             taken.update(dict.fromkeys(candidate.nodes, candidate.anchor))
     return [c for c in found if c.operands is not None or c.anchor not in taken]
+
+
+def _largest(found: Sequence[Candidate]) -> list[Candidate]:
+    """Without what lies within a larger match: a product whose bias is added by an op of its own is an anchor too."""
+    within: dict[fx.Node, list[Candidate]] = {}
+    for candidate in found:
+        for node in candidate.nodes[1:]:
+            within.setdefault(node, []).append(candidate)
+
+    def is_part(candidate: Candidate) -> bool:
+        return any(
+            set(candidate.nodes) <= set(whole.nodes) and (whole.operands is not None or candidate.operands is None)
+            for whole in within.get(candidate.anchor, ())
+        )
+
+    return [candidate for candidate in found if not is_part(candidate)]
 
 
 def _best(anchor: fx.Node, patterns: Sequence[Pattern]) -> Candidate | None:
@@ -59,26 +86,38 @@ def _best(anchor: fx.Node, patterns: Sequence[Pattern]) -> Candidate | None:
         if isinstance(result, Mismatch):
             if result.depth < pattern.begins:
                 continue
-            depth, verdict, nodes = result.depth, Refused(pattern.name, str(result)), (anchor,)
+            depth, verdict, nodes = result.depth, Refused("unknown", str(result)), (anchor,)
+            node, constraint = result.node, f"wanted {result.wanted}"
         else:
             depth, verdict, nodes = result.depth + 1, pattern.judge(result), result.nodes
             if isinstance(verdict, Accepted):
-                return _candidate(anchor, pattern, verdict, nodes)
+                return _candidate(anchor, pattern.kind, pattern.name, verdict, nodes)
+            node, constraint = None, verdict.reason
         if refusal is None or depth > refusal[0]:
-            assert isinstance(verdict, Refused)
-            refusal = depth, _candidate(anchor, pattern, verdict, nodes)
+            refused = _candidate(anchor, pattern.kind, pattern.name, verdict, nodes)
+            refusal = depth, replace(refused, node=node or anchor, constraint=constraint)
     return refusal[1] if refusal else None
 
 
-def _candidate(anchor: fx.Node, pattern: Pattern, verdict: Accepted | Refused, nodes: tuple) -> Candidate:
+def _opaque(anchor: fx.Node) -> Candidate | None:
+    reason = opaque_attention(anchor)
+    if reason is None:
+        return None
+    refused = _candidate(anchor, "attention", "opaque", Refused("opaque", reason), (anchor,))
+    return replace(refused, node=anchor, constraint="an attention that the graph shows the formula of")
+
+
+def _candidate(anchor: fx.Node, kind: str, pattern: str, verdict: Accepted | Refused, nodes: tuple) -> Candidate:
     paths = [p for node in nodes if (p := module_path(node))]
     name = _common(paths) if paths else anchor.name
     operands = verdict.operands if isinstance(verdict, Accepted) else None
     reason = verdict.reason if isinstance(verdict, Refused) else None
+    dense = verdict.dense if isinstance(verdict, Accepted) else None
     block = _block(name)
     return Candidate(
-        anchor, pattern.kind, verdict.form, pattern.name, operands, reason, name, block, source_line(anchor), nodes
-    )
+        anchor, kind, verdict.form, pattern, operands, reason, name, block, source_line(anchor), nodes,
+        dense=dense,
+    )  # fmt: skip
 
 
 def module_path(node: fx.Node) -> str | None:
@@ -89,13 +128,29 @@ def module_path(node: fx.Node) -> str | None:
     return dotted(re.sub(r"^L\[['\"]\w+['\"]\]", "", list(stack.values())[-1][0])) or None
 
 
+def block_of(node: fx.Node) -> str | None:
+    """The outermost numbered container around the op: `transformer_blocks.0`."""
+    path = module_path(node)
+    return _block(path) if path else None
+
+
 def source_line(node: fx.Node) -> str:
-    """`file.py:123` of the user's model, the innermost frame outside torch."""
+    """`file.py:123` of the user's model: the innermost frame in a file that defines a module around the op.
+
+    Where there is none (a model without modules), the innermost frame outside torch.
+    """
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    for file, line in reversed(frames):
-        if not any(part in file for part in _TORCH_FILES):
-            return f"{file.rsplit('/', 1)[-1]}:{line}"
-    return ""
+    outside = [(file, line) for file, line in reversed(frames) if not any(part in file for part in _TORCH_FILES)]
+    homes = _module_files(node)
+    file, line = next((frame for frame in outside if frame[0] in homes), next(iter(outside), ("", "")))
+    return f"{file.rsplit('/', 1)[-1]}:{line}" if file else ""
+
+
+def _module_files(node: fx.Node) -> set[str]:
+    """The files that define the modules around the op; helpers they share (attention dispatch, say) are in others."""
+    kinds = [kind for _, kind in (node.meta.get("nn_module_stack") or {}).values() if isinstance(kind, type)]
+    modules = [sys.modules.get(kind.__module__) for kind in kinds]
+    return {file for module in modules if (file := getattr(module, "__file__", None))}
 
 
 def _common(paths: Sequence[str]) -> str:

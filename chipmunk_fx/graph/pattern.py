@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
 
-from chipmunk_fx.graph.language import Call, Found
-from chipmunk_fx.graph.walk import mutated_between, shape
+from chipmunk_fx.graph.columns import Columns
+from chipmunk_fx.graph.language import Expression, Found, heads
+from chipmunk_fx.graph.walk import is_used, mutated_between, shape
 
 
 @dataclass(frozen=True)
@@ -24,26 +25,36 @@ class Part:
 
 @dataclass(frozen=True)
 class Laid:
-    """`node` with its dimensions permuted by `dims` (as torch.permute); as it is where `dims` is None."""
+    """`node` with its dimensions permuted by `dims` (as torch.permute); as it is where `dims` is None.
+
+    None among `dims` makes a dimension of size 1.
+    """
 
     node: fx.Node
-    dims: tuple[int, ...] | None = None
+    dims: tuple[int | None, ...] | None = None
 
     @property
     def shape(self) -> tuple:
         sizes = shape(self.node)
-        return sizes if self.dims is None else tuple(sizes[d] for d in self.dims)
+        return sizes if self.dims is None else tuple(1 if d is None else sizes[d] for d in self.dims)
 
 
 @dataclass(frozen=True)
 class AttentionOperands:
-    """softmax(scale * q k^T) v with q [B,H,N,D], k and v [B,H,M,D]; `out` permutes [B,H,N,D] to what the anchor yields."""
+    """softmax(scale * q k^T) v with q [B,H,N,D], k and v [B,Hk,M,D]; `out` permutes [B,H,N,D] to what the anchor yields,
+    and may leave a dimension of size 1 away.
+
+    `mask`: key padding, [B or 1, 1, 1, M] or expanded from it, boolean or added to the scores. `sdpa`: the user's choice of
+    attention kernels (torch.nn.attention.SDPBackend names joined by commas), "" where there is none.
+    """
 
     q: Laid
     k: Laid
     v: Laid
     scale: float
     out: tuple[int, ...] | None = None
+    mask: fx.Node | None = None
+    sdpa: str = ""
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,21 @@ class Beside:
     parts: tuple[fx.Node, ...]
     weight: Part
     bias: fx.Node | None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What else the first linear yields: `pieces` of its result, all within the columns that `weight` and `bias` make.
+
+    Those columns begin at `start` of the result and are `width` wide.
+    """
+
+    linear: fx.Node
+    weight: Part
+    bias: Part | None
+    pieces: tuple[Columns, ...]
+    start: int
+    width: int
 
 
 @dataclass(frozen=True)
@@ -68,12 +94,16 @@ class MlpOperands:
     b2: fx.Node | None
     activation: str
     beside: Beside | None = None
+    kept: Kept | None = None
 
 
 @dataclass(frozen=True)
 class Accepted:
+    """`dense`: why the site, though understood, cannot be computed sparsely."""
+
     form: str
     operands: AttentionOperands | MlpOperands
+    dense: str | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +130,7 @@ class Pattern:
 
     name: str
     kind: str
-    expression: Call
+    expression: Expression
     judge: Callable[[Found], Accepted | Refused]
     examples: Callable[[], Sequence[Example]]
     near_misses: Callable[[], Sequence[Example]]
@@ -108,14 +138,17 @@ class Pattern:
 
     @property
     def anchors(self) -> tuple[Any, ...]:
-        return self.expression.ops
+        return heads(self.expression)
 
 
-def open_end(found: Found) -> str | None:
-    """Reason to refuse a match that would have to keep, or reorder past a write, what it replaces."""
-    anchor, inside = found.nodes[0], set(found.nodes)
+def open_end(found: Found, beside: Collection[fx.Node] = ()) -> str | None:
+    """Reason to refuse a match that would have to keep, or reorder past a write, what it replaces.
+
+    `beside`: users outside the pattern that the rewrite provides for.
+    """
+    anchor, inside = found.nodes[0], {*found.nodes, *beside}
     for node in found.nodes[1:]:
-        if stray := next((user for user in node.users if user not in inside), None):
+        if stray := next((user for user in node.users if user not in inside and is_used(user)), None):
             return f"{node} is also used by {stray} outside the pattern"
     outer = [n for node in found.nodes for n in node.all_input_nodes if n not in inside]
     first = min(found.nodes)

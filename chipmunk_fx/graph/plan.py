@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -16,10 +16,13 @@ from chipmunk_fx.graph.capture import Capture
 from chipmunk_fx.graph.flops import product_flops
 from chipmunk_fx.graph.geometry import Geometry
 from chipmunk_fx.graph.inputs import Roles
+from chipmunk_fx.graph.masks import Probe, make_probe, probe_refusal, tellers_of
 from chipmunk_fx.graph.match import Candidate
 from chipmunk_fx.graph.pattern import AttentionOperands, MlpOperands
-from chipmunk_fx.graph.sizes import Size, hints, is_data_dependent
+from chipmunk_fx.graph.region import Region, Stream, dead_after_skip, find_region
+from chipmunk_fx.graph.sizes import Size, bindings, evaluate, unbacked
 from chipmunk_fx.graph.walk import ancestors, placeholders, projections, shape
+from chipmunk_fx.schedule.phase import Phase
 
 GROUP_ROWS = 128  # rows that share a list where the user leaves it to us
 
@@ -43,9 +46,11 @@ class Site:
     owner: int
     ordinal: int
     sizes: tuple[Size, ...]
+    hints: tuple[int, ...]  # sizes seen while compiling
     dtype: torch.dtype
     device: torch.device
     group_rows: int
+    tokens_first: bool = False  # an MLP on [N, B, C], not [B, N, C]
     status: Literal["rewritten", "dense"] = "rewritten"
     reason: str = ""
 
@@ -57,19 +62,23 @@ class Site:
     @property
     def dense_flops(self) -> int:
         if self.kind == "attention":
-            return 4 * prod(hints(self.sizes))
-        b, n, c, f, out = hints(self.sizes)
+            return 4 * prod(self.hints)
+        b, n, c, f, out = self.hints
         gated = isinstance(self.operands, MlpOperands) and self.operands.wu is not None
         return 2 * b * n * f * (c * (2 if gated else 1) + out)
 
 
 @dataclass(frozen=True)
 class StateInput:
-    """A tensor that the runtime appends to a call's arguments: the clock, a table of a sequence, or a cache of a site."""
+    """A tensor that the runtime appends to a call's arguments.
+
+    The clock, what is known of a mask, what the blocks added to a stream, a table of a sequence, or a cache of a site. `of`:
+    index of the mask, stream or site.
+    """
 
     name: str
-    role: Literal["clock", "order", "always", "slot"]
-    site: int | None = None
+    role: Literal["clock", "valid", "span", "residual", "order", "always", "slot"]
+    of: int | None = None
     slot: str | None = None
 
 
@@ -84,10 +93,35 @@ class Plan:
     rest_flops: int
     total_flops: int
     windowed: bool = False  # attention.local_window is set
+    probe: Probe | None = None  # tells masks and lengths before the model runs
+    region: Region | str = "not looked for"  # the blocks that a skipped step leaves out, or why none are
+    skips: bool = False  # steps are to be skipped
+    skip_flops: int = 0  # operations of a skipped step
 
     @property
     def rewritten(self) -> tuple[Site, ...]:
         return tuple(s for s in self.sites if s.status == "rewritten")
+
+    @property
+    def streams(self) -> tuple[Stream, ...]:
+        """Residual streams through the region, whose residuals every computed step keeps."""
+        return self.region.streams if self.skips and isinstance(self.region, Region) else ()
+
+    def stores(self, phase: Phase) -> bool:
+        """Whether the variant keeps residuals: not one that is dense for want of knowing where it belongs."""
+        return bool(self.streams) and (phase in (Phase.REFRESH, Phase.SPARSE) or not self.rewritten)
+
+    def in_region(self, site: Site) -> bool:
+        return isinstance(self.region, Region) and site.nodes[0] in self.region.nodes
+
+    @property
+    def masks(self) -> tuple[fx.Node, ...]:
+        """The key-padding masks, whose sites are computed by our ops in every phase."""
+        return self.probe.masks if self.probe else ()
+
+    def mask_of(self, site: Site) -> int | None:
+        mask = site.operands.mask if isinstance(site.operands, AttentionOperands) else None
+        return self.masks.index(mask) if mask in self.masks else None
 
     @property
     def has_grid(self) -> bool:
@@ -104,33 +138,56 @@ Gate = Callable[[Site], str | None]
 
 
 def make_plan(
-    capture: Capture, candidates: Sequence[Candidate], roles: Roles, geometry: Geometry, config: Config, gate: Gate
+    capture: Capture,
+    candidates: Sequence[Candidate],
+    roles: Roles,
+    geometry: Geometry,
+    config: Config,
+    gate: Gate,
+    real: Sequence[Any],
 ) -> Plan:
+    """`real`: the inputs of the call that compiles, from which data-dependent lengths are learnt."""
     inputs = [n for n in capture.module.graph.nodes if n.op == "placeholder"]
     # A piece of a model does not show which blocks come before it: the runtime counts them (Session.arrival).
     layers = {} if roles.timestep is None else number_layers(candidates, _node(inputs, roles.latents))
-    sites: list[Site] = []
     refused = [c for c in candidates if c.operands is None]
-    owners: Counter[int] = Counter()
+    accepted: list[tuple[Candidate, int]] = []
     for candidate in candidates:
         if candidate.operands is None:
             continue
         owner = _owner(candidate.operands, capture, inputs)
-        sizes = _sizes(candidate)
-        if owner is None:
-            refused.append(replace(candidate, operands=None, reason="no parameter behind it to keep its caches by"))
-        elif is_data_dependent(sizes):
-            refused.append(replace(candidate, operands=None, reason="its length is known only while the graph runs"))
+        problem = (
+            "no parameter behind it to keep its caches by" if owner is None else _unknown_length(candidate, capture)
+        )
+        problem = problem or _embeds(candidate, _node(inputs, roles.latents))
+        if owner is None or problem:
+            refused.append(replace(candidate, operands=None, reason=problem))
         else:
-            layer = layers.get(candidate)
-            site = _site(len(sites), candidate, owner, owners[owner], sizes, layer, config)
-            owners[owner] += 1
-            sites.append(_decide(site, config, gate))
+            accepted.append((candidate, owner))
+    probe = _probe(capture, [candidate for candidate, _ in accepted])
+    known = bindings(capture.fakes, real) | (probe(real)[1] if probe and probe.lengths else {})
+    found: list[Site] = []
+    owners: Counter[int] = Counter()
+    for candidate, owner in accepted:
+        found.append(_site(len(found), candidate, owner, owners[owner], layers.get(candidate), config, known))
+        owners[owner] += 1
+    streams = {(s.hints[0], s.hints[2]) for s in found if s.kind == "attention"}
+    sites = [
+        _decide(_laid_out(site, streams), candidate.dense, config, gate)
+        for site, (candidate, _) in zip(found, accepted, strict=True)
+    ]
     explained = {n for s in sites for n in s.nodes}
     beside = product_flops(capture.module, explained)
     rest = beside + sum(_beside_flops(s) for s in sites)
     total = rest + sum(s.dense_flops for s in sites)
-    return Plan(tuple(sites), tuple(refused), roles, geometry, rest, total, config.attention.local_window > 0)
+    windowed = config.attention.local_window > 0
+    region = find_region(capture.module, candidates, _node(inputs, roles.latents))
+    spared = set() if isinstance(region, str) else dead_after_skip(capture.module, region)
+    skips = bool(config.schedule.skip_steps) and not isinstance(region, str)
+    return Plan(
+        tuple(sites), tuple(refused), roles, geometry, rest, total, windowed, probe, region, skips,
+        product_flops(capture.module, spared),
+    )  # fmt: skip
 
 
 def number_layers(candidates: Sequence[Candidate], latents: fx.Node | None) -> dict[Candidate, int]:
@@ -152,23 +209,63 @@ def number_layers(candidates: Sequence[Candidate], latents: fx.Node | None) -> d
     return layers
 
 
-def state_inputs(plan: Plan) -> tuple[StateInput, ...]:
-    """What every rewritten variant takes after the graph's own inputs, in this order."""
-    entries = [StateInput("clock", "clock")]
+def state_inputs(plan: Plan, phase: Phase) -> tuple[StateInput, ...]:
+    """What the variant of `phase` takes after the graph's own inputs, in this order."""
+    entries = [StateInput(f"{role}_{i}", role, i) for i in range(len(plan.masks)) for role in ("valid", "span")]
+    if plan.stores(phase) or phase is Phase.SKIP:
+        entries += [StateInput(f"residual_{i}", "residual", i) for i in range(len(plan.streams))]
+    if phase in (Phase.DENSE, Phase.SKIP):
+        return tuple(entries)
+    entries.append(StateInput("clock", "clock"))
     for site in plan.rewritten:
         if plan.has_tables:
             entries.append(StateInput(f"order_{site.index}", "order", site.index))
             if site.kind == "attention":
                 entries.append(StateInput(f"always_{site.index}", "always", site.index))
-        names = ("rest", "share", "lists") if site.kind == "attention" else ("hidden", "out", "mean", "lists")
+        names = (
+            ("rest", "share", "lists") if site.kind == "attention" else ("hidden", "out", "mean", "lists", "by_neuron")
+        )
         entries += [StateInput(f"{name}_{site.index}", "slot", site.index, name) for name in names]
     return tuple(entries)
 
 
-def _decide(site: Site, config: Config, gate: Gate) -> Site:
+def _embeds(candidate: Candidate, latents: fx.Node | None) -> str | None:
+    """Why an MLP is an embedder of the conditioning: it depends on no latents, and stands outside the stacks of blocks.
+
+    A refiner of the text is a stack of blocks too. Rows [rows, width] of all samples in one are taken wherever they stand.
+    """
+    operands = candidate.operands
+    if latents is None or candidate.block or not isinstance(operands, MlpOperands) or len(shape(operands.x)) < 3:
+        return None
+    sources = placeholders(operands.x)
+    return None if latents in sources else "embeds the conditioning: no latents behind it, no block of a stack"
+
+
+def _unknown_length(candidate: Candidate, capture: Capture) -> str | None:
+    """Why the site's data-dependent sizes cannot be learnt before the model runs."""
+    tellers = tellers_of(capture.module) if (symbols := unbacked(_sizes(candidate))) else {}
+    for symbol in symbols:
+        refusal = probe_refusal(tellers[symbol][0]) if symbol in tellers else f"nothing tells {symbol}"
+        if refusal:
+            return f"its length is known only while the graph runs: {refusal}"
+    return None
+
+
+def _probe(capture: Capture, accepted: Sequence[Candidate]) -> Probe | None:
+    masks: dict[fx.Node, None] = {}
+    symbols: dict[Any, None] = {}
+    for candidate in accepted:
+        symbols |= dict.fromkeys(sorted(unbacked(_sizes(candidate)), key=str))
+        if isinstance(candidate.operands, AttentionOperands) and candidate.operands.mask and not candidate.dense:
+            masks[candidate.operands.mask] = None
+    return make_probe(capture.module, tuple(masks), symbols)
+
+
+def _decide(site: Site, reason: str | None, config: Config, gate: Gate) -> Site:
     settings = config.attention if site.kind == "attention" else config.mlp
-    reason = None
-    if not settings.enabled:
+    if reason:
+        pass
+    elif not settings.enabled:
         reason = f"{site.kind}.enabled is false"
     elif site.layer is not None and site.layer < settings.dense_layers:
         reason = f"block {site.layer + 1} of the first {settings.dense_layers} ({site.kind}.dense_layers)"
@@ -178,17 +275,34 @@ def _decide(site: Site, config: Config, gate: Gate) -> Site:
 
 
 def _site(
-    index: int, candidate: Candidate, owner: int, ordinal: int, sizes: tuple, layer: int | None, config: Config
+    index: int,
+    candidate: Candidate,
+    owner: int,
+    ordinal: int,
+    layer: int | None,
+    config: Config,
+    known: Mapping[Any, int],
 ) -> Site:
     assert candidate.operands is not None
+    sizes = _sizes(candidate)
     settings: AttentionConfig | MlpConfig = config.attention if candidate.kind == "attention" else config.mlp
     rows = GROUP_ROWS if settings.group_rows == "auto" else int(settings.group_rows)
     value = candidate.anchor.meta["val"]
     kind = "attention" if candidate.kind == "attention" else "mlp"
     return Site(
         index, candidate.name, kind, candidate.form, candidate.where, layer, candidate.operands, candidate.nodes,
-        owner, ordinal, sizes, value.dtype, value.device, rows,
+        owner, ordinal, sizes, evaluate(sizes, known), value.dtype, value.device, rows,
     )  # fmt: skip
+
+
+def _laid_out(site: Site, streams: Set[tuple[int, int]]) -> Site:
+    """An MLP whose input is laid out tokens first, as (batch, length) of an attention tell."""
+    first, second = site.hints[:2]
+    rank = len(shape(site.operands.x)) if isinstance(site.operands, MlpOperands) else 0
+    if rank != 3 or (second, first) not in streams or (first, second) in streams:
+        return site
+    sizes, hinted = ((n, b, *rest) for b, n, *rest in (site.sizes, site.hints))
+    return replace(site, sizes=sizes, hints=hinted, tokens_first=True)
 
 
 def _sizes(candidate: Candidate) -> tuple[Size, ...]:
@@ -198,6 +312,8 @@ def _sizes(candidate: Candidate) -> tuple[Size, ...]:
         return b, h, n, operands.k.shape[2], d
     assert isinstance(operands, MlpOperands)
     x = shape(operands.x)
+    if len(x) == 2:  # the rows of all samples, one after the other
+        x = (1, *x)
     rows = 1
     for size in x[1:-1]:
         rows = rows * size
@@ -225,8 +341,9 @@ def _node(inputs: Sequence[fx.Node], index: int | None) -> fx.Node | None:
 
 def _beside_flops(site: Site) -> int:
     operands = site.operands
-    if not isinstance(operands, MlpOperands) or operands.beside is None:
+    if not isinstance(operands, MlpOperands):
         return 0
-    b, n, _, _, out = hints(site.sizes)
-    weight = operands.beside.weight
-    return 2 * b * n * out * (weight.stop - weight.start)
+    b, n, c, _, out = site.hints
+    kept = c * operands.kept.width if operands.kept else 0
+    beside = out * (operands.beside.weight.stop - operands.beside.weight.start) if operands.beside else 0
+    return 2 * b * n * (kept + beside)

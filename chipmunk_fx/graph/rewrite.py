@@ -7,19 +7,26 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from chipmunk_fx.config import Config
-from chipmunk_fx.graph.capture import Capture
-from chipmunk_fx.graph.pattern import AttentionOperands, MlpOperands, Part
+from chipmunk_fx.graph.capture import SDPA_CHOICE, Capture
+from chipmunk_fx.graph.pattern import AttentionOperands, Kept, MlpOperands, Part
 from chipmunk_fx.graph.plan import Plan, Site, StateInput, state_inputs
+from chipmunk_fx.graph.region import Region
+from chipmunk_fx.graph.walk import is_used
 from chipmunk_fx.schedule.phase import Phase
 
 aten = torch.ops.aten
+_SDPA = aten.scaled_dot_product_attention.default
 POWER = {"additive": 0.0, "scaled": 0.5}  # exponent of the selection's share (method.md: w0^p)
 
 
 def rewrite(capture: Capture, plan: Plan, config: Config, phase: Phase) -> fx.GraphModule:
-    """The graph of `phase` (refresh or sparse). Its inputs: the captured ones, then `state_inputs(plan)`."""
+    """The graph of `phase`. Its inputs: the captured ones, then `state_inputs(plan, phase)`.
+
+    Dense sites behind a key-padding mask are rewritten in every phase: padded keys are dropped, not masked.
+    """
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     result = graph.graph_copy(capture.module.graph, copied)
@@ -27,12 +34,56 @@ def rewrite(capture: Capture, plan: Plan, config: Config, phase: Phase) -> fx.Gr
     for old, new in copied.items():
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source  # pyright: ignore[reportAttributeAccessIssue]
-    state = _placeholders(graph, state_inputs(plan))
-    for site in plan.rewritten:
-        _Writer(graph, copied, state, config, phase).replace(site)
+    state = _placeholders(graph, state_inputs(plan, phase))
+    if phase is Phase.SKIP:
+        _skip(graph, copied, state, plan)
+        return _module(capture, graph)
+    for index, stream in enumerate(plan.streams if plan.stores(phase) else ()):
+        start, stop = copied[stream.start], copied[stream.stop]
+        with graph.inserting_after(stop):
+            residual = state[index, "residual"]
+            graph.call_function(torch.ops.chipmunk.region_store.default, (start, stop, residual))
+    writer = _Writer(graph, copied, state, plan, config, phase)
+    for site in plan.sites:
+        if plan.mask_of(site) is not None or (site.status == "rewritten" and phase is not Phase.DENSE):
+            writer.replace(site)
+    _keep_attention_kernels(graph)
+    return _module(capture, graph)
+
+
+def _module(capture: Capture, graph: fx.Graph) -> fx.GraphModule:
     module = fx.GraphModule(capture.module, graph)
     module.recompile()
     return module
+
+
+def _skip(
+    graph: fx.Graph, copied: Mapping[fx.Node, fx.Node], state: Mapping[tuple[int | None, str], fx.Node], plan: Plan
+) -> None:
+    """Put what the blocks added last in place of the blocks."""
+    assert isinstance(plan.region, Region)
+    region = {copied[n] for n in plan.region.nodes}
+    for index, stream in enumerate(plan.streams):
+        stop = copied[stream.stop]
+        with graph.inserting_before(stop):
+            arguments = copied[stream.start], state[index, "residual"]
+            new = graph.call_function(torch.ops.chipmunk.region_add.default, arguments)
+        stop.replace_all_uses_with(new, lambda user: user not in region)
+    for node in reversed([n for n in graph.nodes if n in region]):
+        graph.erase_node(node)
+    graph.eliminate_dead_code()
+
+
+def _keep_attention_kernels(graph: fx.Graph) -> None:
+    """The kernels that the user chose for attentions that stay as they are."""
+    for node in graph.nodes:
+        if node.target is _SDPA and (allowed := node.meta.get("custom", {}).get(SDPA_CHOICE)):
+            node.target, node.args = _chosen_attention, (allowed, *node.args)
+
+
+def _chosen_attention(allowed: str, *args: Any, **kwargs: Any) -> torch.Tensor:
+    with sdpa_kernel([getattr(SDPBackend, name) for name in allowed.split(",")]):
+        return _SDPA(*args, **kwargs)
 
 
 def _placeholders(graph: fx.Graph, entries: tuple[StateInput, ...]) -> dict[tuple[int | None, str], fx.Node]:
@@ -43,22 +94,24 @@ def _placeholders(graph: fx.Graph, entries: tuple[StateInput, ...]) -> dict[tupl
             last = graph.placeholder(f"chipmunk_{entry.name}")
         # Static for CUDA graphs, yet never guarded: the runtime swaps them from call to call.
         last.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
-        made[entry.site, entry.slot or entry.role] = last
+        made[entry.of, entry.slot or entry.role] = last
     return made
 
 
 class _Writer:
-    """Replaces one site's nodes by its op."""
+    """Replaces the nodes of sites by their ops."""
 
     def __init__(
         self,
         graph: fx.Graph,
-        copied: Mapping[fx.Node, fx.Node],
+        copied: dict[fx.Node, fx.Node],
         state: Mapping[tuple[int | None, str], fx.Node],
+        plan: Plan,
         config: Config,
         phase: Phase,
     ) -> None:
-        self.graph, self.copied, self.state, self.config, self.phase = graph, copied, state, config, phase
+        self.graph, self.copied, self.state, self.plan = graph, copied, state, plan
+        self.config, self.phase = config, phase
 
     def replace(self, site: Site) -> None:
         anchor = self.copied[site.nodes[0]]
@@ -71,19 +124,32 @@ class _Writer:
             if key in anchor.meta:
                 new.meta[key] = anchor.meta[key]
         anchor.replace_all_uses_with(new)
-        for node in sorted({self.copied[n] for n in site.nodes}, reverse=True):
-            if not node.users:
-                self.graph.erase_node(node)
+        for node in sorted({self.copied[n] for n in (*site.nodes, *_through(site.operands))}, reverse=True):
+            self._erase(node)
+
+    def _erase(self, node: fx.Node) -> None:
+        """Erase a node of which nothing comes, with its users."""
+        for user in list(node.users):
+            if not is_used(user):
+                self._erase(user)
+        if not node.users:
+            self.graph.erase_node(node)
 
     def _attention(self, site: Site, operands: AttentionOperands) -> fx.Node:
         config, ops = self.config.attention, torch.ops.chipmunk
-        slots = [self._slot(site, name) for name in ("rest", "share", "lists")]
         q, k, v = (self._laid(self.copied[o.node], o.dims) for o in (operands.q, operands.k, operands.v))
+        mask = self.plan.mask_of(site)
+        present = (None, None) if mask is None else (self.state[mask, "valid"], self.state[mask, "span"])
+        common: dict[str, Any] = {"scale": operands.scale, "sdpa": operands.sdpa}
+        if site.status == "dense" or self.phase is Phase.DENSE:
+            out = self.graph.call_function(ops.attention_dense.default, (q, k, v, *present), common)
+            return self._back(out, operands.out)
+        common["group_rows"] = site.group_rows
+        slots = [self._slot(site, name) for name in ("rest", "share", "lists")]
         order = self.state.get((site.index, "order"))
-        common: dict[str, Any] = {"scale": operands.scale, "group_rows": site.group_rows}
         if self.phase is Phase.SPARSE:
-            out = self.graph.call_function(ops.attention_sparse.default, (q, k, v, order, *slots), common)
-            return self._laid(out, operands.out)
+            out = self.graph.call_function(ops.attention_sparse.default, (q, k, v, order, *present, *slots), common)
+            return self._back(out, operands.out)
         extra = {
             "random_density": config.random_density,
             "power": POWER[config.combine],
@@ -91,18 +157,20 @@ class _Writer:
             "seed": self.config.seed,
             "site": site.index,
         }
-        arguments = (q, k, v, order, self.state.get((site.index, "always")), self.state[None, "clock"], *slots)
+        always, clock = self.state.get((site.index, "always")), self.state[None, "clock"]
+        arguments = (q, k, v, order, always, *present, clock, *slots)
         out = self.graph.call_function(ops.attention_refresh.default, arguments, common | extra)
-        return self._laid(out, operands.out)
+        return self._back(out, operands.out)
 
     def _mlp(self, site: Site, operands: MlpOperands) -> fx.Node:
         config, ops = self.config.mlp, torch.ops.chipmunk
-        slots = [self._slot(site, name) for name in ("hidden", "out", "mean", "lists")]
+        slots = [self._slot(site, name) for name in ("hidden", "out", "mean", "lists", "by_neuron")]
         weights = [self._part(p) for p in (operands.w1, operands.b1, operands.wu, operands.bu, operands.w2)]
         bias = None if operands.b2 is None else self.copied[operands.b2]
+        swap = (1, 0, 2) if site.tokens_first else None
         arguments = (
-            self.copied[operands.x], *weights, bias, self.state.get((site.index, "order")), self.state[None, "clock"],
-            *slots,
+            self._laid(self.copied[operands.x], swap), *weights, bias, self.state.get((site.index, "order")),
+            self.state[None, "clock"], *slots,
         )  # fmt: skip
         common: dict[str, Any] = {"activation": operands.activation, "group_rows": site.group_rows}
         if self.phase is Phase.SPARSE:
@@ -110,7 +178,23 @@ class _Writer:
             product = self.graph.call_function(ops.mlp_sparse.default, arguments, common | extra)
         else:
             product = self.graph.call_function(ops.mlp_refresh.default, arguments, common)
+        product = self._laid(product, swap)
+        if operands.kept is not None:
+            self._keep(self.copied[operands.x], operands.kept)
         return product if operands.beside is None else self._beside(operands, product)
+
+    def _keep(self, x: fx.Node, kept: Kept) -> None:
+        """The columns that go elsewhere, from a linear of their own."""
+        with self.graph.inserting_before(self.copied[kept.linear]):
+            weights = self._part(kept.weight), self._part(kept.bias)
+            rest = self.graph.call_function(aten.linear.default, (x, *weights))
+            for piece in kept.pieces:
+                bounds = piece.start - kept.start, piece.stop - kept.start
+                whole = bounds == (0, kept.width)
+                part = rest if whole else self.graph.call_function(aten.slice.Tensor, (rest, -1, *bounds))
+                self.copied[piece.node].replace_all_uses_with(part)
+                self.graph.erase_node(self.copied[piece.node])
+                self.copied[piece.node] = part
 
     def _beside(self, operands: MlpOperands, product: fx.Node) -> fx.Node:
         """linear(cat([a, h]), W, b) = linear(a, W_a, b) + h W_h^T; `product` is the second term."""
@@ -128,8 +212,27 @@ class _Writer:
         arguments = (self.copied[part.node], part.dim, part.start, part.stop)
         return self.graph.call_function(aten.slice.Tensor, arguments)
 
-    def _laid(self, node: fx.Node, dims: tuple[int, ...] | None) -> fx.Node:
-        return node if dims is None else self.graph.call_function(aten.permute.default, (node, list(dims)))
+    def _laid(self, node: fx.Node, dims: tuple[int | None, ...] | None) -> fx.Node:
+        if dims is None:
+            return node
+        node = self.graph.call_function(aten.permute.default, (node, [d for d in dims if d is not None]))
+        for place in (place for place, d in enumerate(dims) if d is None):
+            node = self.graph.call_function(aten.unsqueeze.default, (node, place))
+        return node
+
+    def _back(self, node: fx.Node, out: tuple[int, ...] | None) -> fx.Node:
+        """[B, H, N, D] as the graph wants it; a dimension that `out` leaves away has size 1."""
+        absent = [] if out is None else [d for d in range(4) if d not in out]
+        if out is None or not absent:
+            return self._laid(node, out)
+        node = self.graph.call_function(aten.squeeze.dims, (node, absent))
+        return self._laid(node, tuple(sorted(out).index(d) for d in out))
 
     def _slot(self, site: Site, name: str) -> fx.Node:
         return self.state[site.index, name]
+
+
+def _through(operands: AttentionOperands | MlpOperands) -> tuple[fx.Node, ...]:
+    """Nodes that divided the first linear's result into pieces that are made without them now."""
+    kept = operands.kept if isinstance(operands, MlpOperands) else None
+    return () if kept is None else tuple(n for piece in kept.pieces for n in piece.through[1:])

@@ -6,13 +6,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 Size = int | torch.SymInt
 
 
 def hint(size: Size) -> int:
-    """The size seen while compiling; adds no guard."""
-    return size if isinstance(size, int) else int(size.node.hint)
+    """The size seen while compiling; adds no guard. 1 for a size that only the data tell."""
+    if isinstance(size, int):
+        return size
+    return int(size.node.hint) if size.node.has_hint() else 1
 
 
 def hints(sizes: Iterable[Size]) -> tuple[int, ...]:
@@ -20,8 +23,13 @@ def hints(sizes: Iterable[Size]) -> tuple[int, ...]:
 
 
 def is_data_dependent(sizes: Iterable[Size]) -> bool:
-    """Whether a size is known only while the graph runs ("unbacked")."""
-    return any(isinstance(size, torch.SymInt) and not size.node.has_hint() for size in sizes)
+    """Whether a size is known only from the data ("unbacked")."""
+    return bool(unbacked(sizes))
+
+
+def unbacked(sizes: Iterable[Size]) -> set[Any]:
+    """The symbols in `sizes` that only the data tell."""
+    return {symbol for size in sizes for symbol in free_unbacked_symbols(size)}
 
 
 def bindings(fakes: Sequence[Any], values: Sequence[Any]) -> dict[Any, int]:

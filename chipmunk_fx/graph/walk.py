@@ -75,19 +75,37 @@ def reaches(start: fx.Node, through: Iterable[object], goal: Callable[[fx.Node, 
     return False
 
 
+def is_used(node: fx.Node) -> bool:
+    """Whether anything comes of the node: a result of the graph, or a write."""
+    seen, queue = {node}, [node]
+    while queue:
+        node = queue.pop()
+        if node.op == "output" or getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+            return True
+        fresh = [user for user in node.users if user not in seen]
+        seen.update(fresh)
+        queue.extend(fresh)
+    return False
+
+
 def mutated_between(first: fx.Node, last: fx.Node, values: Iterable[fx.Node]) -> fx.Node | None:
     """An in-place op between two nodes that writes to memory of one of `values`: moving reads past it is wrong."""
-    storages = {s for v in values if (s := _storage(v)) is not None}
+    storages = {s for v in values if (s := storage(v)) is not None}
     node = first.next
     while node is not last and node.op != "root":
-        schema = getattr(node.target, "_schema", None)
-        if schema is not None and schema.is_mutable:
-            for argument, given in zip(schema.arguments, node.args, strict=False):
-                written = argument.alias_info is not None and argument.alias_info.is_write
-                if written and isinstance(given, fx.Node) and _storage(given) in storages:
-                    return node
+        if any(storage(target) in storages for target in written(node)):
+            return node
         node = node.next
     return None
+
+
+def written(node: fx.Node) -> list[fx.Node]:
+    """The arguments that an op writes to in place."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return []
+    given = zip(schema.arguments, node.args, strict=False)
+    return [n for a, n in given if a.alias_info is not None and a.alias_info.is_write and isinstance(n, fx.Node)]
 
 
 def rank(node: fx.Node) -> int:
@@ -96,10 +114,12 @@ def rank(node: fx.Node) -> int:
 
 
 def shape(node: fx.Node) -> tuple:
-    """Sizes of the node's value; symbolic sizes stay symbolic."""
-    return tuple(node.meta["val"].shape)
+    """Sizes of the node's value, or of the first of several; symbolic sizes stay symbolic."""
+    value = node.meta["val"]
+    return tuple((value[0] if isinstance(value, (tuple, list)) else value).shape)
 
 
-def _storage(node: fx.Node) -> int | None:
+def storage(node: fx.Node) -> int | None:
+    """What tells the memory behind a value, None where it is no tensor."""
     value = node.meta.get("val")
     return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None

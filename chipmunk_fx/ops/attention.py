@@ -2,7 +2,8 @@
 
 "Chipmunk: Training-Free Acceleration of Diffusion Transformers with Dynamic Column-Sparse Deltas" (arXiv 2506.03275);
 the weight `share` and the sampled masses are this project's. Names: B batch, H heads, N rows, M keys, D head width,
-P rows that the groups cover, R rows in a group, G groups, K columns that a group computes.
+P rows that the groups cover, R rows in a group, G groups, K columns that a group computes. Keys may have
+fewer heads than queries.
 """
 
 import math
@@ -24,6 +25,7 @@ def attention_refresh(
     v: Tensor,
     order: Tensor | None,
     always: Tensor | None,
+    valid: Tensor | None,
     clock: Tensor,
     rest: Tensor,
     share: Tensor,
@@ -36,10 +38,11 @@ def attention_refresh(
     mass_stride: int,
     seed: int,
     site: int,
+    sdpa: str,
 ) -> Tensor:
     """Dense attention, and everything that `attention_sparse` needs on later steps.
 
-    o, lse   = softmax(scale q k^T) v over all keys, with its log denominators
+    o, lse   = softmax(scale q k^T) v over all valid keys, with its log denominators
     m[g, j]  = sum over every mass_stride-th row i of group g of exp(scale q_i.k_j - lse_i)
     lists[g] = the `always` columns and those of the largest m, then ceil(random_density M) random ones
     share    = exp(power (lse over lists - lse)), at most 1
@@ -51,16 +54,16 @@ def attention_refresh(
     key = stream(seed, site, clock[0])
     drawn = random_count(total, random_density, columns)
     positions = _positions(q, order, rest, share)
-    out, lse = attend(q, k, v, scale)
+    out, lse = attend(q, k, v, scale, valid, sdpa)
     out = _tokens_first(out)
     for index, (b, h) in enumerate(product(range(q.shape[0]), range(q.shape[1]))):
-        head = Head(q[b, h], k[b, h], v[b, h], positions, scale, group_rows)
+        head = _head(q, k, v, valid, b, h, positions, scale, group_rows)
         # with every column computed the masses decide nothing
         masses = head.masses(lse[b, h], mass_stride) if columns < total else lse.new_zeros(lists.shape[2], total)
-        lists[b, h] = select(masses, columns, drawn, substream(key, index), always)
+        lists[b, h] = select(masses, columns, drawn, substream(key, index), always, head.valid)
         for span in head.spans(columns):
             part, part_lse = head.selected(lists[b, h], span)
-            weight = (part_lse - take(lse[b, h], positions, span)).mul_(power).exp_().clamp_(max=1)
+            weight = (part_lse - take(lse[b, h], positions, span)).mul_(power).exp_().nan_to_num_(0).clamp_(max=1)
             part = part.float().mul_(weight.unsqueeze(-1))
             put(share[b, h], positions, span, weight)
             put(rest[b, h], positions, span, take(out[b, h], positions, span) - part)
@@ -72,12 +75,14 @@ def attention_sparse(
     k: Tensor,
     v: Tensor,
     order: Tensor | None,
+    valid: Tensor | None,
     rest: Tensor,
     share: Tensor,
     lists: Tensor,
     *,
     scale: float,
     group_rows: int,
+    sdpa: str,
 ) -> Tensor:
     """o[row] = rest[row] + share[row] * softmax(scale q_row k[list]^T) v[list]; rows that `order` omits are dense.
 
@@ -86,24 +91,33 @@ def attention_sparse(
     out = _empty_tokens_first(q)
     positions = None if order is None else order.long()
     for b, h in product(range(q.shape[0]), range(q.shape[1])):
-        head = Head(q[b, h], k[b, h], v[b, h], positions, scale, group_rows)
+        head = _head(q, k, v, valid, b, h, positions, scale, group_rows)
         for span in head.spans(lists.shape[-1]):
             part, _ = head.selected(lists[b, h], span)
             weight = take(share[b, h], positions, span).unsqueeze(-1)
             put(out[b, h], positions, span, part.float().mul_(weight).add_(take(rest[b, h], positions, span)))
     if order is not None and order.shape[0] < q.shape[2]:
         rows = left_out(order, q.shape[2])
-        out.index_copy_(2, rows, attend(q.index_select(2, rows), k, v, scale)[0])
+        out.index_copy_(2, rows, attend(q.index_select(2, rows), k, v, scale, valid, sdpa)[0])
     return out
+
+
+def attention_dense(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, *, scale: float, sdpa: str) -> Tensor:
+    """softmax(scale q k^T) v over the valid keys. Arguments as in kernels/README.md; returns o, [B, H, N, D]."""
+    return _tokens_first(attend(q, k, v, scale, valid, sdpa)[0])
 
 
 @dataclass(frozen=True)
 class Head:
-    """One head of one batch entry: q [N, D], k and v [M, D], positions int64 [P] or None for all rows as they come."""
+    """One head of one batch entry: q [N, D], k and v [M, D], valid bool [M] or None for all keys.
+
+    positions: int64 [P] or None for all rows as they come.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
+    valid: Tensor | None
     positions: Tensor | None
     scale: float
     group_rows: int
@@ -115,9 +129,11 @@ class Head:
     def selected(self, lists: Tensor, span: Span) -> tuple[Tensor, Tensor]:
         """Attention of a span's rows over the columns of their groups: [count, height, D], fp32 [count, height]."""
         some = lists[span.groups]
-        columns = some.reshape(-1)
+        total = self.k.shape[0]
+        columns = (some if self.valid is None else some.clamp(max=total - 1)).reshape(-1)
         keys, values = (x.index_select(0, columns).view(*some.shape, -1).unsqueeze(1) for x in (self.k, self.v))
-        out, lse = attend(take(self.q, self.positions, span).unsqueeze(1), keys, values, self.scale)
+        present = None if self.valid is None else some < total
+        out, lse = attend(take(self.q, self.positions, span).unsqueeze(1), keys, values, self.scale, present)
         return out.squeeze(1), lse.squeeze(1)
 
     def masses(self, lse: Tensor, stride: int) -> Tensor:
@@ -137,7 +153,7 @@ class Head:
                 scores[:count].copy_(products[:count])
             shares = torch.add(shift, scores[:count], alpha=self.scale, out=scores[:count]).exp_()
             torch.sum(shares.view(span.count, -1, total), 1, out=masses[span.groups])
-        return masses
+        return masses  # of keys that are not valid too: selection passes over them
 
     @property
     def rows(self) -> int:
@@ -149,6 +165,21 @@ class Head:
 
     def _spans(self, bytes_a_group: int) -> Iterator[Span]:
         return spans(self.rows, self.group_rows, groups_at_once(self.q.device, bytes_a_group))
+
+
+def _head(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    valid: Tensor | None,
+    b: int,
+    h: int,
+    positions: Tensor | None,
+    scale: float,
+    rows: int,
+) -> Head:
+    group = h // (q.shape[1] // k.shape[1])
+    return Head(q[b, h], k[b, group], v[b, group], None if valid is None else valid[b], positions, scale, rows)
 
 
 def _positions(q: Tensor, order: Tensor | None, rest: Tensor, share: Tensor) -> Tensor | None:

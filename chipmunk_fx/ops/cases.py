@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from chipmunk_fx.ops.groups import group_count
-from chipmunk_fx.ops.library import argument_names
+from chipmunk_fx.ops.library import argument_names, within_span
 
 _POISON = {torch.int32: -1}
 
@@ -28,8 +28,14 @@ def largest_error(got: Tensor, exact: Tensor) -> float:
 
 
 def call(op: str, values: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-    """Positional and keyword arguments of `op`, picked by name out of `values`."""
+    """Positional and keyword arguments of the operator `op`, picked by name out of `values`."""
     return [values[n] for n in argument_names(op)], {n: values[n] for n in argument_names(op, keywords=True)}
+
+
+def arguments(op: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What an implementation of `op` is called with: all arguments by name, `span` being met before."""
+    names = [*argument_names(op), *argument_names(op, keywords=True)]
+    return within_span({name: values[name] for name in names})
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,8 @@ class AttentionCase:
     """rows and keys: N and M; grouped: rows that the order names (None: no order, all rows); fixed: always-on columns.
 
     layout: "heads_first" is contiguous [B, H, N, D]; "tokens_first" the transpose of [B, N, H, D]; "fused" slices of
-    one [B, N, 3, H, D] (rows equal keys).
+    one [B, N, 3, H, D] (rows equal keys). key_heads: heads of k and v (None: as many as of q). present: valid keys of
+    each batch entry, scattered over the sequence (None: all of all).
     """
 
     rows: int
@@ -54,6 +61,8 @@ class AttentionCase:
     power: float = 0.5
     mass_stride: int = 1
     step: int = 3
+    key_heads: int | None = None
+    present: tuple[int, ...] | None = None
 
     @property
     def groups(self) -> int:
@@ -68,7 +77,8 @@ class AttentionCase:
             q, k, v = (part.transpose(1, 2) for part in fused.unbind(2))
         else:
             lengths = (self.rows, self.keys, self.keys)
-            shapes = [(self.batch, length, self.heads, self.width) for length in lengths]
+            heads = (self.heads, self.key_heads or self.heads, self.key_heads or self.heads)
+            shapes = [(self.batch, n, h, self.width) for n, h in zip(lengths, heads, strict=True)]
             q, k, v = (torch.randn(shape, **normal).transpose(1, 2) for shape in shapes)
         if self.layout == "heads_first":
             q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
@@ -85,10 +95,16 @@ class AttentionCase:
             always = torch.zeros(1, self.keys, dtype=torch.bool)
             always[0, torch.randperm(self.keys, generator=generator)[: self.fixed]] = True
             always = always.to(device)
+        valid = None
+        if self.present is not None:
+            ranks = torch.rand(self.batch, self.keys, generator=generator).argsort(1)
+            valid = (ranks < torch.tensor(self.present).unsqueeze(1)).to(device)
         head = (self.batch, self.heads)
         return self.projections(dtype, device, seed) | {
             "order": order,
             "always": always,
+            "valid": valid,
+            "span": None,
             "clock": torch.tensor([self.step, 1], device=device),
             "rest": _poisoned((*head, self.rows, self.width), dtype, device),
             "share": _poisoned((*head, self.rows), torch.float32, device),
@@ -100,6 +116,7 @@ class AttentionCase:
             "mass_stride": self.mass_stride,
             "seed": 11,
             "site": 5,
+            "sdpa": "",
         }
 
 
@@ -159,6 +176,7 @@ class MlpCase:
             "out": _poisoned((self.batch, self.rows, self.result), torch.float32, device),
             "mean": _poisoned(hidden[:3], torch.float32, device),
             "lists": _poisoned((*hidden[:2], self.columns), torch.int32, device),
+            "by_neuron": _poisoned((self.neurons, self.result), dtype, device),
             "activation": self.activation,
             "group_rows": self.group_rows,
             "random_density": self.random_density,
@@ -181,6 +199,19 @@ ATTENTION_CASES = (
     AttentionCase(rows=200, keys=200, width=64, group_rows=48, columns=64, mass_stride=3, grouped=170, fixed=30),
     AttentionCase(rows=63, keys=63, width=64, group_rows=128, columns=32, layout="fused", batch=3, fixed=20),
     AttentionCase(rows=1000, keys=1000, width=64, group_rows=128, columns=176, mass_stride=4, grouped=1000, heads=3),
+    AttentionCase(rows=111, keys=111, width=64, group_rows=48, columns=32, heads=4, key_heads=2, mass_stride=2),
+    AttentionCase(rows=63, keys=200, width=40, group_rows=16, columns=48, heads=3, key_heads=1, batch=2),
+    AttentionCase(rows=111, keys=111, width=64, group_rows=48, columns=32, batch=3, present=(111, 80, 33), fixed=7),
+    AttentionCase(rows=200, keys=111, width=64, group_rows=64, columns=64, batch=3, present=(64, 20, 1), grouped=150),
+    AttentionCase(rows=63, keys=63, width=64, group_rows=32, columns=63, batch=2, present=(63, 40), key_heads=1),
+    AttentionCase(rows=63, keys=63, width=32, group_rows=16, columns=16, batch=2, present=(0, 30)),
+    AttentionCase(rows=63, keys=2500, width=64, group_rows=32, columns=300, heads=1, fixed=11, mass_stride=8),
+    AttentionCase(rows=300, keys=120, width=256, group_rows=192, columns=64, heads=1, layout="heads_first"),
+)
+LONG_ATTENTION_CASES = (
+    AttentionCase(rows=4353, keys=4353, width=128, group_rows=128, columns=768, mass_stride=4, grouped=4353, heads=3),
+    AttentionCase(rows=1000, keys=4353, width=80, group_rows=256, columns=320, batch=3, present=(4353, 1000, 63)),
+    AttentionCase(rows=1000, keys=1000, width=128, group_rows=192, columns=256, layout="fused", grouped=936, fixed=64),
 )
 MLP_CASES = (
     MlpCase(lead=(1, 512), width=64, neurons=256, group_rows=128, columns=80),
@@ -191,4 +222,8 @@ MLP_CASES = (
     MlpCase(lead=(1, 63), width=64, neurons=111, group_rows=128, columns=30, gated=True, biased=False, narrow=True),
     MlpCase(lead=(2, 200), width=80, neurons=300, group_rows=64, columns=96, ordered=True, narrow=True),
     MlpCase(lead=(1, 1000), width=128, neurons=512, group_rows=128, columns=176, result=128, ordered=True),
+)
+LONG_MLP_CASES = (
+    MlpCase(lead=(1, 4353), width=512, neurons=2048, group_rows=128, columns=640, result=512, ordered=True),
+    MlpCase(lead=(3, 1000), width=320, neurons=1000, group_rows=192, columns=300, result=320, gated=True),
 )

@@ -2,58 +2,95 @@
 
 Every argument named with "!" is written in place and read by later calls; nothing else is. The operators take part in
 graphs as opaque calls, serve any device, and leave gradients to the caller (they are used where none are needed).
+
+`span` is met here, before an implementation sees the call: keys outside of it are cut off, so that kernels without a mask
+serve a sequence that is padded at its ends.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from chipmunk_fx.ops.attention import attention_refresh, attention_sparse
+from chipmunk_fx.ops.attention import attention_dense, attention_refresh, attention_sparse
 from chipmunk_fx.ops.mlp import mlp_refresh, mlp_sparse
+from chipmunk_fx.ops.region import region_add, region_store
 
 NAMESPACE = "chipmunk"
 
 _MLP = (
     "Tensor x, Tensor w1, Tensor? b1, Tensor? wu, Tensor? bu, Tensor w2, Tensor? b2, Tensor? order, Tensor clock, "
-    "Tensor(a!) hidden, Tensor(b!) out, Tensor(c!) mean, Tensor(d!) lists, *, str activation, int group_rows"
+    "Tensor(a!) hidden, Tensor(b!) out, Tensor(c!) mean, Tensor(d!) lists, Tensor(e!) by_neuron, *, str activation, "
+    "int group_rows"
 )
 SCHEMAS = MappingProxyType(
     {
+        "attention_dense": (
+            "(Tensor q, Tensor k, Tensor v, Tensor? valid, Tensor? span, *, float scale, str sdpa) -> Tensor"
+        ),
         "attention_refresh": (
-            "(Tensor q, Tensor k, Tensor v, Tensor? order, Tensor? always, Tensor clock, Tensor(a!) rest, "
-            "Tensor(b!) share, Tensor(c!) lists, *, float scale, int group_rows, float random_density, float power, "
-            "int mass_stride, int seed, int site) -> Tensor"
+            "(Tensor q, Tensor k, Tensor v, Tensor? order, Tensor? always, Tensor? valid, Tensor? span, Tensor clock, "
+            "Tensor(a!) rest, Tensor(b!) share, Tensor(c!) lists, *, float scale, int group_rows, float random_density, "
+            "float power, int mass_stride, int seed, int site, str sdpa) -> Tensor"
         ),
         "attention_sparse": (
-            "(Tensor q, Tensor k, Tensor v, Tensor? order, Tensor rest, Tensor share, Tensor lists, *, float scale, "
-            "int group_rows) -> Tensor"
+            "(Tensor q, Tensor k, Tensor v, Tensor? order, Tensor? valid, Tensor? span, Tensor rest, Tensor share, "
+            "Tensor lists, *, float scale, int group_rows, str sdpa) -> Tensor"
         ),
+        "region_store": "(Tensor start, Tensor stop, Tensor(a!) residual) -> ()",
+        "region_add": "(Tensor start, Tensor residual) -> Tensor",
         "mlp_refresh": f"({_MLP}) -> Tensor",
         "mlp_sparse": f"({_MLP}, float random_density, int seed, int site) -> Tensor",
     }
 )
-REFERENCE: MappingProxyType[str, Callable[..., Tensor]] = MappingProxyType(
+REFERENCE: MappingProxyType[str, Callable[..., Any]] = MappingProxyType(
     {
+        "attention_dense": attention_dense,
         "attention_refresh": attention_refresh,
         "attention_sparse": attention_sparse,
+        "region_store": region_store,
+        "region_add": region_add,
         "mlp_refresh": mlp_refresh,
         "mlp_sparse": mlp_sparse,
     }
 )
 
 
-def bind(op: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call of `op` by name."""
-    return dict(zip(argument_names(op), args, strict=False)) | dict(kwargs)
+Choose = Callable[[str, Mapping[str, Any]], Callable[..., Tensor]]
 
 
 def argument_names(op: str, keywords: bool = False) -> list[str]:
     """The positional arguments of `op`, or its keyword-only ones, in order."""
     schema = getattr(getattr(torch.ops, NAMESPACE), op).default._schema
     return [argument.name for argument in schema.arguments if argument.kwarg_only == keywords]
+
+
+def implementation(op: str, choose: Choose) -> Callable[..., Tensor]:
+    """What the dispatcher calls for `op`: `choose` is given the arguments by name, and its answer is called with them."""
+    names = argument_names(op)
+
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        arguments = within_span(dict(zip(names, args, strict=False)) | kwargs)
+        return choose(op, arguments)(**arguments)
+
+    return run
+
+
+def within_span(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments without `span`: keys (k, v and always) cut to it, so that all that are left are valid.
+
+    A span of -1 says that valid keys are no single run: `valid` is followed.
+    """
+    span = arguments.pop("span", None)
+    start, stop = (-1, -1) if span is None else span.tolist()
+    if start < 0:
+        return arguments
+    for name, dim in (("k", 2), ("v", 2), ("always", 1)):
+        if arguments.get(name) is not None:
+            arguments[name] = arguments[name].narrow(dim, start, stop - start)
+    return arguments | {"valid": None}
 
 
 def attention_fake(q: Tensor, *_, **__) -> Tensor:
@@ -67,15 +104,29 @@ def mlp_fake(x: Tensor, w1: Tensor, b1: Tensor, wu: Tensor, bu: Tensor, w2: Tens
     return x.new_empty(*x.shape[:-1], w2.shape[0])
 
 
+def region_fake(start: Tensor, residual: Tensor) -> Tensor:
+    """[..], contiguous."""
+    return residual.new_empty(start.shape)
+
+
+FAKES: Mapping[str, Callable[..., Any]] = MappingProxyType(
+    {
+        "attention": attention_fake,
+        "mlp": mlp_fake,
+        "region_store": lambda start, stop, residual: None,
+        "region_add": region_fake,
+    }
+)
+
+
 def _define() -> torch.library.Library:
     # kept alive by the module: the operators vanish with it
     library = torch.library.Library(NAMESPACE, "DEF")
     for name, schema in SCHEMAS.items():
         # exact strides: inputs arrive as the model laid them out, so that Inductor neither pads nor copies them
         library.define(name + schema, tags=torch.Tag.needs_exact_strides)
-        library.impl(name, REFERENCE[name], "CompositeExplicitAutograd")
-        fake = attention_fake if name.startswith("attention") else mlp_fake
-        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+        library.impl(name, implementation(name, lambda op, _: REFERENCE[op]), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", FAKES.get(name) or FAKES[name.split("_")[0]], lib=library)
     return library
 
 

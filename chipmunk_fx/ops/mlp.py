@@ -30,6 +30,7 @@ def mlp_refresh(
     out: Tensor,
     mean: Tensor,
     lists: Tensor,
+    by_neuron: Tensor,
     *,
     activation: str,
     group_rows: int,
@@ -37,13 +38,14 @@ def mlp_refresh(
     """act(x w1^T + b1) [* (x wu^T + bu)] w2^T + b2, keeping what `mlp_sparse` builds on.
 
     hidden = the activations, neuron by neuron within a group; out = the result; mean = first product of each group's
-    mean row; lists = the first K neurons (a sparse step that does not renew them stays defined).
+    mean row; lists = the first K neurons (a sparse step that does not renew them stays defined); by_neuron = w2^T.
 
-    Arguments as in kernels/README.md. Returns out in x's dtype, [..., C2]; writes hidden, out, mean and lists.
+    Arguments as in kernels/README.md. Returns out in x's dtype, [..., C2]; writes hidden, out, mean, lists and by_neuron.
     """
     first = FirstProduct(w1, b1, wu, bu, activation_named(activation))
     positions = None if order is None else order.long()
     lists.copy_(torch.arange(lists.shape[-1], device=lists.device).expand_as(lists))
+    by_neuron.copy_(w2.mT)
     at_once = groups_at_once(x.device, group_rows * w1.shape[0] * x.element_size())
     for b, rows in enumerate(_batches(x, positions)):
         mean[b] = first.pooled(group_means(rows, group_rows))
@@ -68,6 +70,7 @@ def mlp_sparse(
     out: Tensor,
     mean: Tensor,
     lists: Tensor,
+    by_neuron: Tensor,
     *,
     activation: str,
     group_rows: int,
@@ -80,20 +83,19 @@ def mlp_sparse(
     mean'  = first product of each group's mean row
     lists  = where clock[1] is not 0: the neurons of the largest |mean' - mean|, then random ones; else as they are
     hidden' = act(...) of the listed neurons
-    out   += (hidden' - hidden) w2[:, list]^T;  hidden and mean of the listed neurons take their new values
+    out   += (hidden' - hidden) by_neuron[list];  hidden and mean of the listed neurons take their new values
     With all neurons listed that is a refresh.
 
     Arguments as in kernels/README.md. Returns out in x's dtype, [..., C2]; writes hidden, out, mean and lists.
     """
     if lists.shape[-1] == w1.shape[0]:
         # nothing to leave out, and adding to `out` step by step would only gather rounding errors
-        kept = (clock, hidden, out, mean, lists)
+        kept = (clock, hidden, out, mean, lists, by_neuron)
         return mlp_refresh(x, w1, b1, wu, bu, w2, b2, order, *kept, activation=activation, group_rows=group_rows)
     first = FirstProduct(w1, b1, wu, bu, activation_named(activation))
     positions = None if order is None else order.long()
     key = stream(seed, site, clock[0])
     drawn = random_count(w1.shape[0], random_density, lists.shape[-1])
-    by_neuron = w2.mT.contiguous()  # [F, C2]: one neuron is one contiguous row
     widest = max(w1.shape[1], w2.shape[0])  # the two products gather one after the other
     at_once = groups_at_once(x.device, lists.shape[-1] * widest * x.element_size())
     for b, rows in enumerate(_batches(x, positions)):

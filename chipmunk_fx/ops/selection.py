@@ -20,35 +20,52 @@ def random_count(total: int, random_density: float, columns: int) -> int:
     return 0 if columns >= total else min(math.ceil(random_density * total - 1e-9), columns)
 
 
-def select(scores: Tensor, columns: int, drawn: int, key: Tensor, always: Tensor | None = None) -> Tensor:
+def select(
+    scores: Tensor, columns: int, drawn: int, key: Tensor, always: Tensor | None = None, valid: Tensor | None = None
+) -> Tensor:
     """int32 [G, columns]: the columns of each row of `scores` to compute, ascending, none twice.
 
     scores  [G, M] floating point; larger is more wanted
     drawn   how many of `columns` are random, see `random_count`
     key     0-d int64 from `stream`, unlike for every call of a step
     always  bool [1 or G, M]: columns taken first; `columns - drawn` must not be less than their number
+    valid   bool [M]: columns that may be taken; where they are fewer than `columns`, M fills the places left
     """
     groups, total = scores.shape
     if columns >= total:
-        return torch.arange(total, dtype=torch.int32, device=scores.device).expand(groups, total)
+        every = torch.arange(total, dtype=torch.int32, device=scores.device)
+        every = every if valid is None else every.masked_fill(~valid, total).sort().values
+        return every.expand(groups, total)
     if always is not None:
         scores = scores.masked_fill(always, math.inf)
+    if valid is not None:
+        scores = scores.masked_fill(~valid, -math.inf)
     best = scores.topk(columns - drawn, dim=-1, sorted=False).indices
     if drawn:
         taken = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device).scatter_(1, best, True)
-        best = torch.cat([best, draw(taken, total - columns + drawn, drawn, key)], dim=-1)
+        free: int | Tensor = total - columns + drawn
+        if valid is not None:
+            taken |= ~valid
+            free = (valid.sum() - columns + drawn).clamp(min=0)
+        best = torch.cat([best, draw(taken, free, drawn, key)], dim=-1)
+    if valid is not None:  # of too few valid columns, topk takes others too
+        best = best.masked_fill(~torch.cat([valid, valid.new_ones(1)])[best], total)
     return best.int().sort(dim=-1).values
 
 
-def draw(taken: Tensor, free: int, drawn: int, key: Tensor) -> Tensor:
-    """int64 [G, drawn]: columns drawn from those not `taken` (bool [G, M], `free` False in each row), ascending."""
-    groups, device = taken.shape[0], taken.device
+def draw(taken: Tensor, free: int | Tensor, drawn: int, key: Tensor) -> Tensor:
+    """int64 [G, drawn]: columns drawn from those not `taken` (bool [G, M], `free` False in each row), ascending.
+
+    Where `free` is less than `drawn`, M stands in the places left.
+    """
+    (groups, total), device = taken.shape, taken.device
     edges = torch.arange(drawn + 1, device=device) * free // drawn
     low, width = edges[:-1], edges.diff()
     counter = torch.arange(groups * drawn, device=device).view(groups, drawn)
-    rank = low + _mix(key ^ _mix(counter + _GOLDEN)) % width
+    rank = low + _mix(key ^ _mix(counter + _GOLDEN)) % width.clamp(min=1)
     # the r-th free column (from 0) is the first with r + 1 free ones up to and including itself
-    return torch.searchsorted((~taken).cumsum(-1, dtype=torch.int32), (rank + 1).int())
+    found = torch.searchsorted((~taken).cumsum(-1, dtype=torch.int32), (rank + 1).int())
+    return found.masked_fill(width == 0, total)
 
 
 def stream(seed: int, site: int, step: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from chipmunk_fx.config import Config
 from chipmunk_fx.graph.plan import Site
-from chipmunk_fx.graph.sizes import hints
 from chipmunk_fx.state.slots import Slot, attention_slots, columns, mlp_slots
 
 TILE = 16  # column counts are rounded up to this
@@ -34,10 +33,10 @@ def site_slots(
 
 def density(site: Site, config: Config) -> float:
     """Share of columns a sparse step computes at the compiled sizes (text not counted: it depends on the call)."""
-    sizes = hints(site.sizes)
+    sizes = site.hints
     return 1.0 if site.status == "dense" else site_columns(site, sizes, config) / sizes[3]
 
 
-def cache_bytes(site: Site, config: Config) -> int:
-    """Bytes of one branch's caches of a site at the compiled sizes (text columns not counted)."""
-    return sum(slot.bytes for slot in site_slots(site, hints(site.sizes), config))
+def cache_bytes(site: Site, config: Config, branches: int = 1) -> int:
+    """Bytes of a site's caches at the compiled sizes (text columns not counted)."""
+    return sum(slot.bytes * (1 if slot.shared else branches) for slot in site_slots(site, site.hints, config))

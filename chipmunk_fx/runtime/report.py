@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -14,16 +15,24 @@ from torch import fx, nn
 
 from chipmunk_fx.config import Config
 from chipmunk_fx.errors import ChipmunkError
+from chipmunk_fx.graph.flops import node_flops
 from chipmunk_fx.graph.match import Candidate
 from chipmunk_fx.graph.plan import Plan, Site
-from chipmunk_fx.graph.sizes import hints
+from chipmunk_fx.graph.sizes import hint, is_data_dependent
 from chipmunk_fx.graph.walk import shape
 from chipmunk_fx.runtime.registry import unwrap
+
+KINDS = ("attention", "mlp")
 
 
 @dataclass(frozen=True)
 class SiteReport:
-    """One attention or MLP. `shape`: attention (B, H, N, M, D), MLP (B, N, C, F, C2); sizes while compiling."""
+    """One attention or MLP; `where` is the source line of the user's model. Sizes are those seen while compiling.
+
+    `shape`: attention (B, H, N, M, D), MLP (B, N, C, F, C2); of what was refused, unless it is one SDPA, the result's.
+    `flops`: of the dense site; of what was refused, of its last product alone. A near miss (accepted=False) names the
+    `pattern` that got furthest, the graph's `node` at which it ended, and the `constraint` that was not met there.
+    """
 
     name: str
     kind: str
@@ -31,13 +40,20 @@ class SiteReport:
     accepted: bool
     status: Literal["rewritten", "dense"]
     reason: str
-    shape: tuple[int, ...]
+    shape: tuple[int | str, ...]
     where: str
+    flops: int = 0
+    pattern: str = ""
+    node: str = ""
+    constraint: str = ""
 
 
 @dataclass(frozen=True)
 class Report:
-    """All sites of a model, in graph order: accepted ones first, then what was recognised and refused."""
+    """All sites of a model, in graph order: accepted ones first, then what was recognised and refused.
+
+    `coverage`: share of the model's `total_flops` that rewritten sites hold.
+    """
 
     sites: tuple[SiteReport, ...]
     timestep: str | None
@@ -46,44 +62,53 @@ class Report:
     geometry: str
     coverage: float
     notes: tuple[str, ...] = ()
+    total_flops: int = 0
 
     def count(self, kind: str, status: str | None = None) -> int:
         """Accepted sites of a kind ("attention" | "mlp"), of one status ("rewritten" | "dense") where given."""
-        if kind not in ("attention", "mlp") or status not in (None, "rewritten", "dense"):
+        if kind not in KINDS or status not in (None, "rewritten", "dense"):
             raise ValueError(
                 f"count({kind!r}, status={status!r}): kinds are 'attention' and 'mlp', "
                 "statuses 'rewritten', 'dense' or None for both"
             )
         return sum(s.accepted and s.kind == kind and status in (None, s.status) for s in self.sites)
 
+    def tally(self, kind: str) -> dict[str, int]:
+        """Coverage by count: sites "rewritten", of those "accepted", of those "found"."""
+        found = sum(s.kind == kind for s in self.sites)
+        return {"rewritten": self.count(kind, "rewritten"), "accepted": self.count(kind), "found": found}
+
+    @property
+    def accepted_coverage(self) -> float:
+        """Share of the floating-point operations that accepted sites hold, rewritten or not."""
+        return sum(s.flops for s in self.sites if s.accepted) / self.total_flops if self.total_flops else 0.0
+
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2)
+        summary = {kind: self.tally(kind) for kind in KINDS} | {"accepted_coverage": self.accepted_coverage}
+        return json.dumps(asdict(self) | {"summary": summary}, indent=2)
 
     def __str__(self) -> str:
-        rows = [
-            (
-                s.name,
-                s.kind,
-                s.form,
-                "x".join(map(str, s.shape)),
-                s.status if s.accepted else "refused",
-                s.reason,
-                s.where,
-            )
-            for s in self.sites
-        ]
-        table = tabulate(rows, headers=("site", "kind", "form", "shape", "status", "reason", "where"))
+        taken = [(*_cells(s), s.status, s.reason, s.where) for s in self.sites if s.accepted]
+        refused = [(*_cells(s), "refused", s.pattern, s.node, s.reason, s.where) for s in self.sites if not s.accepted]
+        site = ("site", "kind", "form", "shape", "status")
+        tables = []
+        if taken or not refused:
+            tables.append(tabulate(taken, headers=(*site, "reason", "where"), disable_numparse=True))
+        if refused:
+            headers = (*site, "pattern", "at", "reason", "where")
+            tables.append(tabulate(refused, headers=headers, disable_numparse=True))
         counts = ", ".join(
-            f"{self.count(kind, 'rewritten')} of {self.count(kind)} {kind} sites rewritten"
-            for kind in ("attention", "mlp")
+            "{rewritten} of {accepted} {kind} sites rewritten ({found} found)".format(kind=kind, **self.tally(kind))
+            for kind in KINDS
         )
         lines = [
-            f"{counts}; they hold {self.coverage:.1%} of the floating-point operations",
+            f"{counts}; they hold {self.coverage:.1%} of {self.total_flops / 1e9:.3g} G floating-point operations, "
+            f"accepted ones {self.accepted_coverage:.1%}",
             f"timestep: {self.timestep or 'not found'}; latents: {self.latents or 'not found'}; "
             f"text: {', '.join(self.text) or 'none'}; grid: {self.geometry}",
             *self.notes,
         ]
-        return "\n".join([table, *lines])
+        return "\n".join(["\n\n".join(tables), "", *lines])
 
 
 def report_of(plan: Plan, names: Sequence[str], notes: Sequence[str] = ()) -> Report:
@@ -95,13 +120,14 @@ def report_of(plan: Plan, names: Sequence[str], notes: Sequence[str] = ()) -> Re
     done = sum(s.dense_flops for s in plan.rewritten)
     roles = plan.roles
     return Report(
-        tuple([_site(s) for s in plan.sites] + [_refused(c) for c in plan.refused]),
+        tuple([_site(s) for s in plan.sites] + [_refused(c, names) for c in plan.refused]),
         name(roles.timestep),
         name(roles.latents),
         tuple(names[i] for i in roles.text),
         plan.geometry.source,
         done / plan.total_flops if plan.total_flops else 0.0,
         tuple(notes),
+        plan.total_flops,
     )
 
 
@@ -110,14 +136,16 @@ def merge(reports: Sequence[Report], notes: Sequence[str] = ()) -> Report:
     if not reports:
         return Report((), None, None, (), "unknown", 0.0, tuple(notes))
     first = max(reports, key=lambda r: len(r.sites))
+    total = sum(r.total_flops for r in reports)
     return Report(
         tuple(s for r in reports for s in r.sites),
         next((r.timestep for r in reports if r.timestep), None),
         next((r.latents for r in reports if r.latents), None),
         first.text,
         first.geometry,
-        first.coverage,
+        sum(r.coverage * r.total_flops for r in reports) / total if total else 0.0,
         (*(n for r in reports for n in r.notes), *notes),
+        total,
     )
 
 
@@ -158,7 +186,7 @@ def explain_model(model: nn.Module, args: tuple, kwargs: dict[str, Any], config:
         except _Stop as stop:
             if stop.error:
                 raise stop.error from None
-        except torch._dynamo.exc.Unsupported as unsupported:
+        except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as unsupported:
             cause = str(unsupported).strip().splitlines()[0]
             try:
                 torch.compile(target.forward, backend=running)(*args, **kwargs)
@@ -168,14 +196,48 @@ def explain_model(model: nn.Module, args: tuple, kwargs: dict[str, Any], config:
     return merge(reports, notes)
 
 
+def _cells(site: SiteReport) -> tuple[str, ...]:
+    return site.name, site.kind, site.form, "x".join(map(str, site.shape))
+
+
 def _site(site: Site) -> SiteReport:
     return SiteReport(
-        site.name, site.kind, site.form, True, site.status, site.reason, hints(site.sizes), site.where
-    )  # fmt: skip
+        site.name,
+        site.kind,
+        site.form,
+        True,
+        site.status,
+        site.reason,
+        site.hints,
+        site.where,
+        site.dense_flops,
+    )
 
 
-def _refused(candidate: Candidate) -> SiteReport:
-    sizes = tuple(str(s) if not isinstance(s, int) else s for s in shape(candidate.anchor))
+def _refused(candidate: Candidate, names: Sequence[str]) -> SiteReport:
+    anchor = candidate.anchor
+    inputs = [node.name for node in anchor.graph.nodes if node.op == "placeholder"]
+    known = dict(zip(inputs, names, strict=True))  # graph inputs are shown under the user's names
+
+    def told(text: str) -> str:
+        return re.sub(r"\w+", lambda word: known.get(word.group(), word.group()), text)
+
+    reason = told(candidate.reason or "")
+    sizes = shape(anchor)
+    if anchor.target is torch.ops.aten.scaled_dot_product_attention.default:
+        query, key = (shape(argument) for argument in anchor.args[:2])  # pyright: ignore[reportArgumentType]
+        sizes = (*query[:-1], key[-2], query[-1])
     return SiteReport(
-        candidate.name, candidate.kind, candidate.form, False, "dense", candidate.reason or "", sizes, candidate.where
-    )  # pyright: ignore[reportArgumentType]
+        candidate.name,
+        candidate.kind,
+        candidate.form,
+        False,
+        "dense",
+        reason,
+        tuple(str(s) if is_data_dependent([s]) else hint(s) for s in sizes),
+        candidate.where,
+        0 if any(is_data_dependent(shape(n)) for n in (anchor, *anchor.all_input_nodes)) else node_flops(anchor),
+        candidate.pattern,
+        told((candidate.node or anchor).name),
+        told(candidate.constraint or "") or reason,
+    )

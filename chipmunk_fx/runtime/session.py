@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,8 +16,11 @@ from chipmunk_fx.errors import FallbackError
 from chipmunk_fx.graph.capture import Capture
 from chipmunk_fx.graph.plan import Plan, Site, state_inputs
 from chipmunk_fx.graph.sizes import bindings, evaluate
+from chipmunk_fx.graph.walk import shape
 from chipmunk_fx.log import Notices, logger
 from chipmunk_fx.runtime.footprint import site_slots
+from chipmunk_fx.runtime.generations import BIRTHS, Branch, Fallback, Prepared, Record, Track, bytes_of
+from chipmunk_fx.runtime.known import Known, Padding, Prober
 from chipmunk_fx.runtime.observe import Observer
 from chipmunk_fx.runtime.registry import Unnamed, active_scope, held
 from chipmunk_fx.runtime.tables import Tables, attention_tables
@@ -29,79 +31,7 @@ from chipmunk_fx.schedule.timeline import Position, Timeline
 from chipmunk_fx.state.slots import Slot
 
 _log = logger("runtime")
-_BIRTHS = itertools.count()
-
-
-@dataclass(frozen=True)
-class Fallback:
-    """A call, or a branch of one, that ran dense though the schedule had another phase for it."""
-
-    step: int
-    branch: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class Record:
-    """What one call did."""
-
-    step: int
-    branch: int
-    phase: Phase
-    graph: weakref.ref
-
-
-@dataclass
-class Branch:
-    """Caches of one branch: Parameter -> ordinal -> tensors by slot name."""
-
-    caches: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
-    held: dict[int, tuple[float, int]] = field(default_factory=dict)  # site index -> (share of columns, bytes)
-    last_refresh: int | None = None
-    sparse_steps: int = 0  # since the last refresh
-
-    @property
-    def bytes(self) -> int:
-        slots = (s for sites in self.caches.values() for s in sites.values())
-        return sum(t.numel() * t.element_size() for tensors in slots for t in tensors.values())
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """The state tensors of one graph and branch, good while every owner is the same Parameter object."""
-
-    owners: tuple[tuple[int, weakref.ref], ...]
-    state: list[torch.Tensor]
-
-    def serves(self, values: Sequence[Any]) -> bool:
-        return all(values[index] is owner() for index, owner in self.owners)
-
-
-@dataclass
-class Track:
-    """The generations of one key: a timeline, the branches of the one under way, and what its calls did."""
-
-    timeline: Timeline
-    branches: dict[int, Branch] = field(default_factory=dict)
-    records: list[Record] = field(default_factory=list)
-    fallbacks: list[Fallback] = field(default_factory=list)
-    tables: dict[Any, Tables] = field(default_factory=dict)
-    grid: tuple[int, int, int] | None = None
-    clock: torch.Tensor | None = None
-    prepared: dict[Any, _Prepared] = field(default_factory=dict)
-    last_call: int = 0
-    begun: int = 0  # larger for the generation that began later, over all sessions
-
-    def begin(self) -> None:
-        """A generation begins: nothing cached is valid, buffers are kept for reuse."""
-        self.records, self.fallbacks, self.tables, self.grid, self.prepared = [], [], {}, None, {}
-        self.begun = next(_BIRTHS)
-        for branch in self.branches.values():
-            branch.last_refresh = None
-
-    @property
-    def bytes(self) -> int:
-        return sum(b.bytes for b in self.branches.values())
+_REGION = -1  # in place of a site's ordinal
 
 
 class Graph:
@@ -109,14 +39,15 @@ class Graph:
 
     def __init__(self, capture: Capture, plan: Plan, config: Config, variants: Variants) -> None:
         self.capture, self.plan, self.config, self.variants = capture, plan, config, variants
-        self.entries = state_inputs(plan)
-        self.owner = plan.rewritten[0].owner
+        self.entries = state_inputs(plan, Phase.REFRESH)
+        parameters = (i for i, entry in enumerate(capture.inputs) if entry.is_parameter)
+        self.owner = (plan.rewritten or plan.sites)[0].owner if plan.sites else next(parameters)
+        self.clock = next(i for i, entry in enumerate(self.entries) if entry.role == "clock")
         self.is_piece = plan.roles.timestep is None
         self.free = [i for i, entry in enumerate(capture.inputs) if entry.is_tensor and not entry.is_parameter]
         kinds = {s.kind for s in plan.rewritten}
-        self.dense_layers = max(
-            s.dense_layers for k, s in (("attention", config.attention), ("mlp", config.mlp)) if k in kinds
-        )
+        settings = (("attention", config.attention), ("mlp", config.mlp))
+        self.dense_layers = max((s.dense_layers for k, s in settings if k in kinds), default=0)
 
 
 class Session:
@@ -125,11 +56,15 @@ class Session:
     def __init__(self, config: Config, budget: Callable[[torch.device], int], arrival: int, notices: Notices) -> None:
         self.config, self.budget, self.arrival, self.notices = config, budget, arrival, notices
         self.tag: Any = config
-        self.born = next(_BIRTHS)
+        self.born = next(BIRTHS)
         self.lock = threading.RLock()
         self.observer = Observer()
+        self.probers: weakref.WeakKeyDictionary[Graph, Prober] = weakref.WeakKeyDictionary()
         self.policy = policy_from(config.schedule)
+        self.computing = policy_from(replace(config.schedule, skip_steps=None))
         self.tracks: dict[Any, Track] = {}
+        self.shared: WeakIdKeyDictionary = WeakIdKeyDictionary()  # what the branches of a site have in common
+        self.shared_bytes: dict[int, int] = {}  # by site index
         self.held = 0  # bytes of all caches, read by other sessions
         self.calls = 0
         self.latest: Any = None
@@ -141,7 +76,7 @@ class Session:
     def example_state(self, graph: Graph, values: Sequence[Any]) -> list[torch.Tensor]:
         """State of the right shapes for compiling `graph`, kept by no one."""
         track = Track(Timeline())
-        return self._state(graph, track, Branch(), values)[0]
+        return self._state(graph, track, Branch(), values, self._known(graph, values))[0]
 
     def reset(self) -> None:
         with self.lock:
@@ -151,25 +86,59 @@ class Session:
     def _serve(self, graph: Graph, values: Sequence[Any]) -> Any:
         track, position = self._locate(graph, values)
         branch = track.branches.setdefault(position.branch, Branch())
-        phase = self._phase(graph, track, branch, position)
-        state: list[torch.Tensor] = []
-        if phase is not Phase.DENSE:
-            try:
-                state, whole = self._state(graph, track, branch, values)
-            except _OverBudget as over:
-                branch.caches.clear()
-                track.prepared.clear()
-                self.held = self.bytes
-                phase = self._fall_back(track, position, str(over))
-                state = []
-            else:
-                if phase is Phase.SPARSE and not whole:  # a parameter was replaced: its caches are new
-                    phase = Phase.REFRESH
-                self._set_clock(state[0], branch, phase, position.step)
-        due, branch.last_refresh = branch.last_refresh, None  # an exception leaves the branch without valid caches
-        result = graph.variants.get(phase, state)(*values, *state)
-        self._passed(track, branch, phase, position, due, graph)
+        known = self._known(graph, values)
+        phase = self._phase(graph, track, branch, position, known)
+        state: list[torch.Tensor] | None = None
+        if phase is not Phase.DENSE or (graph.plan.streams and position.decided and not graph.plan.rewritten):
+            phase, state = self._ready(graph, track, branch, position, phase, values, known)
+        before = branch.last_refresh, branch.last_computed
+        branch.last_refresh = branch.last_computed = None  # an exception leaves the branch without valid caches
+        if state is not None:
+            result = graph.variants.get(phase, state)(*values, *state)
+        elif phase is Phase.DENSE and graph.plan.masks and graph.plan.rewritten and not known.problem:
+            state = self._masks(graph, values, known)
+            result = graph.variants.get(phase, state)(*values, *state)
+        else:
+            result = graph.variants.original()(*values)
+        branch.last_refresh, branch.last_computed = before
+        self._passed(track, branch, phase, position, known, graph, stored=state is not None)
         return result
+
+    def _ready(
+        self, graph: Graph, track: Track, branch: Branch, position: Position, phase: Phase, values: Sequence[Any],
+        known: Known,
+    ) -> tuple[Phase, list[torch.Tensor] | None]:  # fmt: skip
+        """The phase that the caches allow, and its tensors; none where the call has to be dense."""
+        try:
+            state, whole = self._state(graph, track, branch, values, known)
+        except _OverBudget as over:
+            branch.caches.clear()
+            track.prepared.clear()
+            self.held = self.bytes
+            return self._fall_back(track, position, str(over)), None
+        # caches are new where a parameter was replaced; lists are of no use where other keys are padding
+        fresh = not whole or (phase is Phase.SPARSE and not known.same(branch.known))
+        if fresh and phase in (Phase.SPARSE, Phase.SKIP):
+            phase = Phase.REFRESH if graph.plan.rewritten else Phase.DENSE
+        self._set_clock(state[graph.clock], branch, phase, position.step)
+        return phase, state[: len(state_inputs(graph.plan, phase))]
+
+    def _known(self, graph: Graph, values: Sequence[Any]) -> Known:
+        if graph.plan.probe is None:
+            return Known()
+        if graph not in self.probers:
+            self.probers[graph] = Prober(graph.plan.probe)
+        return self.probers[graph].ask(values)
+
+    def _masks(self, graph: Graph, values: Sequence[Any], known: Known) -> list[torch.Tensor]:
+        """`valid` [B, M] and `span` of every mask."""
+        state = []
+        symbols = bindings(graph.capture.fakes, values)
+        for index, padding in enumerate(known.paddings):
+            site = next(site for site in graph.plan.sites if graph.plan.mask_of(site) == index)
+            (batch,) = evaluate(site.sizes[:1], symbols)
+            state += [padding.valid.expand(batch, -1).contiguous(), padding.span]
+        return state
 
     def _locate(self, graph: Graph, values: Sequence[Any]) -> tuple[Track, Position]:
         scope = active_scope(values[graph.owner])
@@ -193,18 +162,22 @@ class Session:
         self.tracks = {k: t for k, t in self.tracks.items() if not (isinstance(k, Unnamed) and k.over)}
         self.held = self.bytes
 
-    def _phase(self, graph: Graph, track: Track, branch: Branch, position: Position) -> Phase:
+    def _phase(self, graph: Graph, track: Track, branch: Branch, position: Position, known: Known) -> Phase:
         if graph.is_piece and self.arrival < graph.dense_layers:
             return Phase.DENSE
         if not position.decided:
             return self._fall_back(track, position, position.reason or "its place in the generation is undecidable")
-        phase = self.policy.phase(position.step, branch.last_refresh)
-        if phase is Phase.SKIP:
-            self.notices.once(
-                _log, "schedule.skip_steps: no region of blocks can be skipped yet; those steps run sparse"
-            )
-            return Phase.SPARSE
-        return phase
+        if known.problem and graph.plan.rewritten:
+            return self._fall_back(track, position, known.problem)
+        if not graph.plan.rewritten:
+            phase = self.policy.phase(position.step, branch.last_computed)
+            return phase if phase is Phase.SKIP else Phase.DENSE
+        if graph.plan.streams:
+            return self.policy.phase(position.step, branch.last_refresh)
+        if self.config.schedule.skip_steps:
+            why = "a block does not show what is around it" if graph.is_piece else graph.plan.region
+            self.notices.once(_log, f"schedule.skip_steps: no step is skipped ({why})", key="skip")
+        return self.computing.phase(position.step, branch.last_refresh)
 
     def _fall_back(self, track: Track, position: Position, reason: str) -> Phase:
         if self.config.strict:
@@ -214,10 +187,21 @@ class Session:
         return Phase.DENSE
 
     def _passed(
-        self, track: Track, branch: Branch, phase: Phase, position: Position, due: int | None, graph: Graph
+        self,
+        track: Track,
+        branch: Branch,
+        phase: Phase,
+        position: Position,
+        known: Known,
+        graph: Graph,
+        *,
+        stored: bool,
     ) -> None:
-        branch.last_refresh = position.step if phase is Phase.REFRESH else due
-        branch.sparse_steps = branch.sparse_steps + 1 if phase is Phase.SPARSE else 0
+        if phase is Phase.REFRESH:
+            branch.last_refresh, branch.known = position.step, known
+        if phase is not Phase.SKIP:
+            branch.sparse_steps = branch.sparse_steps + 1 if phase is Phase.SPARSE else 0
+            branch.last_computed = position.step if stored else branch.last_computed
         track.records.append(Record(position.step, position.branch, phase, weakref.ref(graph)))
         _log.debug("step %d branch %d: %s", position.step, position.branch, phase)
 
@@ -226,51 +210,72 @@ class Session:
         clock.copy_(torch.tensor([step, int(renew)]))
 
     def _state(
-        self, graph: Graph, track: Track, branch: Branch, values: Sequence[Any]
+        self, graph: Graph, track: Track, branch: Branch, values: Sequence[Any], known: Known
     ) -> tuple[list[torch.Tensor], bool]:
         """The tensors after a call's own inputs, and whether all caches were there already."""
         key = (weakref.ref(graph), id(branch), tuple(tuple(values[i].shape) for i in graph.free))
-        known = track.prepared.get(key)
-        if known is not None and known.serves(values):
-            return known.state, True
-        state, whole = self._assemble(graph, track, branch, values)
+        prepared = track.prepared.get(key)
+        if prepared is not None and prepared.serves(values, known):
+            return prepared.state, True
+        state, whole = self._assemble(graph, track, branch, values, known)
         owners = {site.owner: weakref.ref(values[site.owner]) for site in graph.plan.rewritten}
-        track.prepared[key] = _Prepared(tuple(owners.items()), state)
+        track.prepared[key] = Prepared(tuple(owners.items()), known, state)
         return state, whole
 
     def _assemble(
-        self, graph: Graph, track: Track, branch: Branch, values: Sequence[Any]
+        self, graph: Graph, track: Track, branch: Branch, values: Sequence[Any], known: Known
     ) -> tuple[list[torch.Tensor], bool]:
-        known = bindings(graph.capture.fakes, values)
+        symbols = bindings(graph.capture.fakes, values) | known.lengths
         if graph.plan.has_grid and track.grid is None:
-            track.grid = graph.plan.geometry.grid(known, values)
+            track.grid = graph.plan.geometry.grid(symbols, values)
         sites = {site.index: site for site in graph.plan.rewritten}
         device = values[graph.owner].device
-        whole, state = True, []
+        state = self._masks(graph, values, known)
+        residuals = [
+            Slot(f"residual_{i}", evaluate(shape(stream.stop), symbols), stream.stop.meta["val"].dtype)
+            for i, stream in enumerate(graph.plan.streams)
+        ]
+        kept, whole = self._cached(branch.caches, values[graph.owner], _REGION, residuals, device)
+        state += [kept[slot.name] for slot in residuals]
         caches: dict[int, dict[str, torch.Tensor]] = {}
-        for entry in graph.entries:
-            if entry.site is None:
+        for entry in graph.entries[len(state) :]:
+            if entry.of is None:
                 if track.clock is None or track.clock.device != device:
                     with torch.inference_mode(False):
                         track.clock = torch.zeros(2, dtype=torch.int64, device=device)
                 state.append(track.clock)
                 continue
-            site = sites[entry.site]
-            tables = self._tables(graph, track, site, evaluate(site.sizes, known), device)
+            site = sites[entry.of]
+            sizes = evaluate(site.sizes, symbols)
+            tables = self._tables(graph, track, site, sizes, device)
             if entry.role != "slot":
                 state.append(tables.order if entry.role == "order" else tables.always)
                 continue
             if site.index not in caches:
-                owner = values[site.owner]
-                sizes = evaluate(site.sizes, known)
-                always = tables.always_count if site.kind == "attention" else 0
-                slots = site_slots(site, sizes, self.config, len(tables.order), always)
-                caches[site.index], kept = self._cached(branch, owner, site.ordinal, slots, device)
-                whole = whole and kept
-                size = sum(slot.bytes for slot in slots)
-                branch.held[site.index] = (caches[site.index]["lists"].shape[-1] / sizes[3], size)
+                owner, mask = values[site.owner], graph.plan.mask_of(site)
+                padding = None if mask is None else known.paddings[mask]
+                slots = self._slots(site, sizes, tables, padding)
+                caches[site.index] = {}
+                for home, shared in ((branch.caches, False), (self.shared, True)):
+                    some = [slot for slot in slots if slot.shared is shared]
+                    tensors, kept = self._cached(home, owner, site.ordinal, some, device)
+                    caches[site.index] |= tensors
+                    whole = whole and kept
+                columns = padding.keys if padding else sizes[3]
+                size = sum(slot.bytes for slot in slots if not slot.shared)
+                self.shared_bytes[site.index] = sum(slot.bytes for slot in slots if slot.shared)
+                branch.held[site.index] = (caches[site.index]["lists"].shape[-1] / columns, size)
             state.append(caches[site.index][entry.slot or ""])
         return state, whole
+
+    def _slots(self, site: Site, sizes: tuple[int, ...], tables: Tables, padding: Padding | None) -> tuple[Slot, ...]:
+        """Densities are shares of the valid keys."""
+        if site.kind == "mlp":
+            return site_slots(site, sizes, self.config, len(tables.order))
+        always = tables.always_count if padding is None else padding.fixed(tables.always)
+        if padding is not None:
+            sizes = (*sizes[:3], padding.keys, sizes[4])
+        return site_slots(site, sizes, self.config, len(tables.order), always)
 
     def _tables(self, graph: Graph, track: Track, site: Site, sizes: tuple[int, ...], device: torch.device) -> Tables:
         attention = site.kind == "attention"
@@ -287,10 +292,10 @@ class Session:
         return track.tables[key]
 
     def _cached(
-        self, branch: Branch, owner: torch.Tensor, ordinal: int, slots: tuple[Slot, ...], device: torch.device
+        self, home: WeakIdKeyDictionary, owner: torch.Tensor, ordinal: int, slots: Sequence[Slot], device: torch.device
     ) -> tuple[dict[str, torch.Tensor], bool]:
-        """The buffers of one site in one branch; allocated where they do not fit the slots."""
-        sites = branch.caches.setdefault(owner, {})
+        """The buffers of one site, of one branch or shared by all; allocated where they do not fit the slots."""
+        sites = home.setdefault(owner, {})
         held = sites.get(ordinal, {})
         if all(
             s.name in held and tuple(held[s.name].shape) == s.shape and held[s.name].dtype == s.dtype
@@ -323,7 +328,11 @@ class Session:
 
     @property
     def bytes(self) -> int:
-        return sum(track.bytes for track in self.tracks.values())
+        return sum(track.bytes for track in self.tracks.values()) + self.shared_held
+
+    @property
+    def shared_held(self) -> int:
+        return bytes_of(self.shared)
 
 
 class _OverBudget(Exception):

@@ -9,11 +9,11 @@ from typing import Any
 
 from tabulate import tabulate
 
-from chipmunk_fx.config import Config
 from chipmunk_fx.graph.plan import Plan, Site
 from chipmunk_fx.runtime.footprint import density
+from chipmunk_fx.runtime.generations import Fallback, Track
 from chipmunk_fx.runtime.registry import Unnamed
-from chipmunk_fx.runtime.session import Fallback, Session, Track
+from chipmunk_fx.runtime.session import Session
 from chipmunk_fx.schedule.phase import Phase
 
 _NOTHING = "no call has reached the backend yet, or nothing of the model was rewritten (explain says why)"
@@ -72,7 +72,7 @@ def summarize(sessions: Sequence[Session], key: Any = None, named: bool = False)
         _phases(first),
         tuple(sites),
         sum(spent) / sum(dense) if sum(dense) else 1.0,
-        sum(track.bytes for _, track in tracks),
+        sum(track.bytes + session.shared_held for session, track in tracks),
         tuple(f for _, track in tracks for f in track.fallbacks),
     )
 
@@ -119,19 +119,24 @@ def _sites(session: Session, track: Track) -> list[SiteSummary]:
     summaries = []
     prefix = f"{session.arrival}." if plans and plans[-1].roles.timestep is None else ""  # a block among others
     for site in plans[-1].sites if plans else ():
-        exempt = site.status == "dense"
-        own = {b: (["dense"] * len(p) if exempt else list(p)) for b, p in phases.items()}
-        share, held = _held(track, site, session.config)
+        own = {b: [_phase_of(site, plans[-1], phase) for phase in p] for b, p in phases.items()}
+        share, held = _held(session, track, site)
         summaries.append(SiteSummary(prefix + site.name, site.kind, site.status, site.reason, own, share, held))
     return summaries
 
 
-def _held(track: Track, site: Site, config: Config) -> tuple[float, int]:
+def _phase_of(site: Site, plan: Plan, phase: str) -> str:
+    if phase == Phase.SKIP:
+        return phase if plan.in_region(site) else str(Phase.DENSE)
+    return str(Phase.DENSE) if site.status == "dense" else phase
+
+
+def _held(session: Session, track: Track, site: Site) -> tuple[float, int]:
     """(share of columns in the lists that the site holds, bytes of its caches over all branches)."""
     held = [branch.held[site.index] for branch in track.branches.values() if site.index in branch.held]
     if not held:
-        return density(site, config), 0
-    return held[-1][0], sum(size for _, size in held)
+        return density(site, session.config), 0
+    return held[-1][0], sum(size for _, size in held) + session.shared_bytes.get(site.index, 0)
 
 
 def _work(session: Session, track: Track) -> tuple[float, float]:
@@ -142,8 +147,11 @@ def _work(session: Session, track: Track) -> tuple[float, float]:
         if graph is not None:
             plan = graph.plan
             dense += plan.total_flops
+            if record.phase is Phase.SKIP:
+                spent += plan.skip_flops
+                continue
             spent += plan.rest_flops
             for site in plan.sites:
-                share, _ = _held(track, site, session.config)
+                share, _ = _held(session, track, site)
                 spent += site_flops(site, record.phase, share, session.config.attention.mass_stride)
     return spent, dense

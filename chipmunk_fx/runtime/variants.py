@@ -40,26 +40,34 @@ class Variants:
     """The dense graph as Dynamo gave it, and the rewritten ones."""
 
     def __init__(self, original: fx.GraphModule, capture: Capture, plan: Plan, config: Config) -> None:
-        self.original, self.capture, self.plan, self.config = original, capture, plan, config
-        self._made: dict[Phase, Callable[..., Any]] = {}
+        self.graph, self.capture, self.plan, self.config = original, capture, plan, config
+        self._made: dict[Phase | None, Callable[..., Any]] = {}
         self._lock = threading.Lock()
 
+    def original(self) -> Callable[..., Any]:
+        """The graph that nothing was rewritten in."""
+        return self._get(None, [])
+
     def get(self, phase: Phase, state: Sequence[torch.Tensor]) -> Callable[..., Any]:
-        """The callable for `phase`; `state` are the tensors appended to its inputs (none for dense)."""
+        """The callable for `phase`; `state` are the tensors appended to its inputs."""
+        return self._get(phase, state)
+
+    def _get(self, phase: Phase | None, state: Sequence[torch.Tensor]) -> Callable[..., Any]:
         with self._lock:  # models that share the graph may call it from several threads
             if phase not in self._made:
-                _log.debug("building the %s variant", phase)
+                _log.debug("building the %s variant", phase or "unchanged")
                 with tracing(self.capture.context), torch.no_grad():
                     self._made[phase] = self._build(phase, state)
             return self._made[phase]
 
-    def _build(self, phase: Phase, state: Sequence[torch.Tensor]) -> Callable[..., Any]:
-        if phase is Phase.DENSE:
-            return lower(self.original, self.capture.fakes, self.config)
+    def _build(self, phase: Phase | None, state: Sequence[torch.Tensor]) -> Callable[..., Any]:
+        if phase is None:
+            return lower(self.graph, self.capture.fakes, self.config)
         module = rewrite(self.capture, self.plan, self.config, phase)
         fake_mode = self.capture.context.fake_mode
         assert fake_mode is not None
         fakes = [fake_mode.from_tensor(tensor, static_shapes=True) for tensor in state]
-        # Only our ops look at the caches, whose sizes follow the call's: under dynamic shapes they are not asserted.
-        patches = {"size_asserts": False} if self.capture.dynamic else {}
+        # Only our ops look at the caches, whose sizes follow the call's: where these change, they are not asserted.
+        follows = self.capture.dynamic or self.plan.probe is not None
+        patches = {"size_asserts": False} if follows else {}
         return lower(module, [*self.capture.fakes, *fakes], self.config, **patches)

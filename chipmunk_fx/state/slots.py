@@ -8,11 +8,12 @@ import torch
 
 @dataclass(frozen=True)
 class Slot:
-    """One cached tensor. Contiguous, uninitialised until a refresh has written it."""
+    """One cached tensor. Contiguous, uninitialised until a refresh has written it. `shared`: the same for all branches."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    shared: bool = False
 
     @property
     def bytes(self) -> int:
@@ -52,14 +53,15 @@ def attention_slots(
 
 def mlp_slots(
     batch: int, rows: int, neurons: int, width: int, dtype: torch.dtype, *, group_rows: int, columns: int
-) -> tuple[Slot, Slot, Slot, Slot]:
-    """hidden, out, mean and lists of an MLP site; `width` is that of its result."""
+) -> tuple[Slot, ...]:
+    """hidden, out, mean, lists and by_neuron of an MLP site; `width` is that of its result."""
     groups = math.ceil(rows / group_rows)
     return (
         Slot("hidden", (batch, groups, neurons, group_rows), dtype),
         Slot("out", (batch, rows, width), torch.float32),
         Slot("mean", (batch, groups, neurons), torch.float32),
         Slot("lists", (batch, groups, min(columns, neurons)), torch.int32),
+        Slot("by_neuron", (neurons, width), dtype, shared=True),
     )
 
 

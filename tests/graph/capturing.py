@@ -68,7 +68,7 @@ class Seen:
     def plan(self, judge: Callable[[Any], str | None] = lambda site: None, /, **options: Any) -> Plan:
         """Options with dots are written with two underscores; `judge` is the cost gate."""
         geometry, config = self.geometry(**options), config_of(options)
-        return make_plan(self.capture, self.candidates, self.roles, geometry, config, judge)
+        return make_plan(self.capture, self.candidates, self.roles, geometry, config, judge, self.inputs)
 
 
 @cache

@@ -1,5 +1,6 @@
 """The pattern language: what matches, what does not, and what a mismatch says."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -8,11 +9,15 @@ from chipmunk_fx.graph.language import (
     Call,
     Each,
     Found,
+    Function,
     Literal,
     Mismatch,
     OneOf,
+    Range,
     Var,
+    Where,
     arguments,
+    heads,
     is_identity,
     match,
 )
@@ -150,6 +155,49 @@ def test_an_output_of_many_is_told_by_its_number():
     second = Call((aten.chunk.default,), {"self": Var("x"), **halves}, output=1)
     assert found(second, lambda a: a.chunk(2, -1)[1], x())
     assert "output 1" in str(missed(second, lambda a: a.chunk(2, -1)[0], x()))
+
+
+def test_a_condition_is_tried_before_what_it_guards():
+    wide = Where(lambda node: node.meta["val"].shape[-1] > 4, "more than 4 columns", LINEAR)
+    assert found(wide, F.linear, x(), x(8, 4))
+    mismatch = missed(wide, F.linear, x(), x(3, 4))
+    assert mismatch.wanted == "more than 4 columns" and mismatch.depth == 0
+
+
+def test_a_range_binds_the_columns_of_what_matches():
+    halves = Call((aten.mul.Tensor,), {"self": Range("a", LINEAR), "other": Range("b", LINEAR)})
+    bound = found(halves, lambda x, w: (h := F.linear(x, w))[..., 2:] * h.chunk(2, -1)[0], x(), x(4, 4)).bound
+    assert [(bound[name].start, bound[name].stop) for name in "ab"] == [(2, 4), (0, 2)]
+    whole = found(halves, lambda x, w: (h := F.linear(x, w)) * h, x(), x(4, 4))
+    assert whole.bound["a"] is None and whole.bound["b"] is None
+    assert "aten.linear.default" in str(
+        missed(halves, lambda x, w: (h := F.linear(x, w))[:, 2:] * h[:, :2], x(), x(4, 4))
+    )
+
+
+def test_a_range_of_a_range_is_one():
+    nested = found(Range("a", LINEAR), lambda x, w: F.linear(x, w).split([2, 6], -1)[1].chunk(3, -1)[2], x(), x(8, 4))
+    assert (nested.bound["a"].start, nested.bound["a"].stop) == (6, 8)
+    assert [n.target for n in nested.nodes if n.op == "call_function"][-1] is aten.linear.default
+
+
+def test_a_function_is_known_by_its_values():
+    twice = Function("f", {"double": lambda x: 2 * x, "square": torch.square}, LINEAR, "twice or squared")
+    assert found(twice, lambda x, w: (h := F.linear(x, w)) + h, x(), x(4, 4)).bound["f"] == "double"
+    assert found(twice, lambda x, w: F.linear(x, w).double() ** 2, x(), x(4, 4)).bound["f"] == "square"
+    mismatch = missed(twice, lambda x, w: F.linear(x, w) ** 3, x(), x(4, 4))
+    assert (mismatch.wanted, mismatch.seen, mismatch.depth) == ("twice or squared", "pow 3", 2)
+    assert missed(twice, lambda x, w: F.linear(x, w), x(), x(4, 4)).wanted == "twice or squared"
+
+
+def test_a_pattern_may_begin_with_any_of_its_alternatives():
+    relu = Call((aten.relu.default,), {"self": Var("x")})
+    assert heads(OneOf("either", {"linear": LINEAR, "guarded": Where(lambda node: True, "", relu)})) == (
+        aten.linear.default,
+        aten.relu.default,
+    )
+    with pytest.raises(TypeError, match="begins with a Call"):
+        heads(Var("x"))
 
 
 def test_ops_that_change_no_value_are_passed():

@@ -57,7 +57,7 @@ def test_state_comes_after_the_graphs_own_inputs(seen: Seen, phase: Phase):
     module = written(seen, phase)
     names = [n.name for n in module.graph.nodes if n.op == "placeholder"]
     own = [n.name for n in seen.capture.module.graph.nodes if n.op == "placeholder"]
-    assert names == own + [f"chipmunk_{entry.name}" for entry in state_inputs(seen.plan(**OFF))]
+    assert names == own + [f"chipmunk_{entry.name}" for entry in state_inputs(seen.plan(**OFF), Phase.REFRESH)]
     state = [n for n in module.graph.nodes if n.op == "placeholder"][len(own) :]
     assert all(n.meta["tensor_dict"] == {"_dynamo_static_input_type": "unguarded"} for n in state)
     parameters = [n for n in module.graph.nodes if n.op == "placeholder"][: len(own)]
@@ -89,6 +89,7 @@ def test_settings_are_constants_of_the_ops(seen: Seen):
         "mass_stride": 2,
         "seed": 7,
         "site": 0,
+        "sdpa": "",
     }
 
 
@@ -113,7 +114,7 @@ class Windowed(nn.Module):
 
 def test_local_windows_need_no_grid():
     seen = captured(Windowed(), torch.randn(1, 64, 16))
-    names = [entry.name for entry in state_inputs(seen.plan(**OFF, attention__local_window=0.1))]
+    names = [entry.name for entry in state_inputs(seen.plan(**OFF, attention__local_window=0.1), Phase.REFRESH)]
     assert names == ["clock", "order_0", "always_0", "rest_0", "share_0", "lists_0"]
     refresh = next(
         n

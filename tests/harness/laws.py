@@ -21,8 +21,8 @@ PHASES = ["refresh", "sparse", "sparse", "refresh", "sparse"]
 SCHEDULE_LENGTH = 50  # timesteps fall as in a run of so many steps, of which the first STEPS are made
 
 
-def compiled(model: nn.Module, lowering: str, density: float, **options: Any) -> Any:
-    """The model under our backend with lists shared by 16 rows, every layer sparse and nothing gated.
+def compiled(model: nn.Module, lowering: str, density: float, whole: bool = False, **options: Any) -> Any:
+    """The model under our backend with lists shared by 16 rows, every layer sparse and nothing gated; `whole`: as one graph.
 
     Options with dots are written with two underscores. Dynamo's caches are cleared first: it gives up on a class
     after eight sets of options.
@@ -42,7 +42,7 @@ def compiled(model: nn.Module, lowering: str, density: float, **options: Any) ->
         "gate": "off",
     }
     settings |= {key.replace("__", "."): value for key, value in options.items()}
-    return torch.compile(model, backend="chipmunk", options=settings)
+    return torch.compile(model, backend="chipmunk", fullgraph=whole, options=settings)
 
 
 def moving(name: str, inputs: Inputs, drift: float, seed: int = 0) -> list[Inputs]:
@@ -56,12 +56,7 @@ def outputs(model: Any, steps: list[Inputs]) -> list[Tensor]:
 
 
 # What no pattern takes yet, by model; a pattern that comes to take it has to be struck off here.
-LEFT_DENSE = {
-    "HunyuanVideo": ["attention"],  # key-padding masks
-    "QwenImage": ["attention"],  # key-padding masks
-    "Mochi": ["attention"],  # autocast within the forward: the graph breaks, and attention's length depends on the data
-    "Flux2": ["mlp"],  # gate and value from one linear through a module of their own; qkv and MLP in one linear
-}
+LEFT_DENSE: dict[str, list[str]] = {}
 
 
 def assert_scheduled(model: Any, name: str) -> None:
@@ -92,7 +87,7 @@ def check_density_one_is_dense(name: str, lowering: str = "eager", dtype: torch.
     steps = moving(name, inputs, drift=0.3)
     dense = outputs(model, steps)
     everything = {"attention__random_density": 0.0, "mlp__random_density": 0.0}
-    sparse_model = compiled(model, lowering, density=1.0, **everything)
+    sparse_model = compiled(model, lowering, 1.0, facts(name)["one_graph"], **everything)
     sparse = outputs(sparse_model, steps)
     assert_scheduled(sparse_model, name)
     if dtype == torch.float32:
@@ -109,7 +104,7 @@ def check_standing_still(
     model, inputs = cast(name, *enlarged(name), dtype)
     steps = [step_inputs(name, inputs, 0, SCHEDULE_LENGTH)] * STEPS
     dense = outputs(model, steps)
-    sparse_model = compiled(model, lowering, density)
+    sparse_model = compiled(model, lowering, density, facts(name)["one_graph"])
     sparse = outputs(sparse_model, steps)
     assert_scheduled(sparse_model, name)
     assert_sparse(sparse_model, name)
@@ -146,7 +141,7 @@ def check_error_falls(name: str, lowering: str = "eager", seeds: int = 8) -> Non
     dense = [outputs(model, steps) for steps in generations]
     errors = []
     for density in (0.05, 0.2, 0.5):
-        sparse_model = compiled(model, lowering, density)
+        sparse_model = compiled(model, lowering, density, facts(name)["one_graph"])
         sparse = []
         for steps in generations:
             chipmunk_fx.reset(sparse_model)
@@ -163,7 +158,7 @@ def check_generations_apart(name: str, lowering: str = "eager") -> None:
     """Law 5: two generations interleaved on one compiled model give bit for bit what each gives alone."""
     model, inputs = enlarged(name)
     first, second = moving(name, inputs, 0.3, seed=1), moving(name, inputs, 0.3, seed=2)
-    sparse_model = compiled(model, lowering, 0.1)
+    sparse_model = compiled(model, lowering, 0.1, facts(name)["one_graph"])
     alone = []
     for key, steps in (("first alone", first), ("second alone", second)):
         with chipmunk_fx.generation(sparse_model, key=key):

@@ -25,8 +25,7 @@ MODELS = [
 ]
 # The bundled model has nine blocks of 1040 tokens: two laws in every run, all of them with the long matrix.
 QUICK_MODELS = [pytest.param("Bundled", marks=pytest.mark.full), *(p for p in MODELS if p.values[0] != "Bundled")]
-# In bf16 Lumina2 computes silu in fp32 between casts, which no pattern takes yet.
-BF16_MODELS = [p for p in QUICK_MODELS if ZOO[str(p.values[0])].bf16 and p.values[0] != "Lumina2"]
+BF16_MODELS = [p for p in QUICK_MODELS if ZOO[str(p.values[0])].bf16]
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -29,29 +29,41 @@ def wide(values: dict[str, Any], dtype: torch.dtype = torch.float64) -> dict[str
 
 
 def scores(values: dict[str, Any]) -> Tensor:
-    return (values["q"] @ values["k"].mT).to(torch.promote_types(values["q"].dtype, torch.float32)) * values["scale"]
+    """Keys that are not valid score -inf."""
+    k = heads(values, "k")
+    s = (values["q"] @ k.mT).to(torch.promote_types(values["q"].dtype, torch.float32)) * values["scale"]
+    valid = values.get("valid")
+    return s if valid is None else s.masked_fill(~valid[:, None, None], -torch.inf)
+
+
+def heads(values: dict[str, Any], name: str) -> Tensor:
+    """k or v with as many heads as q."""
+    x, count = values[name], values["q"].shape[-3] if values["q"].ndim == 4 else 1
+    return x if x.ndim == 2 or x.shape[1] == count else x.repeat_interleave(count // x.shape[1], 1)
 
 
 def attention(values: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Dense result and log denominators."""
+    """Dense result and log denominators; 0 and -inf where there is no key to attend to."""
     s = scores(values)
-    return s.softmax(-1).to(values["v"].dtype) @ values["v"], s.logsumexp(-1)
+    return s.softmax(-1).nan_to_num(0).to(values["v"].dtype) @ heads(values, "v"), s.logsumexp(-1)
 
 
 def masses(values: dict[str, Any]) -> Tensor:
     """[B, H, G, M]."""
     s = scores(values)
-    p = (s - s.logsumexp(-1, keepdim=True)).exp()
+    p = (s - s.logsumexp(-1, keepdim=True)).exp().nan_to_num(0)
     return torch.stack([p[:, :, g[:: values["mass_stride"]]].sum(2) for g in groups(values, p.shape[2])], 2)
 
 
 def selected(values: dict[str, Any], lists: Tensor) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor]]:
     """(batch entry, head, rows, result over the listed columns, log denominators) of each group."""
+    k, v = heads(values, "k"), heads(values, "v")
     for b in range(values["q"].shape[0]):
         for h in range(values["q"].shape[1]):
             for g, rows in enumerate(groups(values, values["q"].shape[2])):
                 chosen = lists[b, h, g].long()
-                part = {"q": values["q"][b, h, rows], "k": values["k"][b, h, chosen], "v": values["v"][b, h, chosen]}
+                chosen = chosen[chosen < k.shape[2]]
+                part = {"q": values["q"][b, h, rows], "k": k[b, h, chosen], "v": v[b, h, chosen]}
                 yield (b, h, rows, *attention(part | {"scale": values["scale"]}))
 
 
@@ -68,7 +80,7 @@ def remainder(values: dict[str, Any], lists: Tensor) -> tuple[Tensor, Tensor]:
     out, lse = attention(values)
     rest, share = torch.zeros_like(out), torch.zeros_like(lse)
     for b, h, rows, part, part_lse in selected(values, lists):
-        share[b, h, rows] = (values["power"] * (part_lse - lse[b, h, rows])).exp()
+        share[b, h, rows] = (values["power"] * (part_lse - lse[b, h, rows])).exp().nan_to_num(0)
         rest[b, h, rows] = (out[b, h, rows] - share[b, h, rows, None] * part).to(out.dtype)
     return rest, share
 

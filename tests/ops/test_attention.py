@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 import chipmunk_fx.ops.dense as dense
 import chipmunk_fx.ops.groups as groups
 from chipmunk_fx.ops.attention import attention_refresh, attention_sparse
-from chipmunk_fx.ops.cases import AttentionCase, call, largest_error, tolerance
+from chipmunk_fx.ops.cases import AttentionCase, arguments, largest_error, tolerance
 from tests.ops import oracle
 
 CASE = AttentionCase(rows=320, keys=320, width=64, group_rows=16, columns=48)
@@ -20,13 +20,11 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.
 
 
 def refresh(values: dict[str, Any]) -> Tensor:
-    positional, keywords = call("attention_refresh", values)
-    return attention_refresh(*positional, **keywords)
+    return attention_refresh(**arguments("attention_refresh", values))
 
 
 def sparse(values: dict[str, Any]) -> Tensor:
-    positional, keywords = call("attention_sparse", values)
-    return attention_sparse(*positional, **keywords)
+    return attention_sparse(**arguments("attention_sparse", values))
 
 
 def assert_dense(out: Tensor, values: dict[str, Any]) -> None:
@@ -152,7 +150,7 @@ def test_attention_in_plain_operators(dtype: torch.dtype, monkeypatch: pytest.Mo
     """The last resort on an accelerator, a few rows at a time."""
     monkeypatch.setattr(dense, "_SCORE_BYTES", 4 * 2 * 111 * 10)
     values = AttentionCase(rows=63, keys=111, width=40, group_rows=16, columns=20).values(dtype)
-    out, lse = dense.rows_at_a_time(values["q"], values["k"], values["v"], values["scale"])
+    out, lse = dense.rows_at_a_time(values["q"], values["k"], values["v"], None, values["scale"])
     exact, exact_lse = oracle.attention(oracle.wide(values))
     plain, plain_lse = oracle.attention(values)
     assert largest_error(out, exact) <= tolerance(plain, exact)

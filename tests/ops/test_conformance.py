@@ -7,7 +7,17 @@ import torch
 from torch import Tensor
 
 from chipmunk_fx.kernels import BACKENDS
-from chipmunk_fx.ops.cases import ATTENTION_CASES, MLP_CASES, AttentionCase, MlpCase, call, largest_error, tolerance
+from chipmunk_fx.ops.cases import (
+    ATTENTION_CASES,
+    LONG_ATTENTION_CASES,
+    LONG_MLP_CASES,
+    MLP_CASES,
+    AttentionCase,
+    MlpCase,
+    arguments,
+    largest_error,
+    tolerance,
+)
 from chipmunk_fx.ops.library import REFERENCE
 from chipmunk_fx.ops.selection import random_count
 from tests.ops import oracle
@@ -17,10 +27,19 @@ IMPLEMENTATIONS = ["reference", *(backend.name for backend in BACKENDS)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KEPT = 1e-3  # share of the threshold within which fp32 may rank two scores either way
 
-implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-attention_cases = pytest.mark.parametrize("case", ATTENTION_CASES, ids=repr)
-mlp_cases = pytest.mark.parametrize("case", MLP_CASES, ids=repr)
+
+def long_on_cpu(*values: Any, long: bool = True) -> Any:
+    """Parameters that take long in an interpreter of kernels."""
+    return pytest.param(*values, marks=[pytest.mark.full] if long and DEVICE == "cpu" else [])
+
+
+implementations_and_dtypes = pytest.mark.parametrize(
+    ("implementation", "dtype"),
+    [long_on_cpu(i, d, long=i != "reference" and d == torch.float16) for i in IMPLEMENTATIONS for d in DTYPES],
+    ids=str,
+)
+attention_cases = pytest.mark.parametrize("case", [*ATTENTION_CASES, *map(long_on_cpu, LONG_ATTENTION_CASES)], ids=repr)
+mlp_cases = pytest.mark.parametrize("case", [*MLP_CASES, *map(long_on_cpu, LONG_MLP_CASES)], ids=repr)
 
 
 def run(implementation: str, op: str, values: dict[str, Any]) -> Tensor:
@@ -32,9 +51,8 @@ def run(implementation: str, op: str, values: dict[str, Any]) -> Tensor:
         reason = f"does not implement {op}" if function is None else backend.supports(op, values)
         if function is None or reason is not None:
             pytest.skip(f"{implementation}: {reason}")
-    positional, keywords = call(op, values)
     with torch.no_grad():
-        return function(*positional, **keywords)
+        return function(**arguments(op, values))
 
 
 def within(got: Tensor, plain: Tensor, exact: Tensor) -> None:
@@ -42,10 +60,21 @@ def within(got: Tensor, plain: Tensor, exact: Tensor) -> None:
     assert largest_error(got, exact) <= tolerance(plain, exact)
 
 
-def assert_selected(lists: Tensor, scores: Tensor, plain: Tensor, drawn: int, always: Tensor | None) -> None:
+def assert_selected(
+    lists: Tensor, scores: Tensor, plain: Tensor, drawn: int, always: Tensor | None, valid: Tensor | None
+) -> None:
     """Ascending, none twice, the largest scores (as far as the dtype tells them apart) and the always-on ones."""
     total, columns = scores.shape[-1], lists.shape[-1]
     assert lists.dtype == torch.int32
+    if valid is not None:  # each batch entry has its own number of columns to choose from
+        for b, keys in enumerate(valid):
+            own, count = lists[b], int(keys.sum())
+            present = own[..., : min(columns, count)]
+            assert (own[..., present.shape[-1] :] == total).all() and keys[present.long()].all()
+            packed = torch.cumsum(keys, 0, dtype=torch.int32) - 1  # place of each column among the valid ones
+            fixed = None if always is None else always[:, keys]
+            assert_selected(packed[present.long()], scores[b][..., keys], plain[b][..., keys], drawn, fixed, None)
+        return
     assert (lists.diff() > 0).all() and (lists >= 0).all() and (lists < total).all()
     if columns == total:
         return
@@ -61,27 +90,28 @@ def assert_selected(lists: Tensor, scores: Tensor, plain: Tensor, drawn: int, al
     assert ((chosen & (scores >= threshold * (1 - slack))).sum(-1) >= best).all()
 
 
-@implementations
-@dtypes
+@implementations_and_dtypes
 @attention_cases
 def test_attention_refresh(implementation: str, dtype: torch.dtype, case: AttentionCase):
     values = case.values(dtype, DEVICE)
     exact = oracle.wide(values)
     out = run(implementation, "attention_refresh", values)
-    plain_out, exact_out = oracle.attention(values)[0], oracle.attention(exact)[0]
+    (plain_out, plain_lse), (exact_out, exact_lse) = oracle.attention(values), oracle.attention(exact)
     within(out, plain_out, exact_out)
+    present = exact_lse.isfinite()
     drawn = random_count(case.keys, case.random_density, case.columns)
-    assert_selected(values["lists"], oracle.masses(exact), oracle.masses(values), drawn, values["always"])
+    masses = oracle.masses(exact), oracle.masses(values)
+    assert_selected(values["lists"], *masses, drawn, values["always"], values["valid"])
     plain_rest, plain_share = oracle.remainder(values, values["lists"])
     rest, share = oracle.remainder(exact, values["lists"])
-    within(values["share"], plain_share, share)
-    # the difference of two results as exact as `out`
+    # differences of two results, each as exact as the dense one
+    allowed = tolerance(plain_share, share) + case.power * largest_error(plain_lse[present], exact_lse[present])
+    assert largest_error(values["share"], share) <= allowed
     allowed = tolerance(plain_rest, rest) + tolerance(plain_out, exact_out)
     assert largest_error(values["rest"], rest) <= allowed
 
 
-@implementations
-@dtypes
+@implementations_and_dtypes
 @attention_cases
 def test_attention_sparse(implementation: str, dtype: torch.dtype, case: AttentionCase):
     values = case.values(dtype, DEVICE)
@@ -94,8 +124,7 @@ def test_attention_sparse(implementation: str, dtype: torch.dtype, case: Attenti
     assert out.transpose(1, 2).is_contiguous()
 
 
-@implementations
-@dtypes
+@implementations_and_dtypes
 @mlp_cases
 def test_mlp_refresh(implementation: str, dtype: torch.dtype, case: MlpCase):
     values = case.values(dtype, DEVICE)
@@ -117,8 +146,7 @@ def assert_hidden(values: dict[str, Any], exact: dict[str, Any]) -> None:
             within(values["hidden"][b, g, :, : len(rows)].mT, plain[rows], best[rows])
 
 
-@implementations
-@dtypes
+@implementations_and_dtypes
 @mlp_cases
 @pytest.mark.parametrize("renew", [True, False], ids=["new lists", "kept lists"])
 def test_mlp_sparse(implementation: str, dtype: torch.dtype, case: MlpCase, renew: bool):

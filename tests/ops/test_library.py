@@ -9,12 +9,12 @@ from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
 from chipmunk_fx import kernels
-from chipmunk_fx.ops.cases import ATTENTION_CASES, MLP_CASES, AttentionCase, MlpCase, call
-from chipmunk_fx.ops.library import REFERENCE, argument_names, bind
+from chipmunk_fx.ops.cases import ATTENTION_CASES, MLP_CASES, AttentionCase, MlpCase, arguments, call
+from chipmunk_fx.ops.library import REFERENCE, argument_names, implementation
 
 CASES = [
-    *(("attention_refresh", case) for case in ATTENTION_CASES[:7]),
-    *(("attention_sparse", case) for case in ATTENTION_CASES[:7]),
+    *(("attention_refresh", case) for case in ATTENTION_CASES[:7] + ATTENTION_CASES[9:12]),
+    *(("attention_sparse", case) for case in ATTENTION_CASES[:7] + ATTENTION_CASES[9:12]),
     *(("mlp_refresh", case) for case in MLP_CASES[:7]),
     *(("mlp_sparse", case) for case in MLP_CASES[:7]),
 ]
@@ -24,8 +24,7 @@ def refreshed(op: str, case: AttentionCase | MlpCase, dtype: torch.dtype = torch
     """Arguments of `op` with caches as a refresh leaves them."""
     values = case.values(dtype)
     first = f"{op.split('_')[0]}_refresh"
-    positional, keywords = call(first, values)
-    REFERENCE[first](*positional, **keywords)
+    REFERENCE[first](**arguments(first, values))
     if "hidden" in values:
         values["hidden"].nan_to_num_()  # opcheck compares with ==
     return values
@@ -129,9 +128,31 @@ def test_arguments_by_name():
     case = MLP_CASES[0]
     values = case.values(torch.float32)
     positional, keywords = call("mlp_sparse", values)
-    bound = bind("mlp_sparse", positional, keywords)
-    assert bound.keys() == values.keys()
-    assert all(bound[name] is values[name] for name in bound)
+    given: dict[str, Any] = {}
+    run = implementation("mlp_sparse", lambda op, arguments: given.update(arguments) or (lambda **_: torch.zeros(())))
+    run(*positional, **keywords)
+    assert given.keys() == values.keys()
+    assert all(given[name] is values[name] for name in given)
+
+
+@pytest.mark.parametrize("phase", ["dense", "refresh", "sparse"])
+def test_keys_outside_of_a_span_do_not_exist(phase: str):
+    case = AttentionCase(rows=63, keys=63, width=16, group_rows=16, columns=16, fixed=5, grouped=48)
+    cut = case.values(torch.float32)
+    cut |= {"k": cut["k"][:, :, 3:50], "v": cut["v"][:, :, 3:50], "always": cut["always"][:, 3:50]}
+    valid = torch.zeros(1, 63, dtype=torch.bool)
+    valid[:, 3:50] = True
+    whole = case.values(torch.float32) | {"span": torch.tensor([3, 50]), "valid": valid}
+    for values in (cut, whole):
+        values["lists"].copy_(torch.arange(16))
+        values["rest"].fill_(1)
+        values["share"].fill_(0.5)
+    results = []
+    for values in (cut, whole):
+        positional, keywords = call(f"attention_{phase}", values)
+        results.append(getattr(torch.ops.chipmunk, f"attention_{phase}")(*positional, **keywords))
+    assert torch.equal(*results)
+    assert all(torch.equal(cut[name], whole[name]) for name in ("rest", "share", "lists"))
 
 
 @pytest.mark.parametrize("op", REFERENCE)

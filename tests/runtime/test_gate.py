@@ -20,7 +20,7 @@ def sites():
 
 def large(site):
     sizes = (1, 4, 8192, 8192, 64) if site.kind == "attention" else (1, 8192, 256, 1024, 256)
-    return replace(site, sizes=sizes)
+    return replace(site, hints=sizes)
 
 
 def test_large_sites_pass(sites):
@@ -39,9 +39,24 @@ def test_high_densities_do_not(sites):
 @pytest.mark.parametrize("backends", [(), ("some backend",)])
 def test_a_gpu_needs_a_kernel_backend(sites, backends, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(gate, "BACKENDS", backends)
-    site = replace(large(sites[0]), device=torch.device("cuda"))
-    reason = cost_gate(site, DEFAULT)
+    reason = cost_gate(on_cuda(sites[0]), DEFAULT)
     assert reason is None if backends else reason and 'gate="off"' in reason
+
+
+def on_cuda(site, rows: int = 8192):
+    site = large(site)
+    hints = (*site.hints[:2], rows, rows, 64) if site.kind == "attention" else site.hints
+    return replace(site, hints=hints, device=torch.device("cuda"), dtype=torch.bfloat16)
+
+
+def test_bounds_on_a_gpu(sites, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gate, "BACKENDS", ("some backend",))
+    attention = next(site for site in sites if site.kind == "attention")
+    dense = Config.from_options({"attention.density": 0.6})
+    assert "rows" in (cost_gate(on_cuda(attention, 1024), DEFAULT) or "")
+    assert "density 0.6" in (cost_gate(on_cuda(attention), dense) or "")
+    assert "float32" in (cost_gate(replace(on_cuda(attention), dtype=torch.float32), DEFAULT) or "")
+    assert "mlp" in (cost_gate(on_cuda(next(site for site in sites if site.kind == "mlp")), DEFAULT) or "")
 
 
 def test_the_budget_is_the_users_or_a_share_of_what_is_free():

@@ -31,8 +31,8 @@ def test_what_is_reported_is_what_is_held():
     (session,) = registry.sessions(model)
     tensors = [
         tensor
-        for branch in session.tracks[None].branches.values()
-        for sites in branch.caches.values()
+        for caches in (session.shared, *(branch.caches for branch in session.tracks[None].branches.values()))
+        for sites in caches.values()
         for slots in sites.values()
         for tensor in slots.values()
     ]

@@ -65,7 +65,8 @@ def test_two_calls_a_step_have_caches_of_their_own():
     assert phases(ours) == {0: ["refresh"] + ["sparse"] * 4, 1: ["refresh"] + ["sparse"] * 4}
     one = exactly(TinyDiT())
     run(one, calls(TIMES, [words(1)]))
-    assert chipmunk_fx.summary(ours).cache_bytes == 2 * chipmunk_fx.summary(one).cache_bytes
+    weights = 4 * 128 * 32  # of the second linear, by neuron: both branches read the same
+    assert chipmunk_fx.summary(ours).cache_bytes == 2 * chipmunk_fx.summary(one).cache_bytes - weights
 
 
 def test_branches_do_not_touch_each_other():

@@ -47,7 +47,9 @@ def test_mlp_slots_are_what_the_operators_take(case: MlpCase):
         case.batch, case.rows, case.neurons, case.result, torch.float16,
         group_rows=case.group_rows, columns=case.columns,
     )  # fmt: skip
-    assert [(s.name, s.shape, s.dtype) for s in slots] == described(values, "hidden", "out", "mean", "lists")
+    assert [(s.name, s.shape, s.dtype) for s in slots] == described(
+        values, "hidden", "out", "mean", "lists", "by_neuron"
+    )
 
 
 def described(values: dict, *names: str) -> list:

@@ -1,0 +1,112 @@
+"""What the inputs of a call tell before the model runs: key-padding masks, and lengths that depend on the data.
+
+A mask that says the same for every head and row only leaves keys out. Its values are known beforehand if they follow from
+the graph's inputs by cheap ops: that part of the graph, the probe, is cut out and run by itself. So are lengths like the
+number of valid text tokens, where a model drops the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from chipmunk_fx.graph.sizes import unbacked
+from chipmunk_fx.graph.walk import PROJECTIONS, ancestors, mutated_between
+
+aten = torch.ops.aten
+
+_SIZES = (aten.sym_size.int, aten.sym_size.default)
+_COSTLY = (
+    *PROJECTIONS,
+    aten.matmul.default,
+    aten.bmm.default,
+    aten.mm.default,
+    aten.scaled_dot_product_attention.default,
+)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Computes some nodes of a captured graph from `inputs`, positions among the graph's own; only sizes matter of `measured`.
+
+    `masks` come first in what `module` returns, then what tells the `lengths`: symbol and dimension (None: a number).
+    """
+
+    module: fx.GraphModule
+    inputs: tuple[int, ...]
+    measured: frozenset[int]
+    masks: tuple[fx.Node, ...]
+    lengths: tuple[tuple[Any, int | None], ...]
+
+    def __call__(self, values: Sequence[Any]) -> tuple[tuple[torch.Tensor, ...], dict[Any, int]]:
+        """Values of the masks, and of the symbols of lengths."""
+        with torch.no_grad():
+            results = self.module(*(values[i] for i in self.inputs))
+        masks, tellers = results[: len(self.masks)], results[len(self.masks) :]
+        told = zip(self.lengths, tellers, strict=True)
+        return masks, {symbol: int(t if dim is None else t.shape[dim]) for (symbol, dim), t in told}
+
+
+def padding_refusal(mask: fx.Node) -> str | None:
+    """Why an attention mask [B, H, N, M] is more than key padding, or its values not known beforehand; None for neither."""
+    value = mask.meta["val"]
+    sizes = f"attention mask {tuple(value.shape)} {value.dtype}"
+    if value.dim() not in (2, 4) or value.shape[-1] == 1:
+        return f"{sizes}; key padding is [batch, 1, 1, keys]"
+    shared = [size == 1 or stride == 0 for size, stride in zip(value.shape, value.stride(), strict=True)]
+    if not all(shared[1:-1] if value.dim() == 4 else shared[:1]):
+        return f"{sizes} differs from row to row or head to head; key padding is supported"
+    if reason := probe_refusal(mask):
+        return f"{sizes}: {reason}"
+    return None
+
+
+def probe_refusal(node: fx.Node) -> str | None:
+    """Why the value of `node` cannot be learnt before the model runs."""
+    behind = _behind(node)
+    if costly := next((n for n in behind if n.target in _COSTLY), None):
+        return f"its values come out of {costly}"
+    if constant := next((n for n in behind if n.op not in ("placeholder", "call_function", "get_attr")), None):
+        return f"its values come out of {constant}"
+    if writer := mutated_between(min(behind), node, [n for n in behind if n is not node]):
+        return f"{writer} writes in place on the way to it"
+    return None
+
+
+def make_probe(module: fx.GraphModule, masks: Sequence[fx.Node], symbols: Iterable[Any]) -> Probe | None:
+    """Cut out what computes the masks and tells the symbols, for each of which `probe_refusal` is None."""
+    tellers = tellers_of(module)
+    lengths = [(symbol, *tellers[symbol]) for symbol in symbols]
+    wanted = [*masks, *(node for _, node, _ in lengths)]
+    if not wanted:
+        return None
+    inputs = [n for n in module.graph.nodes if n.op == "placeholder"]
+    graph, copied = fx.Graph(), {}
+    for node in sorted({n for told in wanted for n in _behind(told)}):
+        copied[node] = graph.node_copy(node, lambda n: copied[n])
+    graph.output(tuple(copied[n] for n in wanted))
+    used = tuple(i for i, n in enumerate(inputs) if n in copied)
+    measured = (i for i in used if all(user.target in _SIZES for user in copied[inputs[i]].users))
+    answers = tuple((symbol, dim) for symbol, _, dim in lengths)
+    return Probe(fx.GraphModule(module, graph), used, frozenset(measured), tuple(masks), answers)
+
+
+def tellers_of(module: fx.GraphModule) -> dict[Any, tuple[fx.Node, int | None]]:
+    """The node from which each data-dependent symbol is first known, and along which dimension (None: it is a number)."""
+    tellers: dict[Any, tuple[fx.Node, int | None]] = {}
+    for node in module.graph.nodes:
+        value = node.meta.get("val")
+        sizes = enumerate(value.shape) if isinstance(value, torch.Tensor) else [(None, value)]
+        for dim, size in sizes:
+            if isinstance(size, torch.SymInt) and size.node.expr in unbacked([size]):
+                tellers.setdefault(size.node.expr, (node, dim))
+    return tellers
+
+
+def _behind(node: fx.Node) -> list[fx.Node]:
+    """What computes `node`, as far as the first costly op on each way."""
+    return ancestors(node, lambda n: n.target in _COSTLY)

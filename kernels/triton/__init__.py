@@ -1,0 +1,86 @@
+"""Triton kernels for all four sparse operators: any GPU that Triton serves, and its interpreter on a CPU.
+
+Nothing here imports triton until an operator runs; README.md beside this file describes the kernels.
+"""
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+name = "triton"
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+WIDEST = 256  # head width: wider tiles do not fit the registers
+
+
+def supports(op: str, arguments: Mapping[str, Any]) -> str | None:
+    """None where the kernels take the call, otherwise the value that they do not take and those that they do."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    attention = op.startswith("attention")
+    x = arguments["q" if attention else "x"]
+    if x.device.type != "cuda" and not _interpreted():
+        return f"device {x.device.type}, allowed are cuda and, with TRITON_INTERPRET=1, cpu"
+    if x.dtype not in DTYPES:
+        return f"{x.dtype}, allowed are {', '.join(map(str, DTYPES))}"
+    if x.dtype == torch.bfloat16 and x.is_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return f"{x.dtype} on {torch.cuda.get_device_name(x.device)}, which has no products in it"
+    if mixed := {v.dtype for v in _operands(op, arguments)} - {x.dtype}:
+        return f"{x.dtype} together with {', '.join(map(str, mixed))}, allowed is one dtype"
+    if arguments["group_rows"] % 16:
+        return f"groups of {arguments['group_rows']} rows, allowed are multiples of 16"
+    if attention and x.shape[-1] > WIDEST:
+        return f"head width {x.shape[-1]}, allowed are 1 to {WIDEST}"
+    if attention and arguments["scale"] <= 0:
+        return f"scale {arguments['scale']}, allowed are positive ones"
+    if not attention and arguments["activation"] not in _activations():
+        return f"activation {arguments['activation']}, allowed are {', '.join(_activations())}"
+    return None
+
+
+def attention_refresh(**arguments: Any) -> Tensor:
+    """As `chipmunk_fx.ops.attention.attention_refresh`."""
+    from chipmunk_fx.kernels.triton import attention
+
+    return attention.refresh(**arguments)
+
+
+def attention_sparse(**arguments: Any) -> Tensor:
+    """As `chipmunk_fx.ops.attention.attention_sparse`."""
+    from chipmunk_fx.kernels.triton import attention
+
+    return attention.sparse(**arguments)
+
+
+def mlp_refresh(**arguments: Any) -> Tensor:
+    """As `chipmunk_fx.ops.mlp.mlp_refresh`."""
+    from chipmunk_fx.kernels.triton import mlp
+
+    return mlp.refresh(**arguments)
+
+
+def mlp_sparse(**arguments: Any) -> Tensor:
+    """As `chipmunk_fx.ops.mlp.mlp_sparse`."""
+    from chipmunk_fx.kernels.triton import mlp
+
+    return mlp.sparse(**arguments)
+
+
+def _operands(op: str, arguments: Mapping[str, Any]) -> list[Tensor]:
+    names = ("k", "v", "rest") if op.startswith("attention") else ("w1", "b1", "wu", "bu", "w2", "b2", "hidden")
+    return [arguments[n] for n in names if arguments[n] is not None]
+
+
+def _interpreted() -> bool:
+    import triton
+
+    return triton.knobs.runtime.interpret
+
+
+def _activations() -> tuple[str, ...]:
+    from chipmunk_fx.kernels.triton.activations import NAMES
+
+    return NAMES

@@ -1,0 +1,93 @@
+"""The two attention operators: which kernels run, in which order, over how much at a time."""
+
+import torch
+from torch import Tensor
+
+from chipmunk_fx.kernels.triton.columns import attend_columns
+from chipmunk_fx.kernels.triton.launching import inner_contiguous, on_device_of
+from chipmunk_fx.kernels.triton.masses import column_masses
+from chipmunk_fx.kernels.triton.selection import select
+from chipmunk_fx.ops.dense import attend
+from chipmunk_fx.ops.groups import left_out
+from chipmunk_fx.ops.selection import random_count
+
+MASS_BYTES = 1 << 30  # of column masses held at once
+
+
+def refresh(
+    *, q: Tensor, k: Tensor, v: Tensor, order: Tensor | None, always: Tensor | None, valid: Tensor | None, clock: Tensor,
+    rest: Tensor, share: Tensor, lists: Tensor, scale: float, group_rows: int, random_density: float, power: float,
+    mass_stride: int, seed: int, site: int, sdpa: str,
+) -> Tensor:  # fmt: skip
+    """As `chipmunk_fx.ops.attention.attention_refresh`."""
+    with on_device_of(q):
+        q, k, v = (inner_contiguous(x) for x in (q, k, v))
+        dense, lse = attend(q, k, v, scale, valid, sdpa)
+        out = tokens_first(dense)
+        lse = lse.contiguous()
+        total, columns = k.shape[2], lists.shape[3]
+        if columns < total:
+            drawn = random_count(total, random_density, columns)
+            for heads, groups in _chunks(lists, total):
+                masses = column_masses(
+                    q, k, order, lse, heads, groups, scale=scale, group_rows=group_rows, stride=mass_stride
+                )
+                some = lists.flatten(0, 1)[heads.start : heads.stop, groups.start : groups.stop]
+                # a chunk of several heads has all their groups: its lists are neighbours either way
+                select(
+                    some.view(-1, columns), masses.flatten(0, 1), None, clock, drawn=drawn, seed=seed, site=site,
+                    first=heads.start * lists.shape[2] + groups.start, always=always, valid=valid,
+                    rows_a_batch=lists.shape[1] * lists.shape[2],
+                )  # fmt: skip
+        else:
+            every = torch.arange(total, dtype=torch.int32, device=q.device)
+            if valid is not None:
+                every = every.masked_fill(~valid, total).sort(-1).values[:, None, None]
+            lists.copy_(every.expand_as(lists))
+        if order is not None and order.shape[0] < q.shape[2]:
+            rest.zero_()
+            share.zero_()
+        attend_columns(
+            q, k, v, order, lists, rest, share, out, lse,
+            scale=scale, group_rows=group_rows, power=power, short=valid is not None,
+        )  # fmt: skip
+        return out
+
+
+def sparse(
+    *, q: Tensor, k: Tensor, v: Tensor, order: Tensor | None, valid: Tensor | None, rest: Tensor, share: Tensor,
+    lists: Tensor, scale: float, group_rows: int, sdpa: str,
+) -> Tensor:  # fmt: skip
+    """As `chipmunk_fx.ops.attention.attention_sparse`."""
+    with on_device_of(q):
+        q, k, v = (inner_contiguous(x) for x in (q, k, v))
+        out = _empty_tokens_first(q)
+        attend_columns(
+            q, k, v, order, lists, rest, share, out, scale=scale, group_rows=group_rows, short=valid is not None
+        )
+        if order is not None and order.shape[0] < q.shape[2]:
+            rows = left_out(order, q.shape[2])
+            out.index_copy_(2, rows, attend(q.index_select(2, rows), k, v, scale, valid, sdpa)[0])
+        return out
+
+
+def _chunks(lists: Tensor, keys: int) -> list[tuple[range, range]]:
+    """Runs of heads, or of groups of one head, whose column masses fit the space allowed."""
+    batch, heads, groups, _ = lists.shape
+    lines = max(1, MASS_BYTES // (2 * keys))
+    if lines >= groups:
+        some = lines // groups
+        return [(range(h, min(h + some, batch * heads)), range(groups)) for h in range(0, batch * heads, some)]
+    parts = [range(g, min(g + lines, groups)) for g in range(0, groups, lines)]
+    return [(range(h, h + 1), part) for h in range(batch * heads) for part in parts]
+
+
+def tokens_first(x: Tensor) -> Tensor:
+    """x [B, H, N, D] over contiguous [B, N, H, D]; itself where it is so already."""
+    out = _empty_tokens_first(x)
+    return x if x.stride() == out.stride() else out.copy_(x)
+
+
+def _empty_tokens_first(q: Tensor) -> Tensor:
+    batch, heads, rows, width = q.shape
+    return q.new_empty(batch, rows, heads, width).transpose(1, 2)

@@ -1,0 +1,100 @@
+"""The two MLP operators: which kernels run, in which order, over how much at a time."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from chipmunk_fx.kernels.triton.first import exchange_listed
+from chipmunk_fx.kernels.triton.launching import inner_contiguous, on_device_of
+from chipmunk_fx.kernels.triton.pooling import group_means, store_activations
+from chipmunk_fx.kernels.triton.second import add_listed
+from chipmunk_fx.kernels.triton.selection import select
+from chipmunk_fx.ops.activations import activation as activation_named
+from chipmunk_fx.ops.selection import random_count
+
+HELD_BYTES = 1 << 30  # of activations of a refresh held at once
+
+
+def refresh(
+    *, x: Tensor, w1: Tensor, b1: Tensor | None, wu: Tensor | None, bu: Tensor | None, w2: Tensor, b2: Tensor | None,
+    order: Tensor | None, clock: Tensor, hidden: Tensor, out: Tensor, mean: Tensor, lists: Tensor,
+    by_neuron: Tensor, activation: str, group_rows: int,
+) -> Tensor:  # fmt: skip
+    """As `chipmunk_fx.ops.mlp.mlp_refresh`: dense products by the vendor's library."""
+    with on_device_of(x):
+        rows = inner_contiguous(_batches(x))
+        lists.copy_(torch.arange(lists.shape[-1], device=x.device).expand_as(lists))
+        by_neuron.copy_(w2.mT)
+        mean.copy_(_pooled(rows, w1, b1, wu, bu, order, activation, group_rows))
+        positions = None if order is None else order.long()
+        held = max(1, HELD_BYTES // (group_rows * w1.shape[0] * x.element_size())) * group_rows
+        for b in range(rows.shape[0]):
+            for first in range(0, rows.shape[1], held):
+                part = slice(first, min(first + held, rows.shape[1]))
+                some = rows[b, part] if positions is None else rows[b].index_select(0, positions[part])
+                h = F.linear(some, w1, b1)
+                up = None if wu is None else F.linear(some, wu, bu)
+                store_activations(h, up, hidden[b], first_row=first, activation=activation, group_rows=group_rows)
+                result = F.linear(h, w2, b2)
+                if positions is None:
+                    out[b, part] = result
+                else:
+                    out[b].index_copy_(0, positions[part], result.to(out.dtype))
+        return out.to(x.dtype, copy=True).view(*x.shape[:-1], out.shape[-1])
+
+
+def sparse(
+    *, x: Tensor, w1: Tensor, b1: Tensor | None, wu: Tensor | None, bu: Tensor | None, w2: Tensor, b2: Tensor | None,
+    order: Tensor | None, clock: Tensor, hidden: Tensor, out: Tensor, mean: Tensor, lists: Tensor,
+    by_neuron: Tensor, activation: str, group_rows: int, random_density: float, seed: int, site: int,
+) -> Tensor:  # fmt: skip
+    """As `chipmunk_fx.ops.mlp.mlp_sparse`."""
+    neurons, columns = w1.shape[0], lists.shape[-1]
+    if columns == neurons:
+        return refresh(
+            x=x, w1=w1, b1=b1, wu=wu, bu=bu, w2=w2, b2=b2, order=order, clock=clock, hidden=hidden, out=out, mean=mean,
+            lists=lists, by_neuron=by_neuron, activation=activation, group_rows=group_rows,
+        )  # fmt: skip
+    with on_device_of(x):
+        rows = inner_contiguous(_batches(x))
+        w1, wu = inner_contiguous(w1), None if wu is None else inner_contiguous(wu)
+        b1, bu = (None if t is None else inner_contiguous(t) for t in (b1, bu))
+        means = _pooled(rows, w1, b1, wu, bu, order, activation, group_rows).float()
+        select(
+            lists.view(-1, columns), means.view(-1, neurons), mean.view(-1, neurons), clock,
+            drawn=random_count(neurons, random_density, columns), seed=seed, site=site, renewed=True,
+        )  # fmt: skip
+        change = hidden.new_empty(*lists.shape, group_rows)
+        exchange_listed(
+            rows,
+            w1,
+            b1,
+            wu,
+            bu,
+            order,
+            hidden,
+            lists,
+            mean,
+            means,
+            change,
+            activation=activation,
+            group_rows=group_rows,
+        )
+        result = torch.empty(*x.shape[:-1], out.shape[-1], dtype=x.dtype, device=x.device)
+        add_listed(change, by_neuron, order, lists, out, result, group_rows)
+        return result
+
+
+def _batches(x: Tensor) -> Tensor:
+    """[B, N, C]; two dimensions are one entry."""
+    return x.flatten(1, -2) if x.ndim > 2 else x.unsqueeze(0)
+
+
+def _pooled(
+    rows: Tensor, w1: Tensor, b1: Tensor | None, wu: Tensor | None, bu: Tensor | None, order: Tensor | None,
+    activation: str, group_rows: int,
+) -> Tensor:  # fmt: skip
+    """[B, G, F]: what tells how far a neuron has moved, the first product of each group's mean row."""
+    means = group_means(rows, order, group_rows)
+    pooled = F.linear(means, w1, b1)
+    return pooled if wu is None else activation_named(activation)(pooled) * F.linear(means, wu, bu)

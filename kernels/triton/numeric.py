@@ -1,0 +1,28 @@
+"""Products and casts inside a kernel, which Triton's interpreter does in its own ways for bf16."""
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def multiply_add(a, b, acc):
+    """acc + a b, in fp32; fp32 operands are not rounded to tf32."""
+    if a.dtype == tl.float32:
+        # tile by tile, which rounds less than one long chain of sums; a plain addition would be merged into the product
+        return tl.fma(tl.dot(a, b, input_precision="ieee"), tl.full(acc.shape, 1, tl.float32), acc)
+    if INTERPRETED:  # where bf16 is kept, and multiplied, as its bits
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc)
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """x fp32 as `dtype`, to the nearest."""
+    if INTERPRETED and dtype == tl.bfloat16:  # which would drop the last bits
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)

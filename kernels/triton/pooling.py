@@ -1,0 +1,75 @@
+"""Rows read group by group: their means, and the activations of a refresh written neuron by neuron."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from chipmunk_fx.kernels.triton.activations import activate
+from chipmunk_fx.kernels.triton.numeric import cast
+
+
+def group_means(x: Tensor, order: Tensor | None, group_rows: int) -> Tensor:
+    """[B, G, C] in x's dtype: the mean row of each group of x [B, N, C], summed in fp32. order: int32 [N] or None."""
+    batch, rows, width = x.shape
+    groups = triton.cdiv(rows, group_rows)
+    means = torch.empty(batch, groups, width, dtype=x.dtype, device=x.device)
+    _group_means[(triton.cdiv(width, 128), groups, batch)](
+        x, order, means, *x.stride()[:2], rows, width, groups, GROUP=group_rows, WIDTHS=128, ROWS=16
+    )
+    return means
+
+
+@triton.jit
+def _group_means(
+    x, order, means, x_b, x_n, rows, width, groups, GROUP: tl.constexpr, WIDTHS: tl.constexpr, ROWS: tl.constexpr
+):
+    group = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    c = tl.program_id(0) * WIDTHS + tl.arange(0, WIDTHS)
+    height = tl.minimum(GROUP, rows - group * GROUP)
+    sums = tl.zeros([ROWS, WIDTHS], tl.float32)
+    for first in range(0, height, ROWS):
+        place = first + tl.arange(0, ROWS)
+        live = place < height
+        row = group * GROUP + place
+        if order is not None:
+            row = tl.load(order + row, mask=live, other=0)
+        pointer = x + b * x_b + row.to(tl.int64)[:, None] * x_n + c[None, :]
+        sums += tl.load(pointer, mask=live[:, None] & (c < width)[None, :], other=0.0).to(tl.float32)
+    mean = tl.sum(sums, 0) / height
+    tl.store(means + (b * groups + group) * width + c, cast(mean, means.dtype.element_ty), mask=c < width)
+
+
+def store_activations(
+    h: Tensor, up: Tensor | None, hidden: Tensor, *, first_row: int, activation: str, group_rows: int
+) -> None:
+    """h = act(h) [* up] in place, and the same neuron by neuron: hidden [G, F, R], contiguous.
+
+    h, up [n, F], contiguous: rows first_row, .. in group order.
+    """
+    rows, neurons = h.shape
+    grid = (triton.cdiv(neurons, 64), triton.cdiv(rows, 64))
+    _store_activations[grid](
+        h, up, hidden, rows, neurons, first_row, ACTIVATION=activation, GROUP=group_rows, ROWS=64, NEURONS=64
+    )
+
+
+@triton.jit(do_not_specialize=["first_row"])
+def _store_activations(
+    h, up, hidden, rows, neurons, first_row,
+    ACTIVATION: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, NEURONS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    neuron = tl.program_id(0) * NEURONS + tl.arange(0, NEURONS)
+    mask = (row < rows)[:, None] & (neuron < neurons)[None, :]
+    place = row.to(tl.int64)[:, None] * neurons + neuron[None, :]
+    # rounded after each step, as the dense model does
+    value = cast(activate(tl.load(h + place, mask=mask, other=0.0).to(tl.float32), ACTIVATION), h.dtype.element_ty)
+    if up is not None:
+        other = tl.load(up + place, mask=mask, other=0.0).to(tl.float32)
+        value = cast(value.to(tl.float32) * other, h.dtype.element_ty)
+    tl.store(h + place, value, mask=mask)
+    all_ = first_row + row
+    cached = hidden + ((all_ // GROUP).to(tl.int64) * neurons * GROUP + all_ % GROUP)[None, :]
+    tl.store(cached + neuron.to(tl.int64)[:, None] * GROUP, tl.trans(value), mask=tl.trans(mask))

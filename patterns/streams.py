@@ -1,0 +1,67 @@
+"""What an MLP reads: the tokens of a block, or one vector a sample that conditions them."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import fx
+
+from chipmunk_fx.graph.walk import ancestors, rank, shape
+
+aten = torch.ops.aten
+
+_FOLDS = (aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.flatten.using_ints)
+_SWAPS = (aten.transpose.int, aten.permute.default, aten.movedim.int)
+
+
+def stream_refusal(x: fx.Node) -> str | None:
+    """Why `x` holds no rows of tokens that could share a list.
+
+    None for [batch, ..., tokens, width], [tokens, batch, width] and [rows, width] with the tokens of all samples.
+    """
+    if rank(x) >= 3 and _rows(x, 1) == 1 and not _tokens_first(x):
+        return f"input {_sizes(x)} has one row a sample: a conditioning vector, or no tokens to group"
+    if rank(x) < 3 and not _folded(x):
+        return f"input {_sizes(x)} is a conditioning vector; [batch, ..., tokens, width] is supported"
+    return None
+
+
+def _folded(x: fx.Node) -> bool:
+    """Whether the rows of x [rows, width] are tokens: a [batch, tokens, width] with more than one token became them."""
+    behind = _alike(x) if rank(x) == 2 and _rows(x) is not None else []
+    sources = [n.args[0] for n in behind if n.target in _FOLDS]
+    return any(
+        isinstance(n, fx.Node) and rank(n) >= 3 and shape(n)[-1] == shape(x)[-1] and _rows(n, 1) != 1 for n in sources
+    )
+
+
+def _tokens_first(x: fx.Node) -> bool:
+    """Whether x [tokens, 1, width] was [1, tokens, width] before."""
+    sources = [n.args[0] for n in _alike(x) if n.target in _SWAPS] if rank(x) == 3 else []
+    first, second, width = _hints(x) if sources else (None, None, None)
+    return any(isinstance(n, fx.Node) and _hints(n) == (second, first, width) for n in sources)
+
+
+def _alike(x: fx.Node) -> list[fx.Node]:
+    """What `x` comes of by way of values with as many dimensions and rows."""
+
+    def other(node: fx.Node) -> bool:
+        return rank(node) != rank(x) or _rows(node) != _rows(x)
+
+    return [node for node in ancestors(x, other) if not other(node)]
+
+
+def _rows(node: fx.Node, first: int = 0) -> int | None:
+    """Product of the sizes from dimension `first` on, without the last; None if one is not known."""
+    sizes = _hints(node)[first:-1]
+    return None if None in sizes else prod(s for s in sizes if s is not None)
+
+
+def _hints(node: fx.Node) -> tuple[int | None, ...]:
+    """Sizes seen while compiling, None for one that depends on the data."""
+    return tuple(s if isinstance(s, int) else s.node.hint if s.node.has_hint() else None for s in shape(node))
+
+
+def _sizes(node: fx.Node) -> str:
+    return "x".join(str(size) for size in shape(node))

@@ -1,0 +1,53 @@
+"""Attention by an operator of another library is named and left alone."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import chipmunk_fx
+
+
+@torch.library.custom_op("elsewhere_flash_attn::forward", mutates_args=())
+def flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """[B, N, H, D]"""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).contiguous()
+
+
+@flash.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    return torch.empty_like(q)
+
+
+@torch.library.custom_op("elsewhere_flash_attn::rotate", mutates_args=())
+def rotate(x: Tensor) -> Tensor:
+    return x.flip(-1)
+
+
+@rotate.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+class Model(nn.Module):
+    def __init__(self, plain: bool = False) -> None:
+        super().__init__()
+        self.qkv, self.plain = nn.Linear(16, 48), plain
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).unbind(2)
+        q = rotate(q)
+        if self.plain:
+            return torch._scaled_dot_product_flash_attention_for_cpu(*(t.transpose(1, 2) for t in (q, k, v)))[0]
+        return flash(q, k, v, 0.3).flatten(2)
+
+
+@pytest.mark.parametrize(
+    ("plain", "name"), [(False, "elsewhere_flash_attn.forward"), (True, "aten._scaled_dot_product_flash_attention_for")]
+)
+def test_an_opaque_attention_is_refused_by_name(plain: bool, name: str):
+    torch._dynamo.reset()
+    (site,) = chipmunk_fx.explain(Model(plain), torch.randn(1, 24, 16)).sites
+    assert (site.kind, site.form, site.accepted, site.status) == ("attention", "opaque", False, "dense")
+    assert site.reason.startswith(name) and "is opaque" in site.reason

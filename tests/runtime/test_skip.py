@@ -1,0 +1,153 @@
+"""Skipped steps: the blocks are left out, and what they added last is added again."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import chipmunk_fx
+from chipmunk_fx.runtime import variants
+from chipmunk_fx.schedule.phase import Phase
+from tests.runtime.models import TinyDiT, assert_same, calls, chipmunk, compiled, exactly, identical, run, words
+
+TIMES = (900, 700, 500, 300, 100)
+ALONE: dict[str, Any] = {"attention__enabled": False, "mlp__enabled": False}
+
+
+def phases(model: Any) -> dict[int, list[str]]:
+    return chipmunk_fx.summary(model).phases
+
+
+def residual(model: TinyDiT, call: tuple[Tensor, ...]) -> Tensor:
+    """What the blocks add to the stream."""
+    streams: list[Tensor] = []
+    hooks = [
+        model.blocks[0].register_forward_pre_hook(lambda _, args: streams.append(args[0])),
+        model.blocks[-1].register_forward_hook(lambda _, args, out: streams.append(out)),
+    ]
+    run(model, [call])
+    for hook in hooks:
+        hook.remove()
+    return streams[1] - streams[0]
+
+
+class Adding(nn.Module):
+    """In place of all blocks."""
+
+    kept: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.kept
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_skipped_step_adds_the_last_residual(alone: bool):
+    model, adding, inputs = TinyDiT(depth=3), Adding(), calls(TIMES)
+    model.blocks = nn.ModuleList([adding])
+    ours = exactly(TinyDiT(depth=3), schedule__skip_steps=[1, 3, 4], **(ALONE if alone else {}))
+    got = run(ours, inputs)
+    dense = [run(TinyDiT(depth=3), [call])[0] for call in inputs]
+    assert_same([got[0], got[2]], [dense[0], dense[2]])
+    for step, source in ((1, 0), (3, 2), (4, 2)):
+        adding.kept = residual(TinyDiT(depth=3), inputs[source])
+        assert_same([got[step]], run(model, [inputs[step]]))
+        assert not torch.allclose(got[step], dense[step], atol=1e-4)
+    first, second = ("dense", "dense") if alone else ("refresh", "sparse")
+    assert phases(ours) == {0: [first, "skip", second, "skip", "skip"]}
+
+
+def test_nothing_of_the_blocks_runs(monkeypatch: pytest.MonkeyPatch):
+    graphs: list[fx.GraphModule] = []
+    lower = variants.lower
+
+    def noting(module: fx.GraphModule, *rest: Any, **patches: Any) -> Any:
+        graphs.append(module)
+        return lower(module, *rest, **patches)
+
+    monkeypatch.setattr(variants, "lower", noting)
+    ours = compiled(TinyDiT(depth=3), schedule__skip_steps=[1])
+    run(ours, calls(TIMES[:2]))
+    computed, skipped = ([n.target for n in g.graph.nodes if n.op == "call_function"] for g in graphs)
+    aten, ops = torch.ops.aten, torch.ops.chipmunk
+    assert computed.count(ops.region_store.default) == 1 and skipped.count(ops.region_add.default) == 1
+    assert ops.attention_refresh.default in computed
+    assert not any(t in skipped for t in (ops.attention_sparse.default, aten.scaled_dot_product_attention.default))
+    # context and time embeddings enter the blocks; of the output, one
+    assert skipped.count(aten.linear.default) == 3
+
+
+def test_caches_are_left_alone():
+    """A sparse step after skipped ones is what it would have been without them."""
+    inputs = calls(TIMES)
+    fixed = {"attention__random_density": 0.0, "mlp__random_density": 0.0}  # drawn by the step's number
+    ours = compiled(TinyDiT(depth=2), schedule__skip_steps=[1, 2], **fixed)
+    got = run(ours, inputs)
+    other = compiled(TinyDiT(depth=2), **fixed)
+    want = run(other, [inputs[0], inputs[3], inputs[4]])
+    assert phases(ours) == {0: ["refresh", "skip", "skip", "sparse", "sparse"]}
+    assert identical([got[0], got[3], got[4]], want)
+
+
+def test_a_refresh_that_falls_on_a_skipped_step_is_made_up_for():
+    ours = compiled(TinyDiT(), schedule__skip_steps=[2], schedule__refresh_every=2)
+    run(ours, calls(TIMES))
+    assert phases(ours) == {0: ["refresh", "sparse", "skip", "refresh", "refresh"]}
+
+
+def test_branches_and_generations_have_residuals_of_their_own():
+    model, texts = TinyDiT(depth=2), [words(1), words(2)]
+    ours = exactly(model, schedule__skip_steps=[1], **ALONE)
+    apart = []
+    for text in texts:
+        chipmunk_fx.reset(ours)
+        apart.append(run(ours, calls(TIMES[:3], [text])))
+    together = run(ours, calls(TIMES[:3], texts))
+    assert phases(ours) == {branch: ["dense", "skip", "dense"] for branch in (0, 1)}
+    assert identical(together[0::2], apart[0]) and identical(together[1::2], apart[1])
+
+
+def test_the_first_step_is_never_skipped():
+    ours = exactly(TinyDiT(), schedule__skip_steps=[0, 1])
+    run(ours, calls(TIMES[:3]))
+    assert phases(ours) == {0: ["refresh", "skip", "sparse"]}
+
+
+def test_the_work_of_skipped_steps():
+    ours = exactly(TinyDiT(depth=4), schedule__skip_steps=[1, 2, 3, 4], **ALONE)
+    run(ours, calls(TIMES))
+    summary = chipmunk_fx.summary(ours)
+    assert 0.2 < summary.flops_ratio < 0.3
+    assert all(site.phases == {0: ["dense", *["skip"] * 4]} for site in summary.sites)
+
+
+def test_blocks_compiled_one_by_one_skip_nothing_and_say_so(caplog: pytest.LogCaptureFixture):
+    model = TinyDiT(depth=2)
+    torch._dynamo.reset()
+    for block in model.blocks:
+        block.compile(
+            backend="chipmunk",
+            options={"lowering": "eager", "gate": "off", "schedule.steps": 5, "schedule.branches": 1,
+                     "schedule.skip_steps": [1], "attention.dense_layers": 0, "mlp.dense_layers": 0},
+        )  # fmt: skip
+    run(model, calls(TIMES))
+    assert phases(model) == {0: ["refresh", *["sparse"] * 4]}
+    assert any("no step is skipped" in record.message for record in caplog.records)
+
+
+def test_another_resolution():
+    model = TinyDiT(depth=2)
+    ours = exactly(model, schedule__skip_steps=[1])
+    for side in (16, 24, 32, 16):
+        got, want = run(ours, calls(TIMES[:3], side=side)), run(model, calls(TIMES[:3], side=side))
+        assert_same([got[0], got[2]], [want[0], want[2]])
+        assert phases(ours) == {0: ["refresh", "skip", "sparse"]}
+
+
+def test_with_inductor():
+    torch._dynamo.reset()
+    options = {"attention.enabled": False, "mlp.enabled": False, "schedule.skip_steps": [1]}
+    ours, inputs = chipmunk(TinyDiT(depth=2), options=options), calls(TIMES[:3])
+    other = exactly(TinyDiT(depth=2), schedule__skip_steps=[1], **ALONE)
+    assert_same(run(ours, inputs), run(other, inputs))
+    assert phases(ours) == {0: [str(Phase.DENSE), "skip", "dense"]}
