@@ -45,7 +45,7 @@ def judge(found: Found) -> Accepted | Refused:
     scale, mask = found.bound["scale"], found.bound["mask"]
     scale = shape(q)[-1] ** -0.5 if scale is None else float(scale)
     sdpa = found.nodes[0].meta.get("custom", {}).get(SDPA_CHOICE, "")
-    return Accepted(form, AttentionOperands(*operands, scale, None, mask, sdpa), mask and padding_refusal(mask))
+    return Accepted(form, AttentionOperands(*operands, scale, None, mask, sdpa=sdpa), mask and padding_refusal(mask))
 
 
 def attention_kind(q: fx.Node, k: fx.Node) -> tuple[str, str | None]:

@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from chipmunk_fx.graph.calls import dtype
 from chipmunk_fx.graph.language import Call, Each, Expression, Found, Literal, OneOf, Var
+from chipmunk_fx.graph.masks import padding_refusal
 from chipmunk_fx.graph.pattern import Accepted, AttentionOperands, Example, Laid, Pattern, Refused, open_end
 from chipmunk_fx.graph.walk import rank
 from chipmunk_fx.patterns.activations import cast
@@ -49,6 +50,19 @@ def scores(q: Expression, k: Expression) -> OneOf:
     )
 
 
+def masked(scores: Expression) -> OneOf:
+    """Scores with a mask added, or filled where a boolean mask says so, or as they are."""
+    low = Literal(lambda value: isinstance(value, (int, float)) and value <= -9e3, "a value that hides scores (-inf)")
+    return OneOf(
+        "masking",
+        {
+            "added": Call((aten.add.Tensor,), {"self": scores, "other": Var("mask")}, commutes=("self", "other")),
+            "filled": Call((aten.masked_fill.Scalar,), {"self": scores, "mask": Var("mask"), "value": low}),
+            "none": scores,
+        },
+    )
+
+
 def weights(scores: Expression) -> OneOf:
     """softmax over the last dimension; casts, and dropouts that drop nothing, may stand before and after."""
     last = Literal(lambda value: value in (-1, 2, 3), "softmax over the last dimension (keys)")
@@ -56,7 +70,7 @@ def weights(scores: Expression) -> OneOf:
     return cast("weights", Call((aten.softmax.int,), softmax))
 
 
-EXPRESSION = OneOf("mix by", products("mix", weights(scores(Var("q"), Var("k"))), Var("v")))
+EXPRESSION = OneOf("mix by", products("mix", weights(masked(scores(Var("q"), Var("k")))), Var("v")))
 
 
 def judge(found: Found) -> Accepted | Refused:
@@ -72,8 +86,14 @@ def judge(found: Found) -> Accepted | Refused:
     q, k, v = (Laid(bound[name], dims) for name, dims in zip("qkv", (layout.q, layout.k, layout.v), strict=True))
     form, reason = attention_kind(q.node, k.node)
     scale, problem = _scale(found)
+    if "mask" in bound and not isinstance(bound["mask"], fx.Node):
+        problem = f"{bound['mask']} is added to the scores"
     reason = reason or problem or operand_shapes(q, k, v) or _rounding(found) or open_end(found)
-    return Refused(form, reason) if reason else Accepted(form, AttentionOperands(q, k, v, scale, layout.out))
+    if reason:
+        return Refused(form, reason)
+    mask, hides = bound.get("mask"), bound["masking"] == "filled"
+    operands = AttentionOperands(q, k, v, scale, layout.out, mask, hides)
+    return Accepted(form, operands, mask and padding_refusal(mask))
 
 
 _SUPPORTED = "[batch, heads, tokens, width] and [heads, tokens, width] are supported"
@@ -259,7 +279,11 @@ def near_misses() -> Sequence[Example]:
         "softmax over heads": (_matmul(1.0, dim=1), "softmax over the last dimension"),
         "scale is a tensor": (_matmul(torch.tensor(0.3)), "scale is computed in the graph"),
         "scale of the input": (lambda q, k, v: (q @ k.mT * q.mean()).softmax(-1) @ v, "scale is computed in the graph"),
-        "mask added": (lambda q, k, v: (q @ k.mT + torch.ones(24, 24).tril()).softmax(-1) @ v, "aten.add.Tensor"),
+        "a number added": (lambda q, k, v: (q @ k.mT + 1).softmax(-1) @ v, "1 is added to the scores"),
+        "filled with zeros": (
+            lambda q, k, v: (q @ k.mT).masked_fill(torch.ones(24, 24).tril() > 0, 0.0).softmax(-1) @ v,
+            "a value that hides scores",
+        ),
         "dropout in training": (lambda q, k, v: F.dropout((q @ k.mT).softmax(-1), 0.5) @ v, "dropout"),
         "weights also used": (leaking, "also used by"),
         "operand is written to": (written, "writes in place"),

@@ -30,6 +30,14 @@ _COSTLY = (
 
 
 @dataclass(frozen=True)
+class Mask:
+    """A key-padding mask of the graph; `hides`: true stands for keys that are left out."""
+
+    node: fx.Node
+    hides: bool
+
+
+@dataclass(frozen=True)
 class Probe:
     """Computes some nodes of a captured graph from `inputs`, positions among the graph's own; only sizes matter of `measured`.
 
@@ -39,16 +47,19 @@ class Probe:
     module: fx.GraphModule
     inputs: tuple[int, ...]
     measured: frozenset[int]
-    masks: tuple[fx.Node, ...]
+    masks: tuple[Mask, ...]
     lengths: tuple[tuple[Any, int | None], ...]
 
     def __call__(self, values: Sequence[Any]) -> tuple[tuple[torch.Tensor, ...], dict[Any, int]]:
         """Values of the masks, and of the symbols of lengths."""
         with torch.no_grad():
             results = self.module(*(values[i] for i in self.inputs))
-        masks, tellers = results[: len(self.masks)], results[len(self.masks) :]
+        masks, tellers = list(results[: len(self.masks)]), results[len(self.masks) :]
+        for index, mask in enumerate(self.masks):
+            if mask.hides:
+                masks[index] = ~masks[index]
         told = zip(self.lengths, tellers, strict=True)
-        return masks, {symbol: int(t if dim is None else t.shape[dim]) for (symbol, dim), t in told}
+        return tuple(masks), {symbol: int(t if dim is None else t.shape[dim]) for (symbol, dim), t in told}
 
 
 def padding_refusal(mask: fx.Node) -> str | None:
@@ -77,11 +88,11 @@ def probe_refusal(node: fx.Node) -> str | None:
     return None
 
 
-def make_probe(module: fx.GraphModule, masks: Sequence[fx.Node], symbols: Iterable[Any]) -> Probe | None:
+def make_probe(module: fx.GraphModule, masks: Sequence[Mask], symbols: Iterable[Any]) -> Probe | None:
     """Cut out what computes the masks and tells the symbols, for each of which `probe_refusal` is None."""
     tellers = tellers_of(module)
     lengths = [(symbol, *tellers[symbol]) for symbol in symbols]
-    wanted = [*masks, *(node for _, node, _ in lengths)]
+    wanted = [*(mask.node for mask in masks), *(node for _, node, _ in lengths)]
     if not wanted:
         return None
     inputs = [n for n in module.graph.nodes if n.op == "placeholder"]

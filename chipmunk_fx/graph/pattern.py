@@ -44,7 +44,8 @@ class AttentionOperands:
     """softmax(scale * q k^T) v with q [B,H,N,D], k and v [B,Hk,M,D]; `out` permutes [B,H,N,D] to what the anchor yields,
     and may leave a dimension of size 1 away.
 
-    `mask`: key padding, [B or 1, 1, 1, M] or expanded from it, boolean or added to the scores. `sdpa`: the user's choice of
+    `mask`: key padding, [B or 1, 1, 1, M] or expanded from it, boolean or added to the scores; `hides`: a boolean one tells
+    which keys are left out, not which are attended to. `sdpa`: the user's choice of
     attention kernels (torch.nn.attention.SDPBackend names joined by commas), "" where there is none.
     """
 
@@ -54,6 +55,7 @@ class AttentionOperands:
     scale: float
     out: tuple[int, ...] | None = None
     mask: fx.Node | None = None
+    hides: bool = False
     sdpa: str = ""
 
 

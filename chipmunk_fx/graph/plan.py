@@ -16,7 +16,7 @@ from chipmunk_fx.graph.capture import Capture
 from chipmunk_fx.graph.flops import product_flops
 from chipmunk_fx.graph.geometry import Geometry
 from chipmunk_fx.graph.inputs import Roles
-from chipmunk_fx.graph.masks import Probe, make_probe, probe_refusal, tellers_of
+from chipmunk_fx.graph.masks import Mask, Probe, make_probe, probe_refusal, tellers_of
 from chipmunk_fx.graph.match import Candidate
 from chipmunk_fx.graph.pattern import AttentionOperands, MlpOperands
 from chipmunk_fx.graph.region import Region, Stream, dead_after_skip, find_region
@@ -115,12 +115,12 @@ class Plan:
         return isinstance(self.region, Region) and site.nodes[0] in self.region.nodes
 
     @property
-    def masks(self) -> tuple[fx.Node, ...]:
+    def masks(self) -> tuple[Mask, ...]:
         """The key-padding masks, whose sites are computed by our ops in every phase."""
         return self.probe.masks if self.probe else ()
 
     def mask_of(self, site: Site) -> int | None:
-        mask = site.operands.mask if isinstance(site.operands, AttentionOperands) else None
+        mask = _mask(site.operands)
         return self.masks.index(mask) if mask in self.masks else None
 
     @property
@@ -252,13 +252,19 @@ def _unknown_length(candidate: Candidate, capture: Capture) -> str | None:
 
 
 def _probe(capture: Capture, accepted: Sequence[Candidate]) -> Probe | None:
-    masks: dict[fx.Node, None] = {}
+    masks: dict[Mask, None] = {}
     symbols: dict[Any, None] = {}
     for candidate in accepted:
         symbols |= dict.fromkeys(sorted(unbacked(_sizes(candidate)), key=str))
-        if isinstance(candidate.operands, AttentionOperands) and candidate.operands.mask and not candidate.dense:
-            masks[candidate.operands.mask] = None
+        if (mask := _mask(candidate.operands)) and not candidate.dense:
+            masks[mask] = None
     return make_probe(capture.module, tuple(masks), symbols)
+
+
+def _mask(operands: AttentionOperands | MlpOperands | None) -> Mask | None:
+    if not isinstance(operands, AttentionOperands) or operands.mask is None:
+        return None
+    return Mask(operands.mask, operands.hides)
 
 
 def _decide(site: Site, reason: str | None, config: Config, gate: Gate) -> Site:

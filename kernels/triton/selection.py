@@ -14,6 +14,7 @@ from chipmunk_fx.kernels.triton.tuning import padded
 WHOLE = 16384  # scores of a row that one program holds
 SAMPLE = 4096  # scores of a longer one that it takes at once
 RANK_BITS = tl.constexpr(30)  # of fp32 scores; codes have 16
+RANK_TOP = tl.constexpr((1 << 30) - 1)
 LEAST_EXPONENT = tl.constexpr(72)  # biased, of the smallest code: 2^-55, the largest is below 2^9
 
 
@@ -67,8 +68,10 @@ def _select(
     if valid is not None:
         eligible = _count(valid, total, BLOCK)
     wanted = tl.minimum(columns - drawn, eligible)
+    if drawn >= eligible - wanted:  # all others would be drawn
+        wanted = eligible
+        drawn = 0
     free = eligible - wanted
-    drawn = tl.minimum(drawn, free)
 
     if WHOLE:
         low, high, above = _held(scores, minus, always, valid, total, wanted, BLOCK)
@@ -95,7 +98,7 @@ def _select(
             valid_to = valid_before + tl.cumsum((rank >= 0).to(tl.int32), 0)
         taken = (larger > 0) | ((tied > 0) & (ties_to <= ties))
         # draws up to here: the run of the last free column so far, and whether its draw lies behind
-        draw_to, hit = _drawn(valid_to - taken_to, drawn, free, pace, key)
+        draw_to, hit = _drawn(valid_to - taken_to, drawn, pace, key)
         chosen = taken | (hit & (rank >= 0))
         tl.store(lists + taken_to + draw_to - 1, column, mask=chosen)
         counted = tl.sum(larger * 65536 + tied, 0)
@@ -116,7 +119,7 @@ def _ranks(scores, minus, always, valid, column, total):
         top = 65535
         rank = tl.load(scores + column, mask=inside, other=0).to(tl.int32)
     else:
-        top = (1 << RANK_BITS) - 1
+        top = RANK_TOP
         score = tl.load(scores + column, mask=inside, other=0.0)
         if minus is not None:
             score = tl.abs(score - tl.load(minus + column, mask=inside, other=0.0))
@@ -230,7 +233,7 @@ def _pace(draws, free):
 
 
 @triton.jit
-def _drawn(count, draws, free, pace, key):
+def _drawn(count, draws, pace, key):
     """How many of the first `count` free columns are drawn, and whether the last of them is.
 
     A draw is a hashed point of its 2^32: it takes the column that begins last before it, or else the first one there.
@@ -241,11 +244,10 @@ def _drawn(count, draws, free, pace, key):
     point = _mix(key + draw * 0x9E3779B9)
     covered = point - begin < pace
     before = point < begin
-    hit = tl.where(before, begin < pace, covered)
+    hit = (before & (begin < pace)) | ((point >= begin) & covered)
     passed = draw.to(tl.int32) + (before | covered).to(tl.int32)
-    every = draws == free
     some = tl.minimum(count, draws) > 0
-    return tl.where(some, tl.where(every, count, passed), 0), some & (every | hit)
+    return tl.where(some, passed, 0), some & hit
 
 
 @triton.jit

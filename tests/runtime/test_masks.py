@@ -30,9 +30,11 @@ SPELLINGS: dict[str, Spell] = {
 class Masked(TinyDiT):
     """`timestep`, `present` bool [B, T]: text tokens that are no padding. Text stands last, or first."""
 
-    def __init__(self, spell: Spell = SPELLINGS["boolean"], last: bool = True, depth: int = 2) -> None:
+    def __init__(
+        self, spell: Spell = SPELLINGS["boolean"], last: bool = True, depth: int = 2, attend: Any = None
+    ) -> None:
         super().__init__(depth)
-        self.spell, self.last = spell, last
+        self.spell, self.last, self.attend = spell, last, attend or F.scaled_dot_product_attention
 
     def forward(self, latents: Tensor, timestep: Tensor, text: Tensor, present: Tensor) -> Tensor:  # pyright: ignore
         b, _, h, w = latents.shape
@@ -44,7 +46,7 @@ class Masked(TinyDiT):
         mask = self.spell(torch.cat([(present, image)[i] for i in order], 1))
         for block in self.blocks:
             q, k, v = block.qkv(block.norm1(x)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-            x = x + block.proj(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
+            x = x + block.proj(self.attend(q, k, v, mask).transpose(1, 2).flatten(2))
             x = x + block.fc2(F.gelu(block.fc1(block.norm2(x))))
         x = x[:, :-8] if self.last else x[:, 8:]
         x = self.out(x).unflatten(1, (h // 2, w // 2)).unflatten(-1, (2, 2, 4))
@@ -82,6 +84,29 @@ def test_every_phase_is_right(spelling: str, last: bool, counts: tuple[int, ...]
     image = 64
     whole = [0, image + counts[0]] if last and len(set(counts)) == 1 else [-1, -1]
     assert found == [whole], "one look at the mask, which all layers share"
+
+
+WRITTEN_OUT: dict[str, tuple[str, Any]] = {
+    "added": ("added", lambda q, k, v, mask: (0.25 * (q @ k.mT) + mask).softmax(-1) @ v),
+    "filled": ("boolean", lambda q, k, v, mask: (q @ k.mT / 4).masked_fill(~mask, -torch.inf).softmax(-1) @ v),
+    "filled where zero": (
+        "boolean",
+        lambda q, k, v, mask: torch.einsum(
+            "bhij,bhjd->bhid", (0.25 * q @ k.mT).masked_fill(mask == 0, -1e9).softmax(-1), v
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("spelling", WRITTEN_OUT)
+@pytest.mark.parametrize("counts", [(5,), (8, 3)], ids=str)
+def test_attention_written_out(spelling: str, counts: tuple[int, ...]):
+    name, attend = WRITTEN_OUT[spelling]
+    model = Masked(SPELLINGS[name], attend=attend)
+    ours = exactly(model)
+    assert_same(run(ours, steps(counts)), run(model, steps(counts)))
+    assert chipmunk_fx.summary(ours).phases == PHASES
+    assert [s.status for s in chipmunk_fx.summary(ours).sites if s.kind == "attention"] == ["rewritten"] * 2
 
 
 @pytest.mark.parametrize("last", [True, False], ids=["text last", "text first"])
