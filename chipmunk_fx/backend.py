@@ -115,7 +115,7 @@ def _compile(graph_module: fx.GraphModule, inputs: Sequence[Any], config: Config
     except Exception as error:  # a graph unlike any seen so far must not cost the user the model
         _log.debug("analysis failed", exc_info=True)
         return _unchanged(graph_module, inputs, config, f"its analysis failed ({type(error).__name__}: {error})")
-    _log.info("%s", report_of(plan, [i.name for i in captured.inputs]))
+    _log.info("%s", _report(captured, plan))
     if not plan.rewritten and not plan.streams:
         return _unchanged(graph_module, inputs, config, _why_nothing(plan))
     if config.memory.offload != "none":
@@ -190,9 +190,15 @@ def _config_of(config: Any) -> Config:
     return Config.from_options({"config": str(config)}, None)
 
 
+def _report(captured: Capture, plan: Plan) -> Report:
+    region = plan.region
+    told = f"no step can be skipped: {region}" if isinstance(region, str) else f"blocks that can be skipped: {region}"
+    return report_of(plan, [entry.name for entry in captured.inputs], [told])
+
+
 def _inspect(graph_module: fx.GraphModule, inputs: Sequence[Any], config: Config) -> Report:
     try:
         captured, plan = analyse(graph_module, inputs, config)
     except Uncapturable as reason:
         return Report((), None, None, (), "unknown", 0.0, (f"a graph stays as it is: {reason}",))
-    return report_of(plan, [i.name for i in captured.inputs])
+    return _report(captured, plan)

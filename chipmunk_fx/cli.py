@@ -1,4 +1,4 @@
-"""The command line: what would be made sparse in a model, and how far apart pictures are."""
+"""The command line: what would be made sparse in a model, how far apart pictures are, how fast the kernels are."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ import yaml
 from tabulate import tabulate
 
 import chipmunk_fx
-from chipmunk_fx import images
+from chipmunk_fx import bench, images
 from chipmunk_fx.errors import ChipmunkError
 from chipmunk_fx.pretrained import from_folder
 
@@ -71,10 +71,27 @@ def _parser() -> argparse.ArgumentParser:
     compare = commands.add_parser("compare", help=about, description=about)
     compare.add_argument("first", type=Path, metavar="A.png|DIR")
     compare.add_argument("second", type=Path, metavar="B.png|DIR")
+    compare.add_argument(
+        "--diff", type=Path, metavar="D.png|DIR", help="also draw where they differ: red over the first picture in grey"
+    )
     compare.set_defaults(run=_compare)
 
     for command in (explain, compare):
         command.add_argument("--json", action="store_true", help="print JSON in place of a table")
+
+    about = "time every operator beside the dense kernels that are there"
+    timing = commands.add_parser("bench", help=about, description=about)
+    timing.add_argument("what", choices=("kernels",))
+    timing.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    timing.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    timing.add_argument(
+        "--only", choices=("published", "sweep"), help="the published shapes or the sweep (default: both)"
+    )
+    timing.add_argument("--rows", type=int, nargs="+", metavar="N", help="of the sweep (default: 1024 to 131072)")
+    timing.add_argument("--density", type=float, nargs="+", metavar="SHARE", help="of the sweep (default: 0.03 to 0.5)")
+    timing.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
+    timing.add_argument("--plot", type=Path, metavar="PNG", help="draw the sweep there")
+    timing.set_defaults(run=_bench)
     return parser
 
 
@@ -87,6 +104,26 @@ def _explain(arguments: argparse.Namespace) -> None:
     with torch.no_grad():
         report = chipmunk_fx.explain(model, config=options or None, **inputs)
     print(report.to_json() if arguments.json else report)
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    published = () if arguments.only == "sweep" else bench.PUBLISHED
+    swept = (
+        ()
+        if arguments.only == "published"
+        else bench.sweep(arguments.rows or bench.ROWS, arguments.density or bench.DENSITIES)
+    )
+    shapes = [*published, *swept]
+    dtype = getattr(torch, arguments.dtype)
+    rows: list[bench.Row] = []
+    try:
+        rows.extend(bench.measure(_progress(shapes, "bench"), dtype, arguments.device))
+    finally:  # what was measured before an interruption counts
+        print(bench.table(rows))
+        if arguments.json:
+            bench.write_json(rows, arguments.json, arguments.device, dtype)
+    if arguments.plot:
+        bench.plot(rows, arguments.plot)
 
 
 def _size(text: str) -> tuple[int, ...]:
@@ -149,6 +186,8 @@ def _compare(arguments: argparse.Namespace) -> None:
     rows = []
     for first, second in _progress(pairs, "compare"):
         a, b = images.load(first), images.load(second)
+        if arguments.diff:
+            images.save(images.difference(a, b), _drawn(arguments, first))
         rows.append({"picture": first.name} | {name: metric(a, b) for name, metric in metrics.items()})
     if len(rows) > 1:
         rows.append({"picture": "mean"} | {name: fmean(row[name] for row in rows) for name in metrics})
@@ -158,6 +197,16 @@ def _compare(arguments: argparse.Namespace) -> None:
     else:
         heads = {"picture": "picture", "psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS"}
         print(tabulate(rows, headers=heads, floatfmt=("", ".2f", ".4f", ".4f")))
+
+
+def _drawn(arguments: argparse.Namespace, picture: Path) -> Path:
+    """Where the difference of a pair is drawn: --diff itself, or a file in it for each pair of two folders."""
+    if not arguments.first.is_dir():
+        return arguments.diff
+    if arguments.diff.is_file():
+        raise UsageError(f"--diff {arguments.diff} is a file; two folders need a folder")
+    arguments.diff.mkdir(parents=True, exist_ok=True)
+    return arguments.diff / picture.with_suffix(".png").name
 
 
 def _pairs(first: Path, second: Path) -> list[tuple[Path, Path]]:

@@ -79,6 +79,7 @@ class ScheduleConfig(Section):
     refresh_every: int = option(10, integer(1))
     refresh_steps: tuple[int, ...] | None = option(None, absent_or("none", STEPS))
     skip_steps: tuple[int, ...] | None = option(None, absent_or("none", STEPS))
+    skip_threshold: float | None = option(None, absent_or("none", amount()))
     steps: int | None = option(None, absent_or("inferred", integer(1)))
     branches: int | None = option(None, absent_or("inferred", integer(1)))
 

@@ -36,6 +36,32 @@ def load(path: str | Path) -> Tensor:
     return pixels.permute(2, 0, 1) / 255
 
 
+def save(picture: Tensor, path: str | Path) -> None:
+    """Write [3, H, W] in [0, 1] in the format that the ending of `path` names; raises ImageError where it cannot."""
+    try:
+        from PIL import Image
+    except ImportError as missing:
+        raise ImageError(f"writing {path} needs Pillow and numpy: pip install pillow numpy") from missing
+    pixels = (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    try:
+        Image.fromarray(pixels).save(path)
+    except (OSError, ValueError) as cause:  # ValueError: an ending that Pillow does not know
+        raise ImageError(f"{path} cannot be written ({cause}); end it in one of {' '.join(SUFFIXES)}") from cause
+
+
+def difference(a: Tensor, b: Tensor) -> Tensor:
+    """Where two pictures differ, [3, H, W]: `a` in dark grey, and red over it where |a - b| is large.
+
+    A pixel counts by the channel that differs most; full red is the largest difference in the picture.
+    """
+    _check(a, b)
+    apart = (a - b).abs().amax(0)
+    share = apart / apart.max().clamp_min(1e-9)
+    grey = a.mean(0) / 2
+    rest = grey * (1 - share)
+    return torch.stack([rest + share, rest, rest])
+
+
 def psnr(a: Tensor, b: Tensor) -> float:
     """Peak signal-to-noise ratio in dB for a peak of 1; infinite where the pictures are equal."""
     _check(a, b)

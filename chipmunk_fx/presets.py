@@ -47,6 +47,7 @@ _EXACT = {
     "mlp.random_density": 0.0,
     "mlp.dense_layers": 0,
     "schedule.skip_steps": None,
+    "schedule.skip_threshold": None,
     "gate": "off",
 }
 

@@ -3,6 +3,7 @@
     python examples/flux.py                                          # the bundled model, on whatever device is there
     python examples/flux.py --images 8 --option attention.density=0.1
     python examples/flux.py --model black-forest-labs/FLUX.1-dev --prompt "a lighthouse in a storm" --size 768x1280
+    python examples/flux.py --random-weights --steps 12               # FLUX.1-dev's configuration: speed alone
 
 Writes a PNG with each pair side by side and prints a table. Both runs go through Inductor and start from the same
 noise. Compiling is timed by itself: a short generation that visits every phase comes first and counts nowhere else.
@@ -24,6 +25,7 @@ from measure import Sampler, compare, run_dense, run_sparse, table
 from torch import Tensor, nn
 
 from chipmunk_fx import Config, ConfigError
+from chipmunk_fx.pretrained import FAMILIES
 
 BUNDLED = Path(__file__).resolve().parent / "flux-photos"
 CLASSES = ("cat", "coffee", "astronaut")
@@ -60,21 +62,29 @@ class Photographs:
         self.transformer: nn.Module = model.to(self.device)
 
     def sample(self, model: nn.Module, index: int, steps: int) -> Tensor:
-        random = torch.Generator().manual_seed(self.seed + index)
-        x = photos.to_tokens(torch.randn(1, 3, self.height, self.width, generator=random)).to(self.device)
+        return self.batch(model, [index], steps)[0]
+
+    def batch(self, model: nn.Module, indices: Sequence[int], steps: int) -> Tensor:
+        """Several pictures at once, [B, 3, H, W]: each from the noise that it has alone."""
+        noise = [
+            torch.randn(1, 3, self.height, self.width, generator=torch.Generator().manual_seed(self.seed + index))
+            for index in indices
+        ]
+        x = photos.to_tokens(torch.cat(noise)).to(self.device)
         scheduler: Any = FlowMatchEulerDiscreteScheduler()
         scheduler.set_timesteps(sigmas=photos.noise_levels(steps, self.height)[:-1], device=self.device)
         scheduler.set_begin_index(0)  # spares the GPU a look-up that waits for it
         ids = photos.position_ids(self.height, self.device)
-        classes = (self.classes[index], photos.UNCONDITIONAL)[: self.calls]
-        conditions = [photos.condition(torch.tensor([c], device=self.device), self.dtype) for c in classes]
+        drawn = [self.classes[index] for index in indices]
+        classes = (drawn, [photos.UNCONDITIONAL] * len(drawn))[: self.calls]
+        conditions = [photos.condition(torch.tensor(c, device=self.device), self.dtype) for c in classes]
         for t in scheduler.timesteps:
-            now = {"hidden_states": x.to(self.dtype), "timestep": t.expand(1) / 1000, **ids, "return_dict": False}
+            now = {"hidden_states": x.to(self.dtype), "timestep": t.expand(len(x)) / 1000, **ids, "return_dict": False}
             velocity, *free = [model(**now, **condition)[0].float() for condition in conditions]
             if free:  # classifier-free guidance
                 velocity = free[0] + self.guidance * (velocity - free[0])
             x = scheduler.step(velocity, t, x, return_dict=False)[0]
-        return (photos.to_images(x)[0].cpu() / 2 + 0.5).clamp(0, 1)
+        return (photos.to_images(x).cpu() / 2 + 0.5).clamp(0, 1)
 
 
 class Prompted:
@@ -103,8 +113,45 @@ class Prompted:
         return self.pipe(self.names[index], **settings).images[0].float().cpu()
 
 
+class RandomWeights:
+    """FLUX.1-dev's transformer with weights drawn on the device, fed with noise: times are real, pictures are not."""
+
+    calls = 1
+
+    def __init__(self, given: argparse.Namespace):
+        if given.prompt or given.classes:
+            raise ValueError(
+                "--random-weights: no picture comes of it, so there is no --prompt and there are no --classes"
+            )
+        height, width = given.size or (768, 1280)
+        self.grid = 1, height // 8, width // 8
+        self.names: list[str] = ["random weights"] * (given.images or 1)
+        self.seed, self.device, self.dtype = given.seed, torch.device(given.device), DTYPES[given.dtype]
+        torch.manual_seed(given.seed)
+        former = torch.get_default_dtype()
+        torch.set_default_dtype(self.dtype)
+        with self.device:
+            self.transformer: nn.Module = FluxTransformer2DModel(guidance_embeds=True)
+        torch.set_default_dtype(former)
+
+    def sample(self, model: nn.Module, index: int, steps: int) -> Tensor:
+        torch.manual_seed(self.seed + index)
+        given = FAMILIES["FluxTransformer2DModel"].inputs(self.transformer.config, self.grid, 512)
+        inputs = {
+            k: v.to(self.device, self.dtype) if v.is_floating_point() else v.to(self.device) for k, v in given.items()
+        }
+        x = inputs.pop("hidden_states")
+        for step in range(steps):
+            time = inputs["timestep"].new_full((1,), 1 - step / steps)
+            x = x - model(hidden_states=x, **inputs | {"timestep": time}, return_dict=False)[0] / steps
+        height, width = self.grid[1] // 2, self.grid[2] // 2
+        return x.view(height, width, -1)[..., :3].permute(2, 0, 1).float().cpu().sigmoid()
+
+
 def load(given: argparse.Namespace) -> Sampler:
     """Raises ValueError or OSError where the model or what is asked of it does not fit."""
+    if given.random_weights:
+        return RandomWeights(given)
     folder = Path(given.model)
     on_hub = not folder.exists() and given.model.count("/") == 1
     if on_hub or (folder / "model_index.json").is_file():
@@ -184,6 +231,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FOLDER_OR_HUB_NAME",
         help="a FLUX pipeline; default: the bundled model",
     )
+    add("--random-weights", action="store_true", help="FLUX.1-dev's transformer alone, with weights drawn at random")
     add("--prompt", help="what a pipeline draws")
     add("--classes", nargs="+", metavar="CLASS", help=f"what the bundled model draws: {', '.join(photos.NAMES)}")
     add("--images", type=count, help="number of pictures, made one by one with seeds SEED, SEED + 1, ...")

@@ -124,13 +124,16 @@ def run_sparse(sampler: Sampler, steps: int, device: torch.device, options: Mapp
 
 
 def steps_to_see_all(config: chipmunk_fx.Config, steps: int) -> int:
-    """The length, at most `steps`, of the shortest generation that has a refresh and a sparse step."""
+    """The length, at most `steps`, of the shortest generation that has every phase that one of `steps` steps has."""
+    if config.schedule.skip_threshold is not None:
+        return steps  # what is skipped depends on the picture
     policy, last_refresh = policy_from(config.schedule), None
+    first: dict[Phase, int] = {}
     for step in range(steps):
-        if policy.phase(step, last_refresh) is not Phase.REFRESH:
-            return step + 1
-        last_refresh = step
-    return steps
+        phase = policy.phase(step, last_refresh)
+        first.setdefault(phase, step)
+        last_refresh = step if phase is Phase.REFRESH else last_refresh
+    return max(first.values()) + 1
 
 
 def compare(

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from chipmunk_fx.kernels import triton
+from chipmunk_fx.kernels import hopper, triton
 from chipmunk_fx.ops.library import NAMESPACE, REFERENCE, implementation
 
 
@@ -27,7 +27,7 @@ class Backend(Protocol):
         ...
 
 
-BACKENDS: tuple[Backend, ...] = (triton,)
+BACKENDS: tuple[Backend, ...] = (hopper, triton)
 
 
 def choose(

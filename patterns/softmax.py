@@ -39,7 +39,7 @@ def scores(q: Expression, k: Expression) -> OneOf:
     """q k^T, scaled in the same op or after it, or not."""
     added = {"self": Var("added"), "batch1": q, "batch2": k, "beta": Var("beta"), "alpha": Var("alpha")}
     plain = OneOf("scores by", {**products("scores", q, k), "baddbmm": Call((aten.baddbmm.default,), added)})
-    scaled = {"self": cast("scores", plain), "other": Var("factor")}
+    scaled = {"self": cast("unscaled", plain), "other": Var("factor")}
     return OneOf(
         "scaling",
         {
@@ -51,7 +51,7 @@ def scores(q: Expression, k: Expression) -> OneOf:
 
 
 def masked(scores: Expression) -> OneOf:
-    """Scores with a mask added, or filled where a boolean mask says so, or as they are."""
+    """Scores with a mask of numbers added, or filled where a boolean one says so, or as they are."""
     low = Literal(lambda value: isinstance(value, (int, float)) and value <= -9e3, "a value that hides scores (-inf)")
     return OneOf(
         "masking",
@@ -86,12 +86,12 @@ def judge(found: Found) -> Accepted | Refused:
     q, k, v = (Laid(bound[name], dims) for name, dims in zip("qkv", (layout.q, layout.k, layout.v), strict=True))
     form, reason = attention_kind(q.node, k.node)
     scale, problem = _scale(found)
-    if "mask" in bound and not isinstance(bound["mask"], fx.Node):
-        problem = f"{bound['mask']} is added to the scores"
+    if (mask := bound.get("mask")) is not None and bound["masking"] == "added" and not _is_number(mask):
+        problem = f"{mask} is added to the scores"
     reason = reason or problem or operand_shapes(q, k, v) or _rounding(found) or open_end(found)
     if reason:
         return Refused(form, reason)
-    mask, hides = bound.get("mask"), bound["masking"] == "filled"
+    hides = bound["masking"] == "filled"
     operands = AttentionOperands(q, k, v, scale, layout.out, mask, hides)
     return Accepted(form, operands, mask and padding_refusal(mask))
 
@@ -182,6 +182,11 @@ def _scale(found: Found) -> tuple[float, str | None]:
     if not isinstance(factor, (int, float)):
         return scale, "scale is computed in the graph, not a constant"
     return scale * (float(factor) if bound["scaling"] == "times" else 1.0 / float(factor)), None
+
+
+def _is_number(mask: object) -> bool:
+    """Whether a mask is a tensor of floating-point numbers: a boolean one would add 1."""
+    return isinstance(mask, fx.Node) and (kind := dtype(mask)) is not None and kind.is_floating_point
 
 
 def _rounding(found: Found) -> str | None:
@@ -280,6 +285,10 @@ def near_misses() -> Sequence[Example]:
         "scale is a tensor": (_matmul(torch.tensor(0.3)), "scale is computed in the graph"),
         "scale of the input": (lambda q, k, v: (q @ k.mT * q.mean()).softmax(-1) @ v, "scale is computed in the graph"),
         "a number added": (lambda q, k, v: (q @ k.mT + 1).softmax(-1) @ v, "1 is added to the scores"),
+        "booleans added": (
+            lambda q, k, v: (q @ k.mT + (torch.arange(24) < 9)).softmax(-1) @ v,
+            "is added to the scores",
+        ),
         "filled with zeros": (
             lambda q, k, v: (q @ k.mT).masked_fill(torch.ones(24, 24).tril() > 0, 0.0).softmax(-1) @ v,
             "a value that hides scores",

@@ -4,6 +4,7 @@ import json
 import sys
 from math import inf, log10
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -52,6 +53,55 @@ def test_two_folders_are_paired_by_name_and_averaged(tmp_path: Path, capsys: pyt
     first, second, mean = json.loads(capsys.readouterr().out)
     assert [row["picture"] for row in (first, second, mean)] == ["1.png", "2.png", "mean"]
     assert mean["psnr"] == pytest.approx((first["psnr"] + second["psnr"]) / 2)
+
+
+def test_where_two_pictures_differ_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    a, b = picture(tmp_path / "a.png"), images.load(tmp_path / "a.png")
+    b[:, 2:5, 7] = 1 - b[:, 2:5, 7].round()
+    images.save(b, tmp_path / "b.png")
+    assert main(["compare", str(a), str(tmp_path / "b.png"), "--diff", str(tmp_path / "d.png")]) == 0
+    red, green, blue = images.load(tmp_path / "d.png")
+    apart = red - torch.maximum(green, blue) > 0.2
+    assert apart.nonzero().tolist() == [[2, 7], [3, 7], [4, 7]] and red[2:5, 7].max() > 0.99
+    assert torch.equal(green, blue) and (red - images.load(a).mean(0) / 2).abs()[~apart].max() < 0.01
+
+
+def test_folders_have_a_folder_of_differences(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for folder, noise in (("dense", 0.0), ("sparse", 0.05)):
+        (tmp_path / folder).mkdir()
+        for seed in (1, 2):
+            picture(tmp_path / folder / f"{seed}.png", seed, noise=noise)
+    pair = [str(tmp_path / "dense"), str(tmp_path / "sparse")]
+    assert main(["compare", *pair, "--diff", str(tmp_path / "apart")]) == 0
+    assert sorted(path.name for path in (tmp_path / "apart").iterdir()) == ["1.png", "2.png"]
+    (tmp_path / "file").write_text("")
+    assert main(["compare", *pair, "--diff", str(tmp_path / "file")]) == 2
+    assert "two folders need a folder" in capsys.readouterr().err
+    assert main(["compare", *[f"{folder}/1.png" for folder in pair], "--diff", str(tmp_path / "d.xyz")]) == 2
+    assert "d.xyz cannot be written" in capsys.readouterr().err
+
+
+def test_lpips_is_a_column_where_it_is_installed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    class Network:
+        """Stands for the package: inputs in [-1, 1], [1, 3, H, W], and a tensor of one number."""
+
+        def __init__(self, net: str, verbose: bool) -> None:
+            assert net == "alex"
+
+        def eval(self) -> "Network":
+            return self
+
+        def __call__(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            assert a.shape == b.shape == (1, 3, 16, 24) and a.min() < 0
+            return (a - b).abs().mean().view(1, 1, 1, 1)
+
+    monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=Network))
+    a, b = picture(tmp_path / "a.png"), picture(tmp_path / "b.png", noise=0.05)
+    assert main(["compare", str(a), str(b), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["lpips"] == pytest.approx(2 * (images.load(a) - images.load(b)).abs().mean().item(), rel=1e-4)
 
 
 def test_equal_pictures_are_null_in_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -37,6 +37,7 @@ DEFAULTS = {
     "schedule.refresh_every": 10,
     "schedule.refresh_steps": None,
     "schedule.skip_steps": None,
+    "schedule.skip_threshold": None,
     "schedule.steps": None,
     "schedule.branches": None,
     "tokens.order": "auto",
@@ -110,6 +111,8 @@ def test_defaults_are_those_of_the_table():
         ("schedule.refresh_steps", range(3), (0, 1, 2)),
         ("schedule.refresh_steps", "none", None),
         ("schedule.skip_steps", [], ()),
+        ("schedule.skip_threshold", "none", None),
+        ("schedule.skip_threshold", 0.05, 0.05),
         ("schedule.steps", 4, 4),
         ("schedule.steps", "inferred", None),
         ("schedule.branches", 2, 2),
@@ -156,6 +159,7 @@ def test_values_that_are_allowed(key, given, kept):
         ("schedule.refresh_every", [0, -1, 2.5, None]),
         ("schedule.refresh_steps", [[1, 0], [0, 0], [-1], [0.5], [True], "0 1", 3, {0: None}, b"01"]),
         ("schedule.skip_steps", [[3, 2], {"a"}]),
+        ("schedule.skip_threshold", [-0.1, "a", True, float("inf")]),
         ("schedule.steps", [0, "many", True]),
         ("schedule.branches", [0, 1.5]),
         ("tokens.order", ["hilbert"]),
@@ -336,6 +340,7 @@ _strategies = {
     "schedule.refresh_every": st.integers(1, 99),
     "schedule.refresh_steps": st.none() | _steps,
     "schedule.skip_steps": st.none() | _steps,
+    "schedule.skip_threshold": st.none() | st.floats(0, 10),
     "schedule.steps": st.none() | st.integers(1, 99),
     "schedule.branches": st.none() | st.integers(1, 4),
     "tokens.order": st.sampled_from(["auto", "raster"]),
@@ -382,6 +387,14 @@ def test_round_trip_through_mapping_and_yaml(tmp_path_factory, options):
 def test_example_in_our_format_is_the_preset(name):
     config, warnings = make({"config": EXAMPLES / f"{name}.yaml"})
     assert config == make({"preset": name})[0] and warnings == []
+
+
+def test_a_whole_schedule_means_the_same_in_both_formats(tmp_path):
+    ours = (EXAMPLES / "hunyuan.yaml").read_text()
+    (tmp_path / "ours.yaml").write_text(ours.replace("  # skip_steps:", "  steps: 50\n  skip_steps:"))
+    config, warnings = make({"config": tmp_path / "ours.yaml"})
+    assert config == make({"config": EXAMPLES / "hunyuan-original.yaml"})[0] and warnings == []
+    assert config.schedule.skip_steps == SKIPS and config.schedule.steps == 50
 
 
 @pytest.mark.parametrize("name", MODELS)

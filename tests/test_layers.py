@@ -19,7 +19,10 @@ LAYERS = [  # bottom up; names on one line do not import each other
     ["kernels", "patterns"],
     ["runtime"],
     ["backend"],
-    ["images", "pretrained"],
+    ["images", "pretrained", "bench"],
+    ["bench_subjects"],
+    ["bench_measure"],
+    ["bench_model"],
     ["cli"],
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

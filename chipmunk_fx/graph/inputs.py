@@ -63,7 +63,10 @@ def _sinusoids(module: fx.GraphModule) -> tuple[set[fx.Node], set[fx.Node]]:
         if node.target in _WAVES:
             # A sequence that reached the wave through a projection is neither time nor position.
             sources = [p for p in ancestors(node, lambda n: n.target in PROJECTIONS) if p.op == "placeholder"]
-            (timed if reaches(node, _EMBEDDING, into_linear) else rotary).update(sources)
+            if reaches(node, _EMBEDDING, into_linear):
+                timed.update(p for p in sources if rank(p) <= 2)  # a stream of tokens is no time
+            else:
+                rotary.update(sources)
         elif node.target in (aten.polar.default, aten.complex.default):
             rotary.update(placeholders(node))
     return timed, rotary

@@ -21,7 +21,7 @@ from chipmunk_fx.graph.match import Candidate
 from chipmunk_fx.graph.pattern import AttentionOperands, MlpOperands
 from chipmunk_fx.graph.region import Region, Stream, dead_after_skip, find_region
 from chipmunk_fx.graph.sizes import Size, bindings, evaluate, unbacked
-from chipmunk_fx.graph.walk import ancestors, placeholders, projections, shape
+from chipmunk_fx.graph.walk import ancestors, depending, placeholders, projections, shape
 from chipmunk_fx.schedule.phase import Phase
 
 GROUP_ROWS = 128  # rows that share a list where the user leaves it to us
@@ -72,12 +72,12 @@ class Site:
 class StateInput:
     """A tensor that the runtime appends to a call's arguments.
 
-    The clock, what is known of a mask, what the blocks added to a stream, a table of a sequence, or a cache of a site. `of`:
-    index of the mask, stream or site.
+    The clock, what is known of a mask, what the blocks added to a stream and how far that moved, a table of a sequence, or
+    a cache of a site. `of`: index of the mask, stream or site.
     """
 
     name: str
-    role: Literal["clock", "valid", "span", "residual", "order", "always", "slot"]
+    role: Literal["clock", "valid", "span", "residual", "change", "order", "always", "slot"]
     of: int | None = None
     slot: str | None = None
 
@@ -97,6 +97,7 @@ class Plan:
     region: Region | str = "not looked for"  # the blocks that a skipped step leaves out, or why none are
     skips: bool = False  # steps are to be skipped
     skip_flops: int = 0  # operations of a skipped step
+    measured: bool = False  # computed steps tell how far what the blocks add has moved
 
     @property
     def rewritten(self) -> tuple[Site, ...]:
@@ -183,10 +184,11 @@ def make_plan(
     windowed = config.attention.local_window > 0
     region = find_region(capture.module, candidates, _node(inputs, roles.latents))
     spared = set() if isinstance(region, str) else dead_after_skip(capture.module, region)
-    skips = bool(config.schedule.skip_steps) and not isinstance(region, str)
+    measured = config.schedule.skip_threshold is not None
+    skips = (bool(config.schedule.skip_steps) or measured) and not isinstance(region, str)
     return Plan(
         tuple(sites), tuple(refused), roles, geometry, rest, total, windowed, probe, region, skips,
-        product_flops(capture.module, spared),
+        product_flops(capture.module, spared), measured,
     )  # fmt: skip
 
 
@@ -195,13 +197,14 @@ def number_layers(candidates: Sequence[Candidate], latents: fx.Node | None) -> d
 
     An MLP belongs to its block or, where modules have no names, to the attention before it. Text-only refiners have none.
     """
+    moving = None if latents is None else depending(latents)
     order: dict[str, int] = {}
     layers: dict[Candidate, int] = {}
     last: int | None = None
     for candidate in candidates:
         block = candidate.block
         if candidate.kind == "attention" and candidate.form != "cross":
-            if latents is not None and latents not in placeholders(candidate.anchor):
+            if moving is not None and candidate.anchor not in moving:
                 continue
             last = layers[candidate] = order.setdefault(block or candidate.name, len(order))
         elif candidate.kind == "mlp" and (layer := order.get(block) if block else last) is not None:
@@ -214,6 +217,8 @@ def state_inputs(plan: Plan, phase: Phase) -> tuple[StateInput, ...]:
     entries = [StateInput(f"{role}_{i}", role, i) for i in range(len(plan.masks)) for role in ("valid", "span")]
     if plan.stores(phase) or phase is Phase.SKIP:
         entries += [StateInput(f"residual_{i}", "residual", i) for i in range(len(plan.streams))]
+    if plan.stores(phase) and plan.measured:
+        entries += [StateInput(f"change_{i}", "change", i) for i in range(len(plan.streams))]
     if phase in (Phase.DENSE, Phase.SKIP):
         return tuple(entries)
     entries.append(StateInput("clock", "clock"))

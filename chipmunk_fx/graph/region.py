@@ -16,7 +16,7 @@ from torch import fx
 from chipmunk_fx.graph.language import arguments
 from chipmunk_fx.graph.match import Candidate, block_of
 from chipmunk_fx.graph.sizes import hint, hints
-from chipmunk_fx.graph.walk import VIEWS, mutated_between, placeholders, shape, storage, written
+from chipmunk_fx.graph.walk import VIEWS, depending, mutated_between, shape, storage, written
 
 aten = torch.ops.aten
 
@@ -55,10 +55,10 @@ def find_region(module: fx.GraphModule, candidates: Sequence[Candidate], latents
     """The region of blocks, or why no step can be skipped."""
     if latents is None:
         return "the latents are not known"
-    blocks = {c.block for c in candidates if c.kind == "attention" and c.block and latents in placeholders(c.anchor)}
+    moving = depending(latents)  # what only conditions (time embeddings) may be shared with what comes after
+    blocks = {c.block for c in candidates if c.kind == "attention" and c.block and c.anchor in moving}
     if not blocks:
         return "no numbered container of modules (blocks.0, ...) holds an attention over the latents"
-    moving = _after(module, {latents})  # what only conditions (time embeddings) may be shared with what comes after
     nodes = _closed(module, {n for n in moving if n.op == "call_function" and block_of(n) in blocks})
     after = _after(module, nodes)
     outside = {storage(n): n for n in module.graph.nodes if n not in nodes and n not in after}
@@ -69,7 +69,7 @@ def find_region(module: fx.GraphModule, candidates: Sequence[Candidate], latents
     leaving = [n for n in module.graph.nodes if n in nodes and any(user not in nodes for user in n.users)]
     while leaving:
         node = leaving.pop(0)
-        stream = _stream(node, nodes, latents)
+        stream = _stream(node, nodes, moving)
         if isinstance(stream, Stream):
             streams.append(stream)
         elif all(user in nodes or _is_part(user) for user in node.users):
@@ -118,11 +118,11 @@ def _is_part(node: fx.Node) -> bool:
     return node.target in (*VIEWS, *_SPLITS, aten.slice.Tensor, operator.getitem)
 
 
-def _stream(stop: fx.Node, nodes: set[fx.Node], latents: fx.Node) -> Stream | str:
+def _stream(stop: fx.Node, nodes: set[fx.Node], moving: set[fx.Node]) -> Stream | str:
     value = stop.meta.get("val")
     if not isinstance(value, torch.Tensor):
         return f"{stop} leaves the blocks and is no tensor"
-    start = _follow(stop, (), nodes, latents, set()) or _only_entry(stop, nodes, latents)
+    start = _follow(stop, (), nodes, moving, set()) or _only_entry(stop, nodes, moving)
     if start is None:
         return f"{stop} leaves the blocks and no stream {hints(value.shape)} that enters them leads to it"
     if hints(shape(start)) != hints(value.shape):
@@ -132,15 +132,17 @@ def _stream(stop: fx.Node, nodes: set[fx.Node], latents: fx.Node) -> Stream | st
     return Stream(start, stop)
 
 
-def _follow(node: fx.Node, cuts: tuple[Cut, ...], nodes: set[fx.Node], latents: fx.Node, seen: set) -> fx.Node | None:
+def _follow(
+    node: fx.Node, cuts: tuple[Cut, ...], nodes: set[fx.Node], moving: set[fx.Node], seen: set
+) -> fx.Node | None:
     """Back along additions, casts and layouts to a node that enters the region."""
     if (node, cuts) in seen:
         return None
     seen.add((node, cuts))
     if node not in nodes:
-        return node if not cuts and latents in placeholders(node) else None
+        return node if not cuts and node in moving else None
     for source, kept in _sources(node, cuts):
-        if found := _follow(source, kept, nodes, latents, seen):
+        if found := _follow(source, kept, nodes, moving, seen):
             return found
     return None
 
@@ -186,7 +188,7 @@ def _part(given: dict, cuts: tuple[Cut, ...]) -> list[tuple[fx.Node, tuple[Cut, 
     return []
 
 
-def _only_entry(stop: fx.Node, nodes: set[fx.Node], latents: fx.Node) -> fx.Node | None:
+def _only_entry(stop: fx.Node, nodes: set[fx.Node], moving: set[fx.Node]) -> fx.Node | None:
     """The one tensor of that size that enters the region and depends on the latents."""
     entries = dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in nodes)
     value = stop.meta["val"]
@@ -196,6 +198,6 @@ def _only_entry(stop: fx.Node, nodes: set[fx.Node], latents: fx.Node) -> fx.Node
         if isinstance(v := n.meta.get("val"), torch.Tensor)
         and hints(v.shape) == hints(value.shape)
         and v.dtype == value.dtype
-        and latents in placeholders(n)
+        and n in moving
     ]
     return alike[0] if len(alike) == 1 else None

@@ -41,8 +41,8 @@ def rewrite(capture: Capture, plan: Plan, config: Config, phase: Phase) -> fx.Gr
     for index, stream in enumerate(plan.streams if plan.stores(phase) else ()):
         start, stop = copied[stream.start], copied[stream.stop]
         with graph.inserting_after(stop):
-            residual = state[index, "residual"]
-            graph.call_function(torch.ops.chipmunk.region_store.default, (start, stop, residual))
+            kept = state[index, "residual"], state.get((index, "change"))
+            graph.call_function(torch.ops.chipmunk.region_store.default, (start, stop, *kept))
     writer = _Writer(graph, copied, state, plan, config, phase)
     for site in plan.sites:
         if plan.mask_of(site) is not None or (site.status == "rewritten" and phase is not Phase.DENSE):
@@ -52,9 +52,7 @@ def rewrite(capture: Capture, plan: Plan, config: Config, phase: Phase) -> fx.Gr
 
 
 def _module(capture: Capture, graph: fx.Graph) -> fx.GraphModule:
-    module = fx.GraphModule(capture.module, graph)
-    module.recompile()
-    return module
+    return fx.GraphModule(capture.module, graph)
 
 
 def _skip(

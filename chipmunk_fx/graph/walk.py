@@ -61,6 +61,15 @@ def placeholders(value: fx.Node) -> list[fx.Node]:
     return [n for n in ancestors(value, lambda n: False) if n.op == "placeholder"]
 
 
+def depending(value: fx.Node) -> set[fx.Node]:
+    """All nodes that depend on `value`."""
+    found: set[fx.Node] = set()
+    for node in value.graph.nodes:
+        if any(n is value or n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
 def reaches(start: fx.Node, through: Iterable[object], goal: Callable[[fx.Node, fx.Node], bool]) -> bool:
     """Whether a walk forward from `start` over ops in `through` finds an edge (node, user) for which `goal` holds."""
     through, seen, queue = tuple(through), {start}, [start]

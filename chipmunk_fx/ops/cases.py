@@ -212,6 +212,11 @@ LONG_ATTENTION_CASES = (
     AttentionCase(rows=4353, keys=4353, width=128, group_rows=128, columns=768, mass_stride=4, grouped=4353, heads=3),
     AttentionCase(rows=1000, keys=4353, width=80, group_rows=256, columns=320, batch=3, present=(4353, 1000, 63)),
     AttentionCase(rows=1000, keys=1000, width=128, group_rows=192, columns=256, layout="fused", grouped=936, fixed=64),
+    AttentionCase(
+        rows=700, keys=900, width=128, group_rows=192, columns=200, heads=4, key_heads=2, batch=2, present=(900, 130)
+    ),
+    AttentionCase(rows=900, keys=700, width=128, group_rows=256, columns=333, batch=2, present=(0, 500), power=0.0),
+    AttentionCase(rows=500, keys=500, width=64, group_rows=384, columns=131, grouped=450, layout="heads_first"),
 )
 MLP_CASES = (
     MlpCase(lead=(1, 512), width=64, neurons=256, group_rows=128, columns=80),

@@ -39,7 +39,7 @@ SCHEMAS = MappingProxyType(
             "(Tensor q, Tensor k, Tensor v, Tensor? order, Tensor? valid, Tensor? span, Tensor rest, Tensor share, "
             "Tensor lists, *, float scale, int group_rows, str sdpa) -> Tensor"
         ),
-        "region_store": "(Tensor start, Tensor stop, Tensor(a!) residual) -> ()",
+        "region_store": "(Tensor start, Tensor stop, Tensor(a!) residual, Tensor(b!)? change) -> ()",
         "region_add": "(Tensor start, Tensor residual) -> Tensor",
         "mlp_refresh": f"({_MLP}) -> Tensor",
         "mlp_sparse": f"({_MLP}, float random_density, int seed, int site) -> Tensor",
@@ -113,7 +113,7 @@ FAKES: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {
         "attention": attention_fake,
         "mlp": mlp_fake,
-        "region_store": lambda start, stop, residual: None,
+        "region_store": lambda start, stop, residual, change: None,
         "region_add": region_fake,
     }
 )

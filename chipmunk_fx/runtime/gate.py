@@ -11,6 +11,7 @@ import torch
 from chipmunk_fx.config import Config
 from chipmunk_fx.graph.plan import Plan, Site
 from chipmunk_fx.kernels import BACKENDS
+from chipmunk_fx.runtime.costs import at
 from chipmunk_fx.runtime.footprint import cache_bytes, density
 from chipmunk_fx.runtime.registry import held
 
@@ -29,12 +30,10 @@ _CPU_DENSITY = {"attention": 0.4, "mlp": 0.5}
 # Of the first linear, between 9 MB (150 ms dense, 85 sparse) and 151 MB (626 dense, 2277 sparse, gathered from memory).
 _CPU_WEIGHT_BYTES = 16e6
 
-# H200, heads of 128 in bf16, ms for dense, refresh, sparse: 24 heads of 4352 rows, density 0.21: 0.40, 1.05, 0.24; 40 heads
-# of 75600 rows, density 0.07: 210, 354, 21.5. MLP of 4352 rows, 3072 to 12288, density 0.30: 1.01, 2.2, 1.3. The bound on
-# the density follows from these: nine sparse steps and a refresh have to cost less than ten dense ones.
+# Attention: measured in costs.py from 4352 rows on. MLP of 4352 rows, 3072 to 12288, density 0.30, on an H200: dense 1.01 ms,
+# refresh 2.2, sparse 1.3.
 _CUDA_DTYPES = (torch.bfloat16, torch.float16)
 _CUDA_ROWS = 4096
-_CUDA_DENSITY = 0.3
 
 
 def cost_gate(site: Site, config: Config) -> str | None:
@@ -64,9 +63,13 @@ def _on_cuda(site: Site, config: Config) -> str | None:
         return f"{site.kind} in {site.dtype} on cuda: sparse is not faster"
     if rows < _CUDA_ROWS:
         return f"{rows} rows on cuda: sparse is not faster below {_CUDA_ROWS}"
-    return (
-        None if share <= _CUDA_DENSITY else f"density {share:.2f}: sparse is not faster above {_CUDA_DENSITY} on cuda"
-    )
+    every = config.schedule.refresh_every
+    cost = at(rows).steps(share, every)
+    if cost > 1:
+        return (
+            f"density {share:.2f} of {rows} rows on cuda, refreshed every {every} steps: {cost:.2f} of the dense time"
+        )
+    return None
 
 
 def fit(plan: Plan, config: Config) -> Plan:

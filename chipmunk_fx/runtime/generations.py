@@ -14,6 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from chipmunk_fx.runtime.known import Known
 from chipmunk_fx.runtime.tables import Tables
 from chipmunk_fx.schedule.phase import Phase
+from chipmunk_fx.schedule.policies import Drift
 from chipmunk_fx.schedule.timeline import Timeline
 
 BIRTHS = itertools.count()
@@ -48,8 +49,22 @@ class Branch:
     )  # site index -> (share of columns, bytes of its own)
     last_refresh: int | None = None
     last_computed: int | None = None  # a step whose residual can serve again
+    apart: int | None = None  # steps between it and the one computed before
+    changes: tuple[torch.Tensor, ...] = ()  # of the residual of each stream between the two, fp32 [1] on the device
     known: Known = Known()  # what was known of masks at that refresh
     sparse_steps: int = 0  # since the last refresh
+
+    def computed(self, step: int) -> None:
+        """`step` has left a residual that can serve again."""
+        self.apart = None if self.last_computed is None else step - self.last_computed
+        self.last_computed = step
+
+    @property
+    def drift(self) -> Drift | None:
+        """Read from the device: where steps are told by the latents, the host has just waited for what wrote it."""
+        if self.last_computed is None or self.apart is None or not self.changes:
+            return None
+        return Drift(max(float(change) for change in self.changes), self.apart, self.last_computed)
 
     @property
     def bytes(self) -> int:
@@ -88,7 +103,7 @@ class Track:
         self.records, self.fallbacks, self.tables, self.grid, self.prepared = [], [], {}, None, {}
         self.begun = next(BIRTHS)
         for branch in self.branches.values():
-            branch.last_refresh = branch.last_computed = None
+            branch.last_refresh = branch.last_computed = branch.apart = None
 
     @property
     def bytes(self) -> int:

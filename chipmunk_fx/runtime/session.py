@@ -61,7 +61,7 @@ class Session:
         self.observer = Observer()
         self.probers: weakref.WeakKeyDictionary[Graph, Prober] = weakref.WeakKeyDictionary()
         self.policy = policy_from(config.schedule)
-        self.computing = policy_from(replace(config.schedule, skip_steps=None))
+        self.computing = policy_from(replace(config.schedule, skip_steps=None, skip_threshold=None))
         self.tracks: dict[Any, Track] = {}
         self.shared: WeakIdKeyDictionary = WeakIdKeyDictionary()  # what the branches of a site have in common
         self.shared_bytes: dict[int, int] = {}  # by site index
@@ -101,7 +101,8 @@ class Session:
         else:
             result = graph.variants.original()(*values)
         branch.last_refresh, branch.last_computed = before
-        self._passed(track, branch, phase, position, known, graph, stored=state is not None)
+        stored = state is not None and graph.plan.stores(phase)
+        self._passed(track, branch, phase, position, known, graph, stored=stored)
         return result
 
     def _ready(
@@ -170,13 +171,13 @@ class Session:
         if known.problem and graph.plan.rewritten:
             return self._fall_back(track, position, known.problem)
         if not graph.plan.rewritten:
-            phase = self.policy.phase(position.step, branch.last_computed)
+            phase = self.policy.phase(position.step, branch.last_computed, branch.drift)
             return phase if phase is Phase.SKIP else Phase.DENSE
         if graph.plan.streams:
-            return self.policy.phase(position.step, branch.last_refresh)
-        if self.config.schedule.skip_steps:
+            return self.policy.phase(position.step, branch.last_refresh, branch.drift)
+        if self.policy != self.computing:
             why = "a block does not show what is around it" if graph.is_piece else graph.plan.region
-            self.notices.once(_log, f"schedule.skip_steps: no step is skipped ({why})", key="skip")
+            self.notices.once(_log, f"no step is skipped, whatever schedule.skip_* say ({why})", key="skip")
         return self.computing.phase(position.step, branch.last_refresh)
 
     def _fall_back(self, track: Track, position: Position, reason: str) -> Phase:
@@ -201,7 +202,8 @@ class Session:
             branch.last_refresh, branch.known = position.step, known
         if phase is not Phase.SKIP:
             branch.sparse_steps = branch.sparse_steps + 1 if phase is Phase.SPARSE else 0
-            branch.last_computed = position.step if stored else branch.last_computed
+            if stored:
+                branch.computed(position.step)
         track.records.append(Record(position.step, position.branch, phase, weakref.ref(graph)))
         _log.debug("step %d branch %d: %s", position.step, position.branch, phase)
 
@@ -235,8 +237,12 @@ class Session:
             Slot(f"residual_{i}", evaluate(shape(stream.stop), symbols), stream.stop.meta["val"].dtype)
             for i, stream in enumerate(graph.plan.streams)
         ]
-        kept, whole = self._cached(branch.caches, values[graph.owner], _REGION, residuals, device)
-        state += [kept[slot.name] for slot in residuals]
+        streams = range(len(residuals) if graph.plan.measured else 0)
+        changes = [Slot(f"change_{i}", (1,), torch.float32) for i in streams]
+        kept, whole = self._cached(branch.caches, values[graph.owner], _REGION, [*residuals, *changes], device)
+        if changes:
+            branch.changes = tuple(kept[slot.name] for slot in changes)
+        state += [kept[slot.name] for slot in (*residuals, *changes)]
         caches: dict[int, dict[str, torch.Tensor]] = {}
         for entry in graph.entries[len(state) :]:
             if entry.of is None:

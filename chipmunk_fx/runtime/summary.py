@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,13 +10,16 @@ from typing import Any
 
 from tabulate import tabulate
 
+from chipmunk_fx.errors import ChipmunkError
 from chipmunk_fx.graph.plan import Plan, Site
 from chipmunk_fx.runtime.footprint import density
 from chipmunk_fx.runtime.generations import Fallback, Track
 from chipmunk_fx.runtime.registry import Unnamed
 from chipmunk_fx.runtime.session import Session
-from chipmunk_fx.schedule.phase import Phase
+from chipmunk_fx.schedule.phase import Phase, strip
 
+LEGEND = "(R refresh, s sparse, . skipped, D dense)"
+COLOURS = ("#c9ccd1", "#d1495b", "#2e86ab", "#f4f1e8")  # dense, refresh, sparse, skip: in the order of Phase
 _NOTHING = "no call has reached the backend yet, or nothing of the model was rewritten (explain says why)"
 
 
@@ -30,6 +34,15 @@ class SiteSummary:
     phases: dict[int, list[str]]
     density: float
     cache_bytes: int
+
+    @property
+    def strip(self) -> str:
+        """One letter a step, once where all branches agree."""
+        return " ".join(dict.fromkeys(strip(phases) for _, phases in sorted(self.phases.items())))
+
+
+class PlotError(ChipmunkError):
+    """A summary that cannot be drawn."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +59,45 @@ class Summary:
     def __str__(self) -> str:
         if not self.phases:
             return f"chipmunk_fx: {self.note or 'no call yet'}"
-        strip = [f"branch {b}: " + " ".join(phases) for b, phases in sorted(self.phases.items())]
-        rows = [(s.name, s.kind, s.status, f"{s.density:.3f}", s.cache_bytes / 1e6, s.reason) for s in self.sites]
-        table = tabulate(rows, headers=("site", "kind", "status", "density", "cache MB", "reason"), floatfmt=".2f")
+        strips = [f"branch {b}: {strip(phases)}" for b, phases in sorted(self.phases.items())]
+        rows = [
+            (s.name, s.kind, s.status, s.strip, f"{s.density:.3f}", s.cache_bytes / 1e6, s.reason) for s in self.sites
+        ]
+        heads = ("site", "kind", "status", "steps", "density", "cache MB", "reason")
+        table = tabulate(rows, headers=heads, floatfmt=".2f", disable_numparse=[3])
         total = f"operations: {self.flops_ratio:.1%} of dense; caches: {self.cache_bytes / 1e6:.1f} MB"
         counts = Counter(f.reason for f in self.fallbacks)
         falls = [f"{count} {'call' if count == 1 else 'calls'} dense: {reason}" for reason, count in counts.items()]
-        return "\n".join([*strip, table, total, *falls, *([self.note] if self.note else [])])
+        return "\n".join([*strips, LEGEND, table, total, *falls, *([self.note] if self.note else [])])
+
+    def plot(self, path: str | os.PathLike[str], branch: int = 0) -> None:
+        """Write a picture, in the format that the ending of `path` names: sites down, steps across, a colour a phase.
+
+        Raises PlotError where matplotlib is missing, and where there is no such branch.
+        """
+        if branch not in self.phases:
+            known = ", ".join(map(str, sorted(self.phases))) or "none: no call has reached the backend yet"
+            raise PlotError(f"the summary has no branch {branch} to draw; branches: {known}")
+        try:
+            from matplotlib.colors import ListedColormap
+            from matplotlib.figure import Figure
+            from matplotlib.patches import Patch
+        except ImportError as missing:
+            raise PlotError("summary.plot needs matplotlib: pip install matplotlib") from missing
+        steps = self.phases[branch]
+        shown = [s for s in self.sites if len(s.phases.get(branch, ())) == len(steps)]
+        lines = {"schedule": steps} | {f"{s.name} {s.kind}": s.phases[branch] for s in shown}
+        cells = [[list(Phase).index(Phase(phase)) for phase in phases] for phases in lines.values()]
+        figure = Figure(figsize=(2.5 + 0.16 * len(cells[0]), 1 + 0.2 * len(cells)), layout="constrained")
+        axes = figure.subplots()
+        axes.pcolormesh(cells, cmap=ListedColormap(COLOURS), vmin=-0.5, vmax=3.5, edgecolors="white", linewidth=0.5)
+        axes.set_yticks([row + 0.5 for row in range(len(cells))], list(lines))
+        axes.invert_yaxis()
+        axes.set_xlabel("step")
+        axes.set_title(f"branch {branch}, {self.flops_ratio:.0%} of the operations of dense")
+        handles = [Patch(color=c, label=phase) for c, phase in zip(COLOURS, Phase, strict=True)]
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(COLOURS), frameon=False)
+        figure.savefig(path)
 
 
 def summarize(sessions: Sequence[Session], key: Any = None, named: bool = False) -> Summary:
@@ -72,7 +117,7 @@ def summarize(sessions: Sequence[Session], key: Any = None, named: bool = False)
         _phases(first),
         tuple(sites),
         sum(spent) / sum(dense) if sum(dense) else 1.0,
-        sum(track.bytes + session.shared_held for session, track in tracks),
+        sum(track.bytes + session.shared_held for session, track in tracks if track.bytes),
         tuple(f for _, track in tracks for f in track.fallbacks),
     )
 

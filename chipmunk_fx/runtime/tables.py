@@ -7,6 +7,7 @@ patches made of 4x4 ones, or 4x6x8 voxels in video (method.md, "Order of tokens"
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import ceil
 
 import torch
@@ -25,7 +26,7 @@ class Tables:
     order: torch.Tensor
     always: torch.Tensor
 
-    @property
+    @cached_property  # reads a device, which no later step may wait for
     def always_count(self) -> int:
         return int(self.always.sum(1).max())
 

@@ -1,11 +1,22 @@
 """When: which generation, step and branch a call belongs to, and the phase that the schedule gives it."""
 
-from chipmunk_fx.schedule.phase import Phase
-from chipmunk_fx.schedule.policies import POLICIES, Explicit, Interval, Policy, Skipping, beyond, policy_from
+from chipmunk_fx.schedule.phase import Phase, strip
+from chipmunk_fx.schedule.policies import (
+    POLICIES,
+    Drift,
+    Explicit,
+    Interval,
+    Policy,
+    Skipping,
+    Steady,
+    beyond,
+    policy_from,
+)
 from chipmunk_fx.schedule.timeline import Observation, Position, Timeline
 
 __all__ = [
     "POLICIES",
+    "Drift",
     "Explicit",
     "Interval",
     "Observation",
@@ -13,7 +24,9 @@ __all__ = [
     "Policy",
     "Position",
     "Skipping",
+    "Steady",
     "Timeline",
     "beyond",
     "policy_from",
+    "strip",
 ]

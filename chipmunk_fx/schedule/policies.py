@@ -1,7 +1,8 @@
 """Which step is a refresh, which is sparse, which is skipped: pure functions of the step index.
 
-A policy answers `phase(step, last_refresh)`, where `last_refresh` is the step at which the branch in question last
-filled its caches in this generation, None if it has not. A new schedule is a class here and an entry in POLICIES.
+A policy answers `phase(step, last_refresh, drift)`, where `last_refresh` is the step at which the branch in question
+last filled its caches in this generation, None if it has not, and `drift` is what its computed steps have shown. A new
+schedule is a class here and an entry in POLICIES.
 """
 
 from __future__ import annotations
@@ -14,8 +15,20 @@ from typing import Protocol
 from chipmunk_fx.schedule.phase import Phase
 
 
+@dataclass(frozen=True)
+class Drift:
+    """What the blocks add, at the last two computed steps of a branch: `last` and `apart` steps before it.
+
+    change: mean |difference| over mean |value at the earlier one|.
+    """
+
+    change: float
+    apart: int
+    last: int
+
+
 class Policy(Protocol):
-    def phase(self, step: int, last_refresh: int | None) -> Phase: ...
+    def phase(self, step: int, last_refresh: int | None, drift: Drift | None = None) -> Phase: ...
 
 
 @dataclass(frozen=True)
@@ -24,7 +37,7 @@ class Interval:
 
     every: int
 
-    def phase(self, step: int, last_refresh: int | None) -> Phase:
+    def phase(self, step: int, last_refresh: int | None, drift: Drift | None = None) -> Phase:
         # Not `step % every`: a branch that was not called at its refresh step makes up for it when it is called next.
         due = last_refresh is None or step // self.every > last_refresh // self.every
         return Phase.REFRESH if due else Phase.SPARSE
@@ -36,7 +49,7 @@ class Explicit:
 
     steps: tuple[int, ...]
 
-    def phase(self, step: int, last_refresh: int | None) -> Phase:
+    def phase(self, step: int, last_refresh: int | None, drift: Drift | None = None) -> Phase:
         due = last_refresh is None or any(last_refresh < listed <= step for listed in self.steps)
         return Phase.REFRESH if due else Phase.SPARSE
 
@@ -48,10 +61,28 @@ class Skipping:
     policy: Policy
     steps: tuple[int, ...]
 
-    def phase(self, step: int, last_refresh: int | None) -> Phase:
+    def phase(self, step: int, last_refresh: int | None, drift: Drift | None = None) -> Phase:
         if last_refresh is not None and step in self.steps:
             return Phase.SKIP
-        return self.policy.phase(step, last_refresh)
+        return self.policy.phase(step, last_refresh, drift)
+
+
+@dataclass(frozen=True)
+class Steady:
+    """`policy`, skipping while what the blocks add should have moved by less than `threshold`, had it been computed.
+
+    It is taken to go on moving as fast as between the last two computed steps.
+    """
+
+    policy: Policy
+    threshold: float
+
+    def phase(self, step: int, last_refresh: int | None, drift: Drift | None = None) -> Phase:
+        if last_refresh is not None and drift is not None:
+            expected = drift.change / drift.apart * (step - drift.last)
+            if expected < self.threshold:
+                return Phase.SKIP
+        return self.policy.phase(step, last_refresh, drift)
 
 
 POLICIES: Mapping[str, type] = MappingProxyType({"interval": Interval, "explicit": Explicit})
@@ -66,6 +97,8 @@ class ScheduleValues(Protocol):
     def refresh_steps(self) -> tuple[int, ...] | None: ...
     @property
     def skip_steps(self) -> tuple[int, ...] | None: ...
+    @property
+    def skip_threshold(self) -> float | None: ...
 
 
 def policy_from(schedule: ScheduleValues) -> Policy:
@@ -73,6 +106,8 @@ def policy_from(schedule: ScheduleValues) -> Policy:
     policy: Policy = Interval(schedule.refresh_every)
     if schedule.refresh_steps is not None:
         policy = Explicit(tuple(schedule.refresh_steps))
+    if schedule.skip_threshold is not None:
+        policy = Steady(policy, schedule.skip_threshold)
     return Skipping(policy, tuple(schedule.skip_steps)) if schedule.skip_steps else policy
 
 

@@ -1,5 +1,7 @@
 """The two attention operators: which kernels run, in which order, over how much at a time."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -17,9 +19,9 @@ MASS_BYTES = 1 << 30  # of column masses held at once
 def refresh(
     *, q: Tensor, k: Tensor, v: Tensor, order: Tensor | None, always: Tensor | None, valid: Tensor | None, clock: Tensor,
     rest: Tensor, share: Tensor, lists: Tensor, scale: float, group_rows: int, random_density: float, power: float,
-    mass_stride: int, seed: int, site: int, sdpa: str,
+    mass_stride: int, seed: int, site: int, sdpa: str, over_columns: Callable[..., None] = attend_columns,
 ) -> Tensor:  # fmt: skip
-    """As `chipmunk_fx.ops.attention.attention_refresh`."""
+    """As `chipmunk_fx.ops.attention.attention_refresh`. over_columns: called like `attend_columns`."""
     with on_device_of(q):
         q, k, v = (inner_contiguous(x) for x in (q, k, v))
         dense, lse = attend(q, k, v, scale, valid, sdpa)
@@ -47,7 +49,7 @@ def refresh(
         if order is not None and order.shape[0] < q.shape[2]:
             rest.zero_()
             share.zero_()
-        attend_columns(
+        over_columns(
             q, k, v, order, lists, rest, share, out, lse,
             scale=scale, group_rows=group_rows, power=power, short=valid is not None,
         )  # fmt: skip
@@ -56,13 +58,13 @@ def refresh(
 
 def sparse(
     *, q: Tensor, k: Tensor, v: Tensor, order: Tensor | None, valid: Tensor | None, rest: Tensor, share: Tensor,
-    lists: Tensor, scale: float, group_rows: int, sdpa: str,
+    lists: Tensor, scale: float, group_rows: int, sdpa: str, over_columns: Callable[..., None] = attend_columns,
 ) -> Tensor:  # fmt: skip
-    """As `chipmunk_fx.ops.attention.attention_sparse`."""
+    """As `chipmunk_fx.ops.attention.attention_sparse`. over_columns: called like `attend_columns`."""
     with on_device_of(q):
         q, k, v = (inner_contiguous(x) for x in (q, k, v))
         out = _empty_tokens_first(q)
-        attend_columns(
+        over_columns(
             q, k, v, order, lists, rest, share, out, scale=scale, group_rows=group_rows, short=valid is not None
         )
         if order is not None and order.shape[0] < q.shape[2]:

@@ -73,6 +73,7 @@ def _column_masses(
     queries, shift = _sample(
         q, order, lse, group, slot % SLOTS, q_n, grouped, last_group, stride, d, WIDTH, GROUP, SAMPLED
     )
+    queries = tl.trans(queries)  # here, so that they are laid out for the products once
     first = tl.program_id(1) * run
     for at in range(first, tl.minimum(first + run, keys), COLUMNS):
         column = at + tl.arange(0, COLUMNS)
@@ -87,7 +88,7 @@ def _column_masses(
                 q, order, lse, group, part * SLOTS + slot % SLOTS, q_n, grouped, last_group, stride, d,
                 WIDTH, GROUP, SAMPLED,
             )  # fmt: skip
-            sums += _sums(keys_, more, shift_, scale, COLUMNS, AT_ONCE, SLOTS)
+            sums += _sums(keys_, tl.trans(more), shift_, scale, COLUMNS, AT_ONCE, SLOTS)
         mask = (written < last_group)[:, None] & (column < keys)[None, :]
         tl.store(target[:, None] + column[None, :], tl.trans(coded(sums)), mask=mask)
 
@@ -110,6 +111,6 @@ def _sample(
 @triton.jit
 def _sums(keys, queries, shift, scale, COLUMNS: tl.constexpr, AT_ONCE: tl.constexpr, SLOTS: tl.constexpr):
     """[COLUMNS, AT_ONCE]: softmax weights summed over the rows of each group."""
-    s = multiply_add(keys, tl.trans(queries), tl.zeros([COLUMNS, AT_ONCE * SLOTS], tl.float32))
+    s = multiply_add(keys, queries, tl.zeros([COLUMNS, AT_ONCE * SLOTS], tl.float32))
     p = tl.exp2(s * scale - shift[None, :])
     return tl.sum(tl.reshape(p, [COLUMNS, AT_ONCE, SLOTS]), 2)

@@ -80,6 +80,8 @@ def mass_tile(width: int, sampled: int, itemsize: int, device: Device) -> Tile:
     if itemsize == 4:
         choices = (Tile(64, 32, 4, 2), Tile(32, 16, 4, 1), Tile(16, 16, 4, 1))
     else:
+        # H200, width 128, 32 of 128 rows, 40 heads of 75,600 keys, ms: 64 columns, 3 stages 32.5, 2 stages 33.3; 64 rows 33.6;
+        # 128 columns, 8 warps 35.3, 4 warps 41.6; 256 rows 38.8 to 46.6. 16 of 128 rows: 18.4, 2 stages 17.6
         choices = (Tile(128, 64, 4, 3), Tile(128, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1))
 
     def taken(tile: Tile) -> int:

@@ -175,6 +175,22 @@ def check_generations_apart(name: str, lowering: str = "eager") -> None:
     assert not torch.equal(mixed[0][-1], mixed[1][-1])
 
 
+def check_skipped_steps(name: str, lowering: str = "eager") -> None:
+    """Where inputs repeat, a step that skips the blocks equals dense, and runs no attention and no MLP of the blocks."""
+    model, inputs = enlarged(name)
+    steps = [step_inputs(name, inputs, 0, SCHEDULE_LENGTH)] * 3
+    off = {"attention__enabled": False, "mlp__enabled": False, "schedule__skip_steps": [1, 2]}
+    skipping = compiled(model, lowering, 1.0, facts(name)["one_graph"], **off)
+    ours, dense = outputs(skipping, steps), outputs(model, steps)
+    summary = chipmunk_fx.summary(skipping)
+    assert summary.phases == {0: ["dense", "skip", "skip"]}
+    assert summary.flops_ratio < 0.75, "what is around the blocks is small"
+    assert_near(ours, dense)
+    with torch.no_grad():
+        moved = first_tensor(model(**step_inputs(name, inputs, 10, SCHEDULE_LENGTH, 0.3)))
+    assert relative(moved, dense[0]) > 1e-3, "the model does not depend on what moves"
+
+
 def _inputs_of(module: nn.Module, model: nn.Module, steps: list[Inputs]) -> list[tuple[tuple, dict]]:
     """The (args, kwargs) that a part of the model is called with, one for each step."""
     seen: list[tuple[tuple, dict]] = []

@@ -16,7 +16,6 @@ KERNELS = {
     "_store_activations",
     "_exchange_listed",
     "_add_listed",
-    "_transpose",
 }
 USUAL = ["sm_80", "sm_90", "gfx942"]
 ALL = [*USUAL, "sm_86", "sm_89", "sm_100", "sm_120"]

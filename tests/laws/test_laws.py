@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.harness import laws
-from tests.harness.zoo import ZOO, names
+from tests.harness.zoo import ZOO, facts, names
 
 EVERY_RUN = [
     "Bundled",
@@ -64,6 +64,18 @@ def test_error_falls(name: str):
 @pytest.mark.parametrize("name", QUICK_MODELS)
 def test_generations_apart(name: str):
     laws.check_generations_apart(name)
+
+
+SKIPPABLE = [
+    pytest.param(name, marks=[] if name in (*EVERY_RUN, "Sana") and name != "Bundled" else pytest.mark.full)
+    for name in names()
+    if facts(name)["skippable"]
+]
+
+
+@pytest.mark.parametrize("name", SKIPPABLE)
+def test_skipped_steps(name: str):
+    laws.check_skipped_steps(name)
 
 
 @pytest.mark.full

@@ -35,7 +35,7 @@ def long_on_cpu(*values: Any, long: bool = True) -> Any:
 
 implementations_and_dtypes = pytest.mark.parametrize(
     ("implementation", "dtype"),
-    [long_on_cpu(i, d, long=i != "reference" and d == torch.float16) for i in IMPLEMENTATIONS for d in DTYPES],
+    [long_on_cpu(i, d, long=i != "reference" and d != torch.float32) for i in IMPLEMENTATIONS for d in DTYPES],
     ids=str,
 )
 attention_cases = pytest.mark.parametrize("case", [*ATTENTION_CASES, *map(long_on_cpu, LONG_ATTENTION_CASES)], ids=repr)

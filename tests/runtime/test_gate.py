@@ -7,6 +7,7 @@ import torch
 
 from chipmunk_fx.config import Config
 from chipmunk_fx.runtime import gate
+from chipmunk_fx.runtime.costs import CUDA_ATTENTION, at
 from chipmunk_fx.runtime.gate import budget, cost_gate
 from tests.graph.capturing import captured_tiny
 
@@ -62,3 +63,20 @@ def test_bounds_on_a_gpu(sites, monkeypatch: pytest.MonkeyPatch):
 def test_the_budget_is_the_users_or_a_share_of_what_is_free():
     assert budget(Config.from_options({"memory.budget_gb": 1.5}), torch.device("cpu")) == 1_500_000_000
     assert 0 < budget(DEFAULT, torch.device("cpu")) < 2**50
+
+
+def test_costs_on_a_gpu_lie_between_those_measured():
+    low, high = CUDA_ATTENTION[:2]
+    assert at(low.rows) == low and at(high.rows) == high and at(10**6) == CUDA_ATTENTION[-1]
+    between = at(round((low.rows * high.rows) ** 0.5))
+    assert between.slowness == pytest.approx((low.slowness + high.slowness) / 2, rel=1e-3)
+    # ten steps by hand: 9 sparse ones and a refresh, which is a dense one, the masses, the selection and a sparse one
+    assert low.steps(0.2, 10) == pytest.approx((9 * 0.61 + (1 + 0.49 + 0.61)) / 10)
+
+
+def test_the_schedule_decides_with_the_density(sites, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gate, "BACKENDS", ("some backend",))
+    attention = on_cuda(next(site for site in sites if site.kind == "attention"))
+    assert cost_gate(attention, DEFAULT) is None
+    often = Config.from_options({"schedule.refresh_every": 2})
+    assert "every 2 steps" in (cost_gate(attention, often) or "")

@@ -1,5 +1,6 @@
 """Skipped steps: the blocks are left out, and what they added last is added again."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -8,8 +9,19 @@ from torch import Tensor, fx, nn
 
 import chipmunk_fx
 from chipmunk_fx.runtime import variants
-from chipmunk_fx.schedule.phase import Phase
-from tests.runtime.models import TinyDiT, assert_same, calls, chipmunk, compiled, exactly, identical, run, words
+from tests.runtime.models import (
+    Call,
+    TinyDiT,
+    assert_same,
+    calls,
+    chipmunk,
+    compiled,
+    exactly,
+    identical,
+    noise,
+    run,
+    words,
+)
 
 TIMES = (900, 700, 500, 300, 100)
 ALONE: dict[str, Any] = {"attention__enabled": False, "mlp__enabled": False}
@@ -144,10 +156,61 @@ def test_another_resolution():
         assert phases(ours) == {0: ["refresh", "skip", "sparse"]}
 
 
-def test_with_inductor():
+@pytest.mark.parametrize(
+    ("setting", "want"),
+    [({"skip_steps": [1]}, ["dense", "skip", "dense"]), ({"skip_threshold": 1e6}, ["dense", "dense", "skip"])],
+)
+def test_with_inductor(setting: dict[str, Any], want: list[str]):
     torch._dynamo.reset()
-    options = {"attention.enabled": False, "mlp.enabled": False, "schedule.skip_steps": [1]}
+    options = {"attention.enabled": False, "mlp.enabled": False} | {f"schedule.{k}": v for k, v in setting.items()}
     ours, inputs = chipmunk(TinyDiT(depth=2), options=options), calls(TIMES[:3])
-    other = exactly(TinyDiT(depth=2), schedule__skip_steps=[1], **ALONE)
+    other = exactly(TinyDiT(depth=2), **{f"schedule__{k}": v for k, v in setting.items()}, **ALONE)
     assert_same(run(ours, inputs), run(other, inputs))
-    assert phases(ours) == {0: [str(Phase.DENSE), "skip", "dense"]}
+    assert phases(ours) == {0: want}
+
+
+def changes(model: TinyDiT, inputs: list[Call]) -> list[float]:
+    """How far what the blocks add has moved from each call to the next."""
+    added = [residual(model, call) for call in inputs]
+    return [float((b - a).abs().sum() / a.abs().sum()) for a, b in pairwise(added)]
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_steps_are_skipped_while_the_blocks_add_nearly_the_same(alone: bool):
+    """Skipped: the steps for which the rate of change between the last two computed ones promises less than allowed."""
+    times = (9.0, 8.99, 8.98, 8.97, 5.0, 4.99, 4.98, 4.97)
+    inputs = [(noise(0), torch.full((1,), time), words()) for time in times]
+    moved = changes(TinyDiT(depth=2), inputs)
+    threshold = 2.5 * moved[0]
+    assert threshold < moved[3] / 3 and 2 * moved[4] < threshold, "only the jump from 8.97 to 5 moves far"
+    ours = exactly(TinyDiT(depth=2), schedule__skip_threshold=threshold, **(ALONE if alone else {}))
+    got = run(ours, inputs)
+    first, then = ("dense", "dense") if alone else ("refresh", "sparse")
+    # two steps at the first rate, then one computed over the jump, and another to see that all is steady again
+    assert phases(ours) == {0: [first, then, "skip", "skip", then, then, "skip", "skip"]}
+    dense = run(TinyDiT(depth=2), inputs)
+    assert_same([got[i] for i in (0, 1, 4, 5)], [dense[i] for i in (0, 1, 4, 5)])
+
+
+def test_what_is_promised_is_that_of_the_call_in_hand():
+    """Branches, generations and streams of their own: nothing is skipped at a threshold of 0, all that may be at a huge one."""
+    texts = [words(1), words(2)]
+    never = exactly(TinyDiT(depth=2), schedule__skip_threshold=0.0)
+    run(never, calls(TIMES, texts))
+    assert phases(never) == {b: ["refresh", *["sparse"] * 4] for b in (0, 1)}
+    ever = exactly(TinyDiT(depth=2), schedule__skip_threshold=1e6)
+    for _ in range(2):
+        chipmunk_fx.reset(ever)
+        run(ever, calls(TIMES, texts))
+        assert phases(ever) == {b: ["refresh", "sparse", *["skip"] * 3] for b in (0, 1)}
+
+
+def test_the_change_of_what_is_added():
+    start, stop = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    kept, change = torch.zeros(2, 5, 8), torch.zeros(1)
+    torch.ops.chipmunk.region_store(start, stop, kept, change)
+    assert change.item() == torch.inf and torch.equal(kept, stop - start)
+    torch.ops.chipmunk.region_store(start, start + 1.25 * (stop - start), kept, change)
+    assert change.item() == pytest.approx(0.25, rel=1e-5)
+    torch.ops.chipmunk.region_store(start, stop, kept, None)
+    assert torch.equal(kept, stop - start)

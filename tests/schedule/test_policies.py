@@ -11,6 +11,7 @@ class Values:
     refresh_every: int = 10
     refresh_steps: tuple[int, ...] | None = None
     skip_steps: tuple[int, ...] | None = None
+    skip_threshold: float | None = None
 
 
 def phases(policy, steps):

@@ -1,0 +1,246 @@
+"""How fast the operators are, against the dense kernels that are there, at published shapes and over a sweep.
+
+FLOPs count only the work asked for: 4 B H rows columns D for attention, 4 rows neurons C for an MLP. The ideal speed-up of a
+sparse step is the inverse of its density, that of a refresh is 1.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tabulate import tabulate
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from chipmunk_fx.errors import ChipmunkError
+from chipmunk_fx.kernels import choose
+from chipmunk_fx.ops.cases import AttentionCase, MlpCase, arguments, call
+
+GROUP_ROWS = 128
+STRIDE = 4  # every 4th row of a group is sampled, the default
+RENEW_EVERY = 10  # steps from one refresh to the next, the default
+DENSITIES = (0.03, 0.06, 0.12, 0.25, 0.5)
+ROWS = tuple(1 << i for i in range(10, 18))
+DENSE = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+
+
+class BenchError(ChipmunkError, RuntimeError):
+    """Nothing that could be timed."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A site: heads and their width for attention; width, neurons for an MLP of as wide a result. columns: computed ones."""
+
+    name: str
+    kind: str
+    rows: int
+    columns: int
+    heads: int = 24
+    width: int = 128
+    neurons: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.rows if self.kind == "attention" else self.neurons
+
+    @property
+    def density(self) -> float:
+        return self.columns / self.total
+
+    @property
+    def dense_flops(self) -> int:
+        return 4 * self.rows * self.total * self.width * (self.heads if self.kind == "attention" else 1)
+
+    def case(self) -> AttentionCase | MlpCase:
+        if self.kind == "attention":
+            n, k = self.rows, self.columns
+            return AttentionCase(
+                n, n, self.width, GROUP_ROWS, k, heads=self.heads, mass_stride=STRIDE, random_density=0.01
+            )
+        return MlpCase((1, self.rows), self.width, self.neurons, GROUP_ROWS, self.columns, result=self.width)
+
+
+PUBLISHED = (
+    Shape("flux", "attention", 4352, 896),
+    Shape("wan", "attention", 75600, 5376, heads=40),
+    Shape("hunyuan", "attention", 119056, 8064),
+    Shape("flux, 4352 rows, 0.30", "mlp", 4352, 3712, width=3072, neurons=12288),
+    Shape("flux, 4352 rows, 0.16", "mlp", 4352, 1984, width=3072, neurons=12288),
+    Shape("flux, 3840 rows, 0.30", "mlp", 3840, 3712, width=3072, neurons=12288),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One operator at one shape. density: of the lists; by: the backend; dense_by: the fastest dense kernel; share: of the
+    ideal speed-up."""
+
+    shape: str
+    op: str
+    rows: int
+    density: float
+    by: str
+    ms: float
+    tflops: float
+    dense_by: str
+    dense_ms: float
+    speed_up: float
+    share: float
+
+
+def sweep(rows: Sequence[int] = ROWS, densities: Sequence[float] = DENSITIES) -> Iterator[Shape]:
+    """Both kinds at every density and number of rows; long sequences have fewer heads, which changes no ratio."""
+    for n in rows:
+        for density in densities:
+            keys, neurons = (16 * math.ceil(density * total / 16) for total in (n, 12288))
+            yield Shape("sweep", "attention", n, keys, heads=24 if n <= 16384 else 8)
+            yield Shape("sweep", "mlp", n, neurons, width=3072, neurons=12288)
+
+
+def measure(shapes: Iterable[Shape], dtype: torch.dtype, device: str, seconds: float = 0.1) -> Iterator[Row]:
+    """Time refresh and sparse step of every shape beside its dense form. seconds: spent on each figure, about."""
+    dense: dict[tuple, tuple[float, str]] = {}
+    for shape in shapes:
+        with torch.no_grad():
+            values = shape.case().values(dtype, device)
+            site = (shape.kind, shape.rows, shape.heads, shape.width, shape.neurons)
+            if site not in dense:
+                dense[site] = min(_dense(shape, values, seconds))
+            for phase in ("refresh", "sparse"):  # in this order: the refresh fills the caches
+                yield _row(shape, f"{shape.kind}_{phase}", values, *dense[site], seconds)
+
+
+def _row(shape: Shape, op: str, values: dict[str, Any], dense_ms: float, dense_by: str, seconds: float) -> Row:
+    args, kwargs = call(op, values)
+    operator = getattr(torch.ops.chipmunk, op)
+    by = choose(op, arguments(op, values))[1] if values["clock"].is_cuda else "reference"
+    ms = milliseconds(lambda: operator(*args, **kwargs), values["clock"].device, seconds)
+    computed = shape.density if op.endswith("sparse") else 1.0
+    return Row(
+        shape.name, op, shape.rows, shape.density, by, ms, shape.dense_flops * computed / ms / 1e9,
+        dense_by, dense_ms, dense_ms / ms, dense_ms / ms * computed,
+    )  # fmt: skip
+
+
+def _dense(shape: Shape, values: dict[str, Any], seconds: float) -> Iterator[tuple[float, str]]:
+    """(ms, name) of each dense kernel that takes the shape."""
+    device = values["clock"].device
+    if shape.kind == "mlp":
+        x, w1, b1, w2, b2 = (values[name] for name in ("x", "w1", "b1", "w2", "b2"))
+        name = "cuBLAS" if device.type == "cuda" else "torch"
+
+        def linears() -> torch.Tensor:
+            return F.linear(F.gelu(F.linear(x, w1, b1), approximate="tanh"), w2, b2)
+
+        yield milliseconds(linears, device, seconds), name
+        return
+    q, k, v, scale = (values[name] for name in ("q", "k", "v", "scale"))
+    for backend in DENSE if device.type == "cuda" else (None,):
+        with sdpa_kernel(backend) if backend else nullcontext():
+            try:
+                yield (
+                    milliseconds(lambda: F.scaled_dot_product_attention(q, k, v, scale=scale), device, seconds),
+                    backend.name.lower().removesuffix("_attention") if backend else "sdpa",
+                )
+            except RuntimeError:  # not built in, or not for this card or dtype
+                continue
+
+
+def milliseconds(function: Callable[[], Any], device: torch.device, seconds: float = 0.1) -> float:
+    """Median time of a call; on a GPU of the replays of a graph of it, so that launches do not count."""
+    if device.type != "cuda":
+        function()
+        return _median(lambda: _host_ms(function), seconds)
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        function()
+        function()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        function()
+    graph.replay()
+
+    def replayed() -> float:
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop)
+
+    return _median(replayed, seconds)
+
+
+def _host_ms(function: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    function()
+    return 1e3 * (time.perf_counter() - began)
+
+
+def _median(sample: Callable[[], float], seconds: float) -> float:
+    taken = [sample() for _ in range(3)]
+    taken += [sample() for _ in range(min(100, int(1e3 * seconds / statistics.median(taken))))]
+    return statistics.median(taken)
+
+
+def steps_speed_up(rows: Sequence[Row]) -> dict[tuple[str, int, float], float]:
+    """(kind, rows, density) -> speed-up of ten steps, of which one is a refresh, over ten dense ones."""
+    ms = {(row.op, row.rows, row.density): row for row in rows}
+    return {
+        (row.op.removesuffix("_sparse"), row.rows, row.density): RENEW_EVERY
+        * row.dense_ms
+        / ((RENEW_EVERY - 1) * row.ms + ms[row.op.replace("sparse", "refresh"), row.rows, row.density].ms)
+        for row in rows
+        if row.op.endswith("sparse")
+    }
+
+
+def table(rows: Sequence[Row]) -> str:
+    """One line an operator and shape."""
+    heads = {
+        "shape": "shape", "op": "operator", "rows": "rows", "density": "density", "by": "by", "ms": "ms",
+        "tflops": "TFLOP/s", "dense_by": "dense", "dense_ms": "ms", "speed_up": "speed-up", "share": "of ideal",
+    }  # fmt: skip
+    digits = ("", "", "", ".3f", "", ".4g", ".3g", "", ".4g", ".2f", ".2f")
+    return tabulate([asdict(row) for row in rows], headers=heads, floatfmt=digits)
+
+
+def write_json(rows: Sequence[Row], path: Path, device: str, dtype: torch.dtype) -> None:
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    what = {"device": name, "torch": torch.__version__, "dtype": str(dtype).removeprefix("torch.")}
+    path.write_text(json.dumps(what | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Speed-up of ten steps over the rows of the sweep, a line a density. Raises BenchError without matplotlib or a sweep."""
+    if find_spec("matplotlib") is None:
+        raise BenchError("--plot needs matplotlib: pip install matplotlib")
+    speed_ups = steps_speed_up([row for row in rows if row.shape == "sweep"])
+    if not speed_ups:
+        raise BenchError("--plot shows the sweep, which was not measured; leave out --only")
+    pyplot: Any = import_module("matplotlib.pyplot")
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
+    for axis, kind in zip(axes, ("attention", "mlp"), strict=True):
+        mine = {(n, round(d, 2)): s for (k, n, d), s in speed_ups.items() if k == kind}
+        for density in sorted({d for _, d in mine}):
+            points = sorted((n, s) for (n, d), s in mine.items() if d == density)
+            axis.plot(*zip(*points, strict=True), marker="o", label=f"density {density:g}")
+        axis.axhline(1, color="black", linewidth=0.5)
+        axis.set(title=kind, xlabel="rows", xscale="log", yscale="log")
+        axis.legend()
+    axes[0].set_ylabel("speed-up of ten steps over dense")
+    figure.tight_layout()
+    figure.savefig(path)

@@ -1,0 +1,180 @@
+"""`chipmunk-fx bench model`: dense, sparse, sparse with skipped steps and skipped steps alone, side by side."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tabulate import tabulate
+
+from chipmunk_fx.bench_measure import PUBLISHED_STEPS, BenchError, Figures, Request, measure
+from chipmunk_fx.bench_subjects import SUBJECTS, Built, build, own
+from chipmunk_fx.config import Config
+from chipmunk_fx.schedule.phase import Phase
+
+PHASES = tuple(str(phase) for phase in Phase)
+COLORS = {"dense": "#8c8c8c", "refresh": "#d98c3f", "sparse": "#3f7fd9", "skip": "#5fb36a"}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+Resolve = Callable[[str], Callable[[], Any]]  # MODULE:FACTORY -> the factory
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """`parser` is that of `bench model`; what it parses goes to `run`."""
+    add = parser.add_argument
+    known = ", ".join(SUBJECTS)
+    add("model", metavar="NAME|MODULE:FACTORY", help=f"{known}; or a function that returns (model, keyword inputs)")
+    measuring_arguments(parser)
+    add("--json", action="store_true", help="print JSON in place of a table")
+
+
+def measuring_arguments(parser: argparse._ActionsContainer) -> None:
+    """What scripts that measure a model offer too."""
+    add = parser.add_argument
+    add("--blocks", type=int, help="at most so many blocks of each kind, for a quick look")
+    add("--rounds", type=int, default=2, help="timed generations a way, after the one that compiles (default: 2)")
+    add("--whole", action="store_true", help="run every step of a generation instead of composing its total")
+    add("--uncompiled", action="store_true", help="measure the model as it is, too")
+    add("--plot", type=Path, metavar="PNG", help="draw the totals by phase, where matplotlib is installed")
+    _add_missing(parser, "--size", type=_size, metavar="HxW[xF]", help="pixels and frames (default: as published)")
+    _add_missing(parser, "--steps", type=int, default=PUBLISHED_STEPS, help=f"default: {PUBLISHED_STEPS}")
+    _add_missing(parser, "--dtype", choices=tuple(DTYPES), default="bf16", help="of a named model; default: bf16")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    _add_missing(parser, "--device", default=device, help="default: cuda if there is one")
+    _add_missing(parser, "--seed", type=int, default=0, help="of weights and inputs; default: 0")
+    repeated = {"action": "append", "default": [], "metavar": "NAME=VALUE"}
+    _add_missing(parser, "--option", help="a setting beside the preset; may be repeated", **repeated)
+
+
+def run(arguments: argparse.Namespace, resolve: Resolve) -> list[Figures]:
+    """Measure and print. Raises BenchError, PretrainedError or ConfigError."""
+    device, dtype = torch.device(arguments.device), DTYPES[arguments.dtype]
+    options = {"preset": SUBJECTS[arguments.model].preset} if arguments.model in SUBJECTS else {}
+    options |= dict(_option(text) for text in arguments.option)
+    config = Config.from_options(options)
+    make = _maker(arguments, resolve, device, dtype)
+    backend = "eager" if config.lowering == "eager" else "inductor"
+    asked = Request(
+        options, arguments.steps, arguments.rounds, whole=arguments.whole, eager=arguments.uncompiled, backend=backend
+    )
+    figures = measure(make, asked, device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    settings = {"model": arguments.model, "size": arguments.size, "blocks": arguments.blocks, "options": options}
+    about = settings | {"steps": asked.steps, "device": name, "torch": torch.__version__, "dtype": arguments.dtype}
+    text = json.dumps(about | {"ways": [asdict(way) | ratios(way, figures) for way in figures]}, indent=2)
+    if arguments.json is True:
+        print(text)
+    else:
+        limit = f", {arguments.blocks} blocks of each kind" if arguments.blocks else ""
+        print(f"{arguments.model}{limit}, {arguments.dtype}, {name}, torch {torch.__version__}; random weights")
+        print(table(figures, asked.steps, config))
+    if isinstance(arguments.json, Path):
+        arguments.json.write_text(text + "\n")
+    if arguments.plot:
+        plot(figures, arguments.plot)
+    return figures
+
+
+def ratios(way: Figures, figures: Sequence[Figures]) -> dict[str, float]:
+    """How many times faster than the best dense way, and than the model as shipped, by its own best kernel."""
+    dense = [other for other in figures if set(other.phases) == {"dense"} and other.way != "uncompiled"]
+    shipped = [other.total_s for other in dense if other.way == dense[0].way]
+    best = min(other.total_s for other in dense)
+    return {"over_best_dense": best / way.total_s, "over_as_shipped": min(shipped) / way.total_s}
+
+
+def table(figures: Sequence[Figures], steps: int, config: Config) -> str:
+    """One row a way, then what its rows leave unsaid."""
+    shown = [phase for phase in PHASES if any(phase in way.ms for way in figures)]
+    kinds = [kind for kind in ("attention", "mlp") if any(kind in way.density for way in figures)]
+    rows = []
+    for way in figures:
+        row: dict[str, Any] = {"way": way.way, "sdpa": way.kernel}
+        row |= {f"{kind} density": f"{way.density[kind]:.3f}" if kind in way.density else "" for kind in kinds}
+        row |= {f"{phase}, ms": f"{way.ms[phase]:.1f}" if phase in way.ms else "" for phase in shown}
+        row |= {f"{steps} steps, s": f"{way.total_s:.2f}", "total is": way.total_is}
+        row |= {head: f"{value:.2f}x" for head, value in _heads(ratios(way, figures)).items()}
+        row |= {"peak, GB": "" if way.peak_gb is None else f"{way.peak_gb:.1f}", "compile, s": f"{way.compile_s:.1f}"}
+        rows.append(row)
+    lines = [tabulate(rows, headers="keys", disable_numparse=True)]
+    for way in figures:
+        if way.sites:
+            sites = ", ".join(f"{kind} {count} sites sparse" for kind, count in way.sites.items())
+            phases = ", ".join(f"{number} {phase}" for phase, number in way.phases.items())
+            lines.append(f"{way.way}: {sites}; {phases}; caches {way.cache_gb:.2f} GB")
+        lines += [f"{way.way}: some calls ran dense: {reason}" for reason in way.fallbacks]
+    lines.append(
+        f"densities as set: attention {config.attention.density:g} + {config.attention.random_density:g} random, "
+        f"MLP {config.mlp.density:g} + {config.mlp.random_density:g} random; a step is all of its calls"
+    )
+    return "\n".join(lines)
+
+
+def plot(figures: Sequence[Figures], path: Path) -> None:
+    """Bars of seconds, split by phase. Raises BenchError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as missing:
+        raise BenchError("--plot needs matplotlib: pip install matplotlib") from missing
+    sheet = Figure(figsize=(8, 0.5 * len(figures) + 1), layout="constrained")
+    axes = sheet.subplots()
+    names = [f"{way.way} ({way.kernel})" for way in figures]
+    left = [0.0] * len(figures)
+    for phase in PHASES:
+        # a measured total has no split of its own: the composed one is scaled to it
+        parts = [way.phases.get(phase, 0) * way.ms.get(phase, 0.0) for way in figures]
+        wholes = [sum(way.phases.get(p, 0) * way.ms.get(p, 0.0) for p in PHASES) or 1.0 for way in figures]
+        widths = [way.total_s * part / whole for way, part, whole in zip(figures, parts, wholes, strict=True)]
+        if any(widths):
+            axes.barh(names, widths, left=left, color=COLORS.get(phase), label=phase)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds a generation")
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.savefig(path, dpi=150)
+
+
+def _maker(
+    arguments: argparse.Namespace, resolve: Resolve, device: torch.device, dtype: torch.dtype
+) -> Callable[[], Built]:
+    if subject := SUBJECTS.get(arguments.model):
+        return lambda: build(subject, arguments.size, arguments.blocks, device, dtype, arguments.seed)
+    if ":" not in arguments.model:
+        known = ", ".join(SUBJECTS)
+        raise BenchError(f"no model {arguments.model!r}; there are {known}, or give MODULE:FACTORY for your own")
+    return lambda: own(resolve(arguments.model), device)
+
+
+def _heads(ratio: Mapping[str, float]) -> dict[str, float]:
+    """One column where shipped and best dense are the same."""
+    if ratio["over_best_dense"] == ratio["over_as_shipped"]:
+        return {"over dense": ratio["over_best_dense"]}
+    return {"over best dense": ratio["over_best_dense"], "over as shipped": ratio["over_as_shipped"]}
+
+
+def _add_missing(parser: argparse._ActionsContainer, name: str, **how: Any) -> None:
+    if name not in parser._option_string_actions:
+        parser.add_argument(name, **how)
+
+
+def _size(text: str) -> tuple[int, ...]:
+    """HxW or HxWxF; a ValueError is argparse's way to refuse it."""
+    size = tuple(int(part) for part in text.split("x"))
+    if len(size) not in (2, 3) or min(size) < 1:
+        raise ValueError(text)
+    return size
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """NAME=VALUE, the value as YAML."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise BenchError(f"--option {text!r} has no '='; write it as NAME=VALUE")
+    return name, yaml.safe_load(value)

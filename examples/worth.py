@@ -1,0 +1,183 @@
+"""What each setting is worth: PSNR of the bundled model's pictures to dense ones, against the work that was done.
+
+    python examples/worth.py                                   # every setting, eight pictures at once
+    python examples/worth.py --only defaults "skip alone"      # some of them
+    python examples/worth.py --seconds defaults "skip alone"   # and how long a step takes, one picture at a time
+
+The pictures are made op by op, with every site sparse (gate "off"), so that the table is about the method and not about
+one machine. `--seconds` compiles with Inductor and the default gate instead and takes the median step of each phase.
+Lines of JSON are added to the output file: settings measured elsewhere join the table, and the last figure counts.
+"""
+
+import argparse
+import json
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import psnr
+from flux import BUNDLED, Photographs
+from measure import run_dense, run_sparse
+from photos import NAMES
+from tabulate import tabulate
+from torch import Tensor
+
+import chipmunk_fx
+from chipmunk_fx.runtime.summary import Summary
+from chipmunk_fx.schedule import Phase
+
+STEPS, PICTURES = 50, 8
+PUBLISHED = [7, 11, 13, 14, 15, 17, 18, 19, 21, 22, 23, 25, 26, 27, 29, 31, 33, 34, 35, 37, 38, 39, 41, 42, 43]
+ALONE = {"attention.enabled": False, "mlp.enabled": False}
+FLUX = {"preset": "flux"}
+THRESHOLDS = (0.03, 0.05, 0.08, 0.1, 0.12, 0.2)
+FRONT = {"schedule.refresh_steps": [0, 1, 2, 3, 4, 5, 6, 8, 12, 20, 30, 40]}
+
+
+def skipping(steps: Sequence[int], **other: Any) -> dict[str, Any]:
+    return {"schedule.skip_steps": list(steps), **other}
+
+
+def spread(count: int) -> list[int]:
+    """So many of the 36 steps from 8 to 43, evenly apart."""
+    return sorted({8 + int((k + 0.5) * 36 / count) for k in range(count)})
+
+
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "defaults": {},
+    "raster order": {"tokens.order": "raster"},
+    "additive": {"attention.combine": "additive"},
+    "nothing random": {"attention.random_density": 0.0, "mlp.random_density": 0.0},
+    "masses from all rows": {"attention.mass_stride": 1},
+    "text rows dense": {"attention.text_rows": "dense"},
+    "local window 0.02": {"attention.local_window": 0.02},
+    "local voxels 1": {"attention.local_voxels": 1},
+    "MLP dense": {"mlp.enabled": False},
+    "attention dense": {"attention.enabled": False},
+    "attention at 0.1, MLP dense": {"attention.density": 0.1, "mlp.enabled": False},
+    "the same in raster order": {"attention.density": 0.1, "mlp.enabled": False, "tokens.order": "raster"},
+    "published FLUX": FLUX,
+    "published FLUX, published skips": skipping(PUBLISHED, **FLUX),
+    "defaults, published skips": skipping(PUBLISHED),
+    "published skips alone": skipping(PUBLISHED, **ALONE),
+    **{f"{count} of steps 8 to 43 alone": skipping(spread(count), **ALONE) for count in (15, 20, 25, 30)},
+    **{f"skip threshold {limit:g} alone": {"schedule.skip_threshold": limit, **ALONE} for limit in THRESHOLDS},
+    "defaults, skip threshold 0.12": {"schedule.skip_threshold": 0.12},
+    "more refreshes at the front": FRONT,
+    "the same, skip threshold 0.12": {**FRONT, "schedule.skip_threshold": 0.12},
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    given = make_parser().parse_args(arguments)
+    sampler = bundled(given.device, given.images, given.size)
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    with torch.no_grad():
+        for row in seconds(sampler, given.seconds) if given.seconds else quality(sampler, given.only or SETTINGS):
+            print(json.dumps(row), flush=True)
+            with given.out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+    rows = read(given.out)
+    print(table(rows))
+    if given.plot:
+        plot(rows, given.plot)
+
+
+def bundled(device: str, pictures: int = PICTURES, side: int = 256) -> Photographs:
+    asked = {"size": (side, side), "prompt": None, "classes": NAMES[:pictures], "images": pictures, "seed": 0}
+    return Photographs(BUNDLED, argparse.Namespace(**asked, guidance=None, device=device, dtype="bf16"))
+
+
+def quality(sampler: Photographs, names: Iterable[str]) -> Iterable[dict[str, Any]]:
+    """One row a setting: PSNR to the dense pictures from the same noise, and operations as a share of dense."""
+    everything = range(len(sampler.names))
+    dense = sampler.batch(sampler.transformer, everything, STEPS)
+    for name in names:
+        options = {"gate": "off", "lowering": "eager", **SETTINGS[name]}
+        torch._dynamo.reset()
+        model: Any = torch.compile(sampler.transformer, backend="chipmunk", options=options)
+        # which steps a threshold skips is each picture's own affair
+        batches = [[i] for i in everything] if "schedule.skip_threshold" in options else [everything]
+        made: list[Tensor] = []
+        summaries: list[Summary] = []
+        for indices in batches:
+            made += sampler.batch(model, indices, STEPS)
+            summaries.append(chipmunk_fx.summary(model))
+        decibels = [psnr(a, b) for a, b in zip(dense, made, strict=True)]
+        yield {
+            "name": name,
+            "psnr": statistics.fmean(decibels),
+            "least": min(decibels),
+            "operations": statistics.fmean(summary.flops_ratio for summary in summaries),
+            "skipped": statistics.fmean(summary.phases.get(0, []).count(Phase.SKIP) for summary in summaries),
+        }
+
+
+def seconds(sampler: Photographs, names: Sequence[str]) -> Iterable[dict[str, Any]]:
+    """One row a setting: seconds of all steps of one picture, each counted as the median step of its phase."""
+    sampler.names = sampler.names[:2]
+    dense = run_dense(sampler, STEPS, sampler.device, "inductor").median("dense")
+    yield {"name": "dense", "seconds": STEPS * (dense or 0)}
+    for name in names:
+        torch._dynamo.reset()
+        run, summary = run_sparse(sampler, STEPS, sampler.device, SETTINGS[name])
+        counts = Counter(summary.phases[0])
+        yield {"name": name, "seconds": sum(count * (run.median(phase) or 0) for phase, count in counts.items())}
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """What was measured of each setting, in order of first measurement."""
+    rows: dict[str, dict[str, Any]] = {}
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        rows[row["name"]] = rows.get(row["name"], {}) | row
+    return list(rows.values())
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    heads = ("name", "psnr", "least", "operations", "skipped", "seconds")
+    cells = [[row.get(head, "") for head in heads] for row in rows]
+    return tabulate(cells, headers=heads, tablefmt="github", floatfmt=("", ".1f", ".1f", ".3f", ".0f", ".1f"))
+
+
+def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """PSNR against operations."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for row in (row for row in rows if "psnr" in row):
+        colour = "tab:orange" if "alone" in row["name"] else "tab:blue"  # nothing sparse, something sparse
+        marker = "^" if "threshold" in row["name"] else "s" if row["skipped"] else "o"
+        axes.plot(row["operations"], row["psnr"], marker=marker, color=colour)
+        axes.annotate(row["name"], (row["operations"], row["psnr"]), xytext=(4, 3), textcoords="offset points", size=6)
+    axes.set_xlabel("operations, share of dense")
+    axes.set_ylabel("PSNR to dense, dB")
+    axes.grid(alpha=0.3)
+    figure.savefig(path)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--only", nargs="+", choices=tuple(SETTINGS), metavar="NAME", help=f"of {', '.join(SETTINGS)}")
+    add(
+        "--seconds",
+        nargs="+",
+        choices=tuple(SETTINGS),
+        metavar="NAME",
+        help="time these in place of comparing pictures",
+    )
+    add("--images", type=int, default=PICTURES, help=f"number of pictures, at most {len(NAMES)}; default: {PICTURES}")
+    add("--size", type=int, default=256, help="pixels along an edge; default: 256")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is one")
+    add("--out", type=Path, default=Path("build/worth.jsonl"), metavar="FILE", help="default: build/worth.jsonl")
+    add("--plot", type=Path, metavar="FILE", help="also draw PSNR against operations")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Attention of groups of rows over listed columns: how columns.cu is compiled and launched."""
+
+import ctypes
+from ctypes import c_float, c_int, c_longlong, c_void_p
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from chipmunk_fx.kernels.hopper import nvrtc, tuning
+from chipmunk_fx.kernels.hopper.instructions import Settings, preamble
+
+LOG2E = 1.4426950408889634
+PARTS = ("primitives.cuh", "gather.cuh", "softmax.cuh", "columns.cu")
+_ELEMENT = {torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+class Problem(ctypes.Structure):
+    """The kernel's parameter; columns.cu says what its fields mean."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("q", "k", "v")),
+        *((f"{name}_{axis}", c_longlong) for name in ("q", "k", "v") for axis in ("batch", "head", "row")),
+        *((name, c_void_p) for name in ("old", "result")),
+        *((f"{name}_{axis}", c_longlong) for name in ("old", "result") for axis in ("batch", "head", "row")),
+        *((name, c_void_p) for name in ("order", "lists", "share", "lse")),
+        *((name, c_int) for name in ("heads", "shared_by", "rows", "grouped", "keys", "groups", "columns")),
+        *((name, c_int) for name in ("parts", "tiles", "group_rows")),
+        *((name, c_float) for name in ("scale", "power")),
+        ("padded", c_int),
+    ]
+
+
+def attend_columns(
+    q: Tensor, k: Tensor, v: Tensor, order: Tensor | None, lists: Tensor, rest: Tensor, share: Tensor, out: Tensor,
+    lse: Tensor | None = None, *, scale: float, group_rows: int, power: float = 0.0, short: bool,
+) -> None:  # fmt: skip
+    """As `chipmunk_fx.kernels.triton.columns.attend_columns`, for what the backend takes."""
+    q, k, v = (_copyable(x) for x in (q, k, v))
+    batch, heads, rows, width = q.shape
+    settings = tuning.columns_settings(_ELEMENT[q.dtype], width, group_rows)
+    parts = group_rows // settings.rows
+    tiles = batch * heads * lists.shape[2] * parts
+    old, result = (rest, out) if lse is None else (out, rest)
+    problem = Problem(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), *_strides(q), *_strides(k), *_strides(v),
+        old.data_ptr(), result.data_ptr(), *_strides(old), *_strides(result),
+        None if order is None else order.data_ptr(), lists.data_ptr(), share.data_ptr(),
+        None if lse is None else lse.data_ptr(),
+        heads, heads // k.shape[1], rows, rows if order is None else order.shape[0], k.shape[2], *lists.shape[2:],
+        parts, tiles, group_rows, scale * LOG2E, power, short,
+    )  # fmt: skip
+    units = torch.cuda.get_device_properties(q.device).multi_processor_count
+    stream = torch.cuda.current_stream(q.device).cuda_stream
+    _kernel(settings, q.device.index).launch(min(tiles, units), [problem], stream)
+
+
+def source(settings: Settings) -> str:
+    """The whole of the CUDA C++."""
+    here = Path(__file__).parent
+    return preamble(settings) + "\n".join((here / name).read_text() for name in PARTS)
+
+
+@cache
+def _kernel(settings: Settings, device: int) -> nvrtc.Kernel:
+    """Compiled once a process, loaded once a device."""
+    return nvrtc.load(_code(settings), "attend_columns", settings.threads, settings.shared)
+
+
+@cache
+def _code(settings: Settings) -> bytes:
+    return nvrtc.compiled(source(settings), "sm_90a")
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    """In bytes, of batch, heads and rows."""
+    return tuple(stride * x.element_size() for stride in x.stride()[:3])
+
+
+def _copyable(x: Tensor) -> Tensor:
+    """x, copied where its rows cannot be read 16 bytes at a time, or lie further apart than 32 bits tell."""
+    strides = _strides(x)
+    aligned = x.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in strides)
+    fits = aligned and strides[2] < 1 << 32 and x.stride(-1) == 1
+    return x if fits else x.clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,144 @@
+// The producer: one warpgroup that copies the listed rows of K and V, and the queries, into shared memory.
+
+constexpr int CHUNKS = WIDTH / 8;            // of 16 bytes in a row
+constexpr int LINE = 128;                    // bytes of one row in one block of 64 elements, as wgmma wants them
+constexpr int TILE_BYTES = COLUMNS * WIDTH * 2;
+constexpr int QUERY_BYTES = 64 * WIDTH * 2;  // of one consumer
+constexpr int AT_ONCE = 32 / CHUNKS;         // rows that one warp copies in one instruction
+constexpr int PASS = 4 * AT_ONCE;            // rows that the producer copies in one instruction of each warp
+
+struct Problem {
+    const char *q, *k, *v;       // bytes from here on: strides too
+    i64 q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row;
+    const char *old;             // what the result is added to: rest, or with lse the dense result
+    char *result;
+    i64 old_batch, old_head, old_row, result_batch, result_head, result_row;
+    const int *order, *lists;    // [grouped] or null, [batch x heads, groups, columns]
+    float *share;                // [batch x heads, rows]
+    const float *lse;            // [batch x heads, rows] or null
+    int heads, shared_by, rows, grouped, keys, groups, columns, parts, tiles, group_rows;
+    float scale, power;          // scale times log2 e
+    int padded;                  // lists may end in `keys`, which stands for no column
+};
+
+struct Place {  // of a tile of rows; line: batch entry and head; first: row, in the order of groups
+    int batch, head, line, first;
+};
+
+// A ring of buffers: the place of the next item, and the parity of its barriers.
+struct Ring {
+    u32 slot = 0, parity = 0;
+    __device__ __forceinline__ void advance() {
+        if (++slot == BUFFERS) slot = 0, parity ^= 1;
+    }
+};
+
+struct Shared {
+    u32 queries, tiles, full, empty, queries_full, queries_empty;
+    __device__ __forceinline__ explicit Shared(u32 base) {
+        queries = base;
+        tiles = queries + CONSUMERS * QUERY_BYTES;
+        full = tiles + BUFFERS * TILE_BYTES;
+        empty = full + BUFFERS * 8;
+        queries_full = empty + BUFFERS * 8;
+        queries_empty = queries_full + CONSUMERS * 8;
+    }
+};
+
+// The part of a list that is not padding, which comes last, as tiles of columns: all but the last are full.
+struct Listed {
+    int count, tiles;
+
+    __device__ __forceinline__ Listed(const Problem &p, int tile) : count(p.columns) {
+        if (p.padded) {
+            const int *list = p.lists + (i64)(tile / p.parts) * p.columns;
+            int low = 0;
+            while (low < count) {
+                const int middle = (low + count) / 2;
+                if (list[middle] < p.keys) low = middle + 1;
+                else count = middle;
+            }
+        }
+        tiles = (count + COLUMNS - 1) / COLUMNS;
+    }
+
+    // columns of a tile, `left` tiles before the end of the list, itself counted
+    __device__ __forceinline__ int live(int left) const { return left == 1 ? count - (tiles - 1) * COLUMNS : COLUMNS; }
+};
+
+__device__ __forceinline__ Place locate(const Problem &p, int tile) {
+    const int list = tile / p.parts, line = list / p.groups;
+    return {line / p.heads, line % p.heads, line, list % p.groups * p.group_rows + tile % p.parts * (64 * CONSUMERS)};
+}
+
+// The rows that one lane in CHUNKS copies, one in each pass, lie in `index` of CHUNKS neighbouring lanes.
+__device__ __forceinline__ int row_of_lane(int warp, int lane) {
+    return lane % CHUNKS * PASS + warp * AT_ONCE + lane / CHUNKS;
+}
+
+template <int ROWS>
+__device__ __forceinline__ void gather(u32 to, const char *from, u32 stride, u32 index) {
+    constexpr int BATCH = 4;  // a copy holds on to its address for long: several are made at once
+    static_assert(ROWS / PASS % BATCH == 0 && ROWS / PASS <= CHUNKS, "");
+#pragma unroll
+    for (int i = 0; i < ROWS / PASS; i += BATCH) {
+        u64 row[BATCH];
+#pragma unroll
+        for (int j = 0; j < BATCH; j++)
+            asm volatile("mad.wide.u32 %0, %1, %2, %3;"
+                         : "=l"(row[j]) : "r"(__shfl_sync(~0u, index, i + j, CHUNKS)), "r"(stride), "l"(from));
+#pragma unroll
+        for (int j = 0; j < BATCH; j++) copy16(to + (i + j) * PASS * LINE, row[j]);
+    }
+}
+
+// Where in a tile of ROWS rows a lane's first 16 bytes go: two blocks of 64 elements, their chunks swizzled by row.
+template <int ROWS>
+__device__ __forceinline__ u32 place_of_lane(int warp, int lane) {
+    const int row = warp * AT_ONCE + lane / CHUNKS, chunk = lane % CHUNKS;
+    return chunk / 8 * (ROWS * LINE) + row * LINE + ((chunk ^ row) & 7) * 16;
+}
+
+__device__ __forceinline__ void produce(const Problem &p, const Shared &shared) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = row_of_lane(warp, lane);
+    const u32 place = shared.tiles + place_of_lane<COLUMNS>(warp, lane);
+    const u32 query_place = shared.queries + place_of_lane<64>(warp, lane);
+    Ring ring;
+    u32 turn = 0;
+    auto copy_tile = [&](const char *from, i64 stride, int index) {
+        barrier_wait(shared.empty + ring.slot * 8, ring.parity ^ 1);
+        gather<COLUMNS>(place + ring.slot * TILE_BYTES, from, stride, index);
+        barrier_arrive_after_copies(shared.full + ring.slot * 8);
+        ring.advance();
+    };
+    for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
+        const Listed listed(p, tile);
+        if (!listed.tiles) continue;
+        const Place at = locate(p, tile);
+        const int *list = p.lists + (i64)(tile / p.parts) * p.columns;
+        const i64 key_head = at.head / p.shared_by;
+        const char *k = p.k + at.batch * p.k_batch + key_head * p.k_head + lane % CHUNKS * 16;
+        const char *v = p.v + at.batch * p.v_batch + key_head * p.v_head + lane % CHUNKS * 16;
+        asm volatile("" : "+l"(k), "+l"(v));  // sums that are not to be made again for every copy
+        // places past the end stand for the last column: its weights are masked
+        int index = list[min(row, listed.count - 1)];
+        for (int first = 0; first < listed.count; first += COLUMNS) {
+            const int next = list[min(first + COLUMNS + row, listed.count - 1)];
+            copy_tile(k, p.k_row, index);
+            if (first == 0) {  // here, so that the first keys do not wait for the last use of the queries before
+                const char *q = p.q + at.batch * p.q_batch + at.head * p.q_head + lane % CHUNKS * 16;
+#pragma unroll 1
+                for (int c = 0; c < CONSUMERS; c++) {
+                    int of = min(at.first + c * 64 + row, p.grouped - 1);
+                    if (p.order) of = p.order[of];
+                    barrier_wait(shared.queries_empty + c * 8, turn ^ 1);
+                    gather<64>(query_place + c * QUERY_BYTES, q, p.q_row, of);
+                    barrier_arrive_after_copies(shared.queries_full + c * 8);
+                }
+                turn ^= 1;
+            }
+            copy_tile(v, p.v_row, index);
+            index = next;
+        }
+    }
+}

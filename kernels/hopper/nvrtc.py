@@ -1,0 +1,99 @@
+"""CUDA C++ compiled at run time: NVRTC and the driver through ctypes, as torch brings them. Nothing loads on import."""
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import byref, c_char_p, c_int, c_size_t, c_void_p
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from chipmunk_fx.log import logger
+
+_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+
+
+class CudaError(RuntimeError):
+    """NVRTC or the driver refused."""
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """NVRTC of the CUDA version that torch was built for, of any where that is none; None where it is not there."""
+    major = (torch.version.cuda or "*").split(".")[0]
+    packages = Path(torch.__file__).parent.parent
+    for path in [*sorted(packages.glob(f"nvidia/*/lib/libnvrtc.so.{major}")), Path(f"libnvrtc.so.{major}")]:
+        try:
+            for builtins in path.parent.glob("libnvrtc-builtins.so.*"):  # NVRTC looks for it by name alone
+                ctypes.CDLL(str(builtins))
+            return ctypes.CDLL(str(path))
+        except OSError:
+            continue
+    return None
+
+
+def compiled(source: str, architecture: str) -> bytes:
+    """The machine code (cubin) of `source` for `architecture`, such as "sm_90a"; the compiler's remarks are logged."""
+    nvrtc = library()
+    if nvrtc is None:
+        raise CudaError("libnvrtc was not found; it comes with torch as nvidia-cuda-nvrtc")
+    program = c_void_p()
+    _check(nvrtc.nvrtcCreateProgram(byref(program), source.encode(), b"chipmunk.cu", 0, None, None), "creating")
+    try:
+        target = f"--gpu-architecture={architecture}".encode()
+        options = (c_char_p * 3)(target, b"--std=c++17", b"--ptxas-options=--verbose")
+        failed = nvrtc.nvrtcCompileProgram(program, len(options), options)
+        remarks = _text(nvrtc, program)
+        if failed:
+            raise CudaError(f"NVRTC does not compile for {architecture}:\n{remarks}")
+        logger().debug("NVRTC, %s: %s", architecture, remarks)
+        size = c_size_t()
+        _check(nvrtc.nvrtcGetCUBINSize(program, byref(size)), "reading")
+        code = ctypes.create_string_buffer(size.value)
+        _check(nvrtc.nvrtcGetCUBIN(program, code), "reading")
+        return code.raw
+    finally:
+        nvrtc.nvrtcDestroyProgram(byref(program))
+
+
+def _text(nvrtc: ctypes.CDLL, program: c_void_p) -> str:
+    size = c_size_t()
+    nvrtc.nvrtcGetProgramLogSize(program, byref(size))
+    log = ctypes.create_string_buffer(size.value)
+    nvrtc.nvrtcGetProgramLog(program, log)
+    return log.value.decode()
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A loaded function; `module` keeps its code on the device of the context that was current when it was loaded."""
+
+    driver: ctypes.CDLL
+    module: c_void_p
+    function: c_void_p
+    threads: int
+    shared: int
+
+    def launch(self, blocks: int, parameters: Sequence[ctypes.Structure], stream: int) -> None:
+        """Runs `blocks` blocks on a stream (its handle) of the current device; parameters are passed by value."""
+        pointers = (c_void_p * len(parameters))(*(ctypes.addressof(x) for x in parameters))
+        done = self.driver.cuLaunchKernel(
+            self.function, blocks, 1, 1, self.threads, 1, 1, self.shared, c_void_p(stream), pointers, None
+        )
+        _check(done, "launching")
+
+
+def load(code: bytes, name: str, threads: int, shared: int) -> Kernel:
+    """Function `name` of `code` on the current device. threads and shared (bytes): of each of its blocks."""
+    driver = ctypes.CDLL("libcuda.so.1")
+    module, function = c_void_p(), c_void_p()
+    _check(driver.cuModuleLoadData(byref(module), code), "loading")
+    _check(driver.cuModuleGetFunction(byref(function), module, name.encode()), f"finding {name}")
+    _check(driver.cuFuncSetAttribute(function, c_int(_MAX_DYNAMIC_SHARED), c_int(shared)), f"{shared} bytes for {name}")
+    return Kernel(driver, module, function, threads, shared)
+
+
+def _check(result: int, doing: str) -> None:
+    if result:
+        raise CudaError(f"CUDA error {result} while {doing}")
