@@ -6,6 +6,7 @@ sparse step is the inverse of its density, that of a refresh is 1.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import statistics
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from chipmunk_fx.errors import ChipmunkError
+from chipmunk_fx.errors import BenchError
 from chipmunk_fx.kernels import choose
 from chipmunk_fx.ops.cases import AttentionCase, MlpCase, arguments, call
 
@@ -33,10 +34,6 @@ RENEW_EVERY = 10  # steps from one refresh to the next, the default
 DENSITIES = (0.03, 0.06, 0.12, 0.25, 0.5)
 ROWS = tuple(1 << i for i in range(10, 18))
 DENSE = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
-
-
-class BenchError(ChipmunkError, RuntimeError):
-    """Nothing that could be timed."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +95,18 @@ class Row:
     dense_ms: float
     speed_up: float
     share: float
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """`parser` is that of `bench kernels`."""
+    add = parser.add_argument
+    add("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    add("--only", choices=("published", "sweep"), help="the published shapes or the sweep (default: both)")
+    add("--rows", type=int, nargs="+", metavar="N", help="of the sweep (default: 1024 to 131072)")
+    add("--density", type=float, nargs="+", metavar="SHARE", help="of the sweep (default: 0.03 to 0.5)")
+    add("--json", nargs="?", const=True, type=Path, metavar="FILE", help="print JSON, or write it there too")
+    add("--plot", type=Path, metavar="PNG", help="draw the sweep there")
 
 
 def sweep(rows: Sequence[int] = ROWS, densities: Sequence[float] = DENSITIES) -> Iterator[Shape]:
@@ -218,10 +227,10 @@ def table(rows: Sequence[Row]) -> str:
     return tabulate([asdict(row) for row in rows], headers=heads, floatfmt=digits)
 
 
-def write_json(rows: Sequence[Row], path: Path, device: str, dtype: torch.dtype) -> None:
+def to_json(rows: Sequence[Row], device: str, dtype: torch.dtype) -> str:
     name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     what = {"device": name, "torch": torch.__version__, "dtype": str(dtype).removeprefix("torch.")}
-    path.write_text(json.dumps(what | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    return json.dumps(what | {"rows": [asdict(row) for row in rows]}, indent=1)
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from chipmunk_fx.backend import explain, summary
 from chipmunk_fx.bench_subjects import Built, ignore_masks
 from chipmunk_fx.config import Config, ScheduleConfig
-from chipmunk_fx.errors import ChipmunkError
+from chipmunk_fx.errors import BenchError
 from chipmunk_fx.runtime.report import Report
 from chipmunk_fx.schedule.phase import Phase
 from chipmunk_fx.schedule.policies import policy_from
@@ -32,10 +32,6 @@ PUBLISHED_STEPS = 50
 SKIPPED = (7, 11, 13, 14, 15, 17, 18, 19, 21, 22, 23, 25, 26, 27, 29, 31, 33, 34, 35, 37, 38, 39, 41, 42, 43)
 KERNELS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 DRIFT = 0.02  # of the latents from step to step
-
-
-class BenchError(ChipmunkError, ValueError):
-    """A request that cannot be measured."""
 
 
 @dataclass(frozen=True)

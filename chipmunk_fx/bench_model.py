@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from tabulate import tabulate
 
-from chipmunk_fx.bench_measure import PUBLISHED_STEPS, BenchError, Figures, Request, measure
+from chipmunk_fx.arguments import option_of, size_of
+from chipmunk_fx.bench_measure import PUBLISHED_STEPS, Figures, Request, measure
 from chipmunk_fx.bench_subjects import SUBJECTS, Built, build, own
 from chipmunk_fx.config import Config
+from chipmunk_fx.errors import BenchError
 from chipmunk_fx.schedule.phase import Phase
 
 PHASES = tuple(str(phase) for phase in Phase)
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     known = ", ".join(SUBJECTS)
     add("model", metavar="NAME|MODULE:FACTORY", help=f"{known}; or a function that returns (model, keyword inputs)")
     measuring_arguments(parser)
-    add("--json", action="store_true", help="print JSON in place of a table")
+    add("--json", nargs="?", const=True, type=Path, metavar="FILE", help="print JSON, or write it there too")
 
 
 def measuring_arguments(parser: argparse._ActionsContainer) -> None:
@@ -42,7 +43,7 @@ def measuring_arguments(parser: argparse._ActionsContainer) -> None:
     add("--whole", action="store_true", help="run every step of a generation instead of composing its total")
     add("--uncompiled", action="store_true", help="measure the model as it is, too")
     add("--plot", type=Path, metavar="PNG", help="draw the totals by phase, where matplotlib is installed")
-    _add_missing(parser, "--size", type=_size, metavar="HxW[xF]", help="pixels and frames (default: as published)")
+    _add_missing(parser, "--size", type=size_of, metavar="HxW[xF]", help="pixels and frames (default: as published)")
     _add_missing(parser, "--steps", type=int, default=PUBLISHED_STEPS, help=f"default: {PUBLISHED_STEPS}")
     _add_missing(parser, "--dtype", choices=tuple(DTYPES), default="bf16", help="of a named model; default: bf16")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -53,10 +54,10 @@ def measuring_arguments(parser: argparse._ActionsContainer) -> None:
 
 
 def run(arguments: argparse.Namespace, resolve: Resolve) -> list[Figures]:
-    """Measure and print. Raises BenchError, PretrainedError or ConfigError."""
+    """Measure and print. Raises BenchError, UsageError, PretrainedError or ConfigError."""
     device, dtype = torch.device(arguments.device), DTYPES[arguments.dtype]
     options = {"preset": SUBJECTS[arguments.model].preset} if arguments.model in SUBJECTS else {}
-    options |= dict(_option(text) for text in arguments.option)
+    options |= dict(option_of(text) for text in arguments.option)
     config = Config.from_options(options)
     make = _maker(arguments, resolve, device, dtype)
     backend = "eager" if config.lowering == "eager" else "inductor"
@@ -162,19 +163,3 @@ def _heads(ratio: Mapping[str, float]) -> dict[str, float]:
 def _add_missing(parser: argparse._ActionsContainer, name: str, **how: Any) -> None:
     if name not in parser._option_string_actions:
         parser.add_argument(name, **how)
-
-
-def _size(text: str) -> tuple[int, ...]:
-    """HxW or HxWxF; a ValueError is argparse's way to refuse it."""
-    size = tuple(int(part) for part in text.split("x"))
-    if len(size) not in (2, 3) or min(size) < 1:
-        raise ValueError(text)
-    return size
-
-
-def _option(text: str) -> tuple[str, Any]:
-    """NAME=VALUE, the value as YAML."""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise BenchError(f"--option {text!r} has no '='; write it as NAME=VALUE")
-    return name, yaml.safe_load(value)

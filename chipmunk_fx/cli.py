@@ -6,19 +6,18 @@ import math
 import sys
 from collections.abc import Iterable, Sequence
 from importlib import import_module
-from importlib.machinery import PathFinder
-from importlib.util import find_spec, module_from_spec
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-import yaml
 from tabulate import tabulate
 
 import chipmunk_fx
-from chipmunk_fx import bench, images
-from chipmunk_fx.errors import ChipmunkError
+from chipmunk_fx import bench, bench_model, images
+from chipmunk_fx.arguments import factory_at, option_of, size_of
+from chipmunk_fx.errors import ChipmunkError, UsageError
 from chipmunk_fx.pretrained import from_folder
 
 
@@ -32,10 +31,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{parser.prog} {arguments.command}: {problem}", file=sys.stderr)
         return 2
     return 0
-
-
-class UsageError(ChipmunkError, ValueError):
-    """Arguments that argparse lets through and that still cannot be followed."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         "--model", type=Path, metavar="PATH", help="a folder saved by diffusers, of a transformer or a whole pipeline"
     )
     explain.add_argument(
-        "--size", type=_size, metavar="HxW[xF]", help="pixels and frames for --model (default: as published)"
+        "--size", type=size_of, metavar="HxW[xF]", help="pixels and frames for --model (default: as published)"
     )
     explain.add_argument(
         "--option",
@@ -79,28 +74,26 @@ def _parser() -> argparse.ArgumentParser:
     for command in (explain, compare):
         command.add_argument("--json", action="store_true", help="print JSON in place of a table")
 
-    about = "time every operator beside the dense kernels that are there"
+    about = "how fast the operators are, or whole models, beside what else there is"
     timing = commands.add_parser("bench", help=about, description=about)
-    timing.add_argument("what", choices=("kernels",))
-    timing.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    timing.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    timing.add_argument(
-        "--only", choices=("published", "sweep"), help="the published shapes or the sweep (default: both)"
-    )
-    timing.add_argument("--rows", type=int, nargs="+", metavar="N", help="of the sweep (default: 1024 to 131072)")
-    timing.add_argument("--density", type=float, nargs="+", metavar="SHARE", help="of the sweep (default: 0.03 to 0.5)")
-    timing.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
-    timing.add_argument("--plot", type=Path, metavar="PNG", help="draw the sweep there")
-    timing.set_defaults(run=_bench)
+    subjects = timing.add_subparsers(dest="what", required=True, metavar="kernels|model")
+    about = "time every operator beside the dense kernels that are there"
+    kernels = subjects.add_parser("kernels", help=about, description=about)
+    bench.add_arguments(kernels)
+    kernels.set_defaults(run=_bench)
+    about = "dense, sparse, sparse with skipped steps, and skipped steps alone: ms by phase and a generation's time"
+    model = subjects.add_parser("model", help=about, description=about)
+    bench_model.add_arguments(model)
+    model.set_defaults(run=lambda arguments: bench_model.run(arguments, factory_at))
     return parser
 
 
 def _explain(arguments: argparse.Namespace) -> None:
-    options = dict(_option(text) for text in arguments.option)
+    options = dict(option_of(text) for text in arguments.option)
     if arguments.model:
         model, inputs = from_folder(arguments.model, arguments.size)
     else:
-        model, inputs = _factory(arguments.factory)()
+        model, inputs = factory_at(arguments.factory)()
     with torch.no_grad():
         report = chipmunk_fx.explain(model, config=options or None, **inputs)
     print(report.to_json() if arguments.json else report)
@@ -119,57 +112,12 @@ def _bench(arguments: argparse.Namespace) -> None:
     try:
         rows.extend(bench.measure(_progress(shapes, "bench"), dtype, arguments.device))
     finally:  # what was measured before an interruption counts
-        print(bench.table(rows))
-        if arguments.json:
-            bench.write_json(rows, arguments.json, arguments.device, dtype)
+        text = bench.to_json(rows, arguments.device, dtype)
+        print(text if arguments.json is True else bench.table(rows))
+        if isinstance(arguments.json, Path):
+            arguments.json.write_text(text + "\n")
     if arguments.plot:
         bench.plot(rows, arguments.plot)
-
-
-def _size(text: str) -> tuple[int, ...]:
-    """HxW or HxWxF; a ValueError is argparse's way to refuse it."""
-    size = tuple(int(part) for part in text.split("x"))
-    if len(size) not in (2, 3) or min(size) < 1:
-        raise ValueError(text)
-    return size
-
-
-def _option(text: str) -> tuple[str, Any]:
-    """Split NAME=VALUE; the value is read as YAML, so that numbers, true, null and lists are what they look like."""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise UsageError(f"--option {text!r} has no '='; write it as NAME=VALUE")
-    return name, yaml.safe_load(value)
-
-
-def _factory(path: str) -> Any:
-    module_name, colon, name = path.partition(":")
-    if not (module_name and colon and name):
-        raise UsageError(f"{path!r} is not of the form MODULE:FACTORY, for example my_models:flux")
-    top = module_name.partition(".")[0]
-    if not (_import_from_here(top) or find_spec(top)):
-        raise UsageError(f"no module {top!r} among the installed ones or in {Path.cwd()}")
-    try:
-        module = import_module(module_name)
-    except ModuleNotFoundError as cause:
-        if not cause.name or not module_name.startswith(cause.name):
-            raise
-        raise UsageError(f"no module {cause.name!r}") from cause
-    if not callable(factory := getattr(module, name, None)):
-        raise UsageError(f"{module_name} has no function {name!r}")
-    return factory
-
-
-def _import_from_here(top: str) -> bool:
-    """Import a module of the current folder, where a console script does not look. The folder is not added to
-    sys.path: what else lies there may bear the name of an installed library."""
-    spec = PathFinder.find_spec(top, [str(Path.cwd())])
-    if spec is None or top in sys.modules:
-        return top in sys.modules
-    module = sys.modules[top] = module_from_spec(spec)
-    if spec.loader:  # a folder without __init__.py has none
-        spec.loader.exec_module(module)
-    return True
 
 
 def _progress(items: list[Any], label: str) -> Iterable[Any]:

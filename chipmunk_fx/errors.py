@@ -9,11 +9,27 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
-__all__ = ["ChipmunkError", "ConfigError", "FallbackError", "NotCompiledError", "closest"]
+__all__ = [
+    "BenchError",
+    "ChipmunkError",
+    "ConfigError",
+    "FallbackError",
+    "NotCompiledError",
+    "UsageError",
+    "closest",
+]
 
 
 class ChipmunkError(RuntimeError):
     """Base of everything chipmunk_fx raises on purpose."""
+
+
+class UsageError(ChipmunkError, ValueError):
+    """Words of a command line that argparse lets through and that still cannot be followed."""
+
+
+class BenchError(ChipmunkError, ValueError):
+    """Nothing that could be timed or drawn."""
 
 
 class ConfigError(ChipmunkError, ValueError):

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from chipmunk_fx import bench_model, bench_subjects
-from chipmunk_fx.bench_measure import SKIPPED, BenchError, Figures, Request, measure
+from chipmunk_fx.bench_measure import SKIPPED, Figures, Request, measure
 from chipmunk_fx.bench_subjects import SUBJECTS, Subject, build, ignore_masks, own
-from chipmunk_fx.errors import ConfigError
+from chipmunk_fx.errors import BenchError, ConfigError, UsageError
 from tests.runtime.models import SPARSE, TinyDiT, noise, one_thread, words
 
 CPU = torch.device("cpu")
@@ -160,7 +160,7 @@ def test_weights_are_drawn_and_norms_are_one():
 def test_what_cannot_be_measured_is_told():
     with pytest.raises(BenchError, match="no model 'fluxx'; there are flux, hunyuan, wan, mochi"):
         run("fluxx")
-    with pytest.raises(BenchError, match="write it as NAME=VALUE"):
+    with pytest.raises(UsageError, match="write it as NAME=VALUE"):
         run("any:thing", "--option", "attention.density")
     with pytest.raises(ConfigError, match="attention.density"):
         run("any:thing", "--option", "attention.denisty=0.1")

@@ -228,9 +228,25 @@ def test_explain_takes_one_source_and_a_size(arguments: list[str]):
     assert exit.value.code == 2
 
 
-@pytest.mark.parametrize("command", [[], ["explain"], ["compare"]])
+@pytest.mark.parametrize("command", [[], ["explain"], ["compare"], ["bench"], ["bench", "kernels"], ["bench", "model"]])
 def test_help_is_given_on_each_command(capsys: pytest.CaptureFixture[str], command: list[str]):
     with pytest.raises(SystemExit) as exit:
         main([*command, "--help"])
     assert exit.value.code == 0
     assert "usage: chipmunk-fx" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("models")
+def test_a_model_of_ones_own_is_measured(capsys: pytest.CaptureFixture[str]):
+    settings = ["gate=off", "lowering=eager", "attention.group_rows=16", "mlp.group_rows=16"]
+    options = [word for setting in settings for word in ("--option", setting)]
+    words = ["bench", "model", "some_models:hand", "--device", "cpu", "--rounds", "1", "--json", *options]
+    assert main(words) == 0
+    ways = {way["way"]: way for way in json.loads(capsys.readouterr().out)["ways"]}
+    assert {"dense", "sparse"} <= ways.keys() and ways["sparse"]["sites"]["attention"] == "1 of 3"
+
+
+@pytest.mark.usefixtures("models")
+def test_a_model_that_is_not_known_is_not_measured(capsys: pytest.CaptureFixture[str]):
+    assert main(["bench", "model", "fluxx"]) == 2
+    assert "no model 'fluxx'; there are flux" in capsys.readouterr().err

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [  # bottom up; names on one line do not import each other
     ["errors"],
     ["log"],
-    ["schedule"],
+    ["arguments", "schedule"],
     ["config_rules", "config_yaml"],
     ["presets"],
     ["config"],
