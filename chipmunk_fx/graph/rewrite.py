@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.source import ConstantSource
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from chipmunk_fx.config import Config
@@ -53,7 +54,15 @@ def rewrite(capture: Capture, plan: Plan, config: Config, phase: Phase) -> fx.Gr
 
 
 def _module(capture: Capture, graph: fx.Graph) -> fx.GraphModule:
-    return fx.GraphModule(capture.module, graph)
+    """What AOTAutograd takes for a graph of Dynamo's: with a source, or none, for all that comes in."""
+    module = fx.GraphModule(capture.module, graph)
+    module.meta |= capture.module.meta
+    constants = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+    module._param_name_to_source = {name: ConstantSource(f"chipmunk_{name}") for name in constants}  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+    for node in graph.nodes:
+        if node.op == "placeholder" and not hasattr(node, "_dynamo_source"):
+            node._dynamo_source = None
+    return module
 
 
 def _skip(
