@@ -41,7 +41,7 @@ class _Registry:
         with self.lock:
             known = self.by_parameter.setdefault(owner, [])
             for session in known:
-                if session.tag == tag:
+                if session.tag is tag or session.tag == tag:
                     if piece:
                         self.row = 0  # the next new session belongs to another model
                     return session
