@@ -124,14 +124,29 @@ def _compile(graph_module: fx.GraphModule, inputs: Sequence[Any], config: Config
     if captured.dynamic:
         _build_all(graph, inputs)
 
-    def make(row: int, notices: Notices) -> Session:
-        return Session(config, lambda place: limit(config, place), row, notices)
+    notices = Notices()
+
+    def make(row: int, said: Notices) -> Session:
+        return Session(config, lambda place: limit(config, place), row, said)
 
     def call(*values: Any) -> Any:
-        owner = values[graph.owner]
-        return registry.session_of(owner, config, graph.is_piece, make).call(graph, values)
+        session = registry.session_of(values[graph.owner], config, graph.is_piece, make)
+        if graph.in_passing(session, session.calls):
+            return _dense(graph, values, notices)
+        return session.call(graph, values)
 
     return call
+
+
+def _dense(graph: Graph, values: Sequence[Any], notices: Notices) -> Any:
+    reason = (
+        "the model's Parameter objects are replaced at every call (hooks of sequential offloading do that), so that "
+        "caches cannot be kept by them"
+    )
+    if graph.config.strict:
+        raise FallbackError.of("this call", reason)
+    notices.once(logger("runtime"), f"running dense: {reason}")
+    return graph.variants.original()(*values)
 
 
 def _build_all(graph: Graph, inputs: Sequence[Any]) -> None:

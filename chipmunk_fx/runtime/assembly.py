@@ -110,6 +110,8 @@ class Assembly:
 
     def _residuals(self) -> dict[str, torch.Tensor]:
         """By name of the input, what is kept of every stream."""
+        if not self.plan.streams:
+            return {}
         slots = [
             Slot(f"residual_{i}", evaluate(shape(stream.stop), self.symbols), stream.stop.meta["val"].dtype)
             for i, stream in enumerate(self.plan.streams)

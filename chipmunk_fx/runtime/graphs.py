@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 from torch import fx
 
@@ -14,6 +16,8 @@ from chipmunk_fx.graph.plan import Plan
 from chipmunk_fx.graph.state import state_inputs
 from chipmunk_fx.runtime.variants import Variants
 from chipmunk_fx.schedule.phase import Phase
+
+_PASSED = 2  # sessions that were lost after one call before a third is not begun
 
 
 class Graph:
@@ -38,6 +42,8 @@ class Graph:
         settings = (("attention", config.attention), ("mlp", config.mlp))
         self.dense_layers = max((s.dense_layers for k, s in settings if k in kinds), default=0)
         self._without: dict[frozenset[int], Graph] = {}
+        self._stranger: weakref.ref | None = None  # the session met last for the first time
+        self._lost = 0  # such sessions in a row whose parameters were gone before they came again
 
     def without(self, reasons: Mapping[int, str]) -> Graph:
         """The same with some sites (index -> reason) dense, in graphs of its own.
@@ -57,6 +63,16 @@ class Graph:
             plan = replace(self.plan, sites=sites, skips=skips)
             self._without[key] = Graph(self.capture, plan, self.config, self.variants.of(plan), self.owner)
         return self._without[key]
+
+    def in_passing(self, session: Any, calls: int) -> bool:
+        """Whether parameters are replaced at every call, so that no cache would be met again: `session` has had `calls`."""
+        if calls:
+            self._lost = 0
+            return False
+        gone = self._stranger is not None and self._stranger() is None
+        self._lost = self._lost + 1 if gone else 0
+        self._stranger = weakref.ref(session)
+        return self._lost >= _PASSED
 
     @cached_property
     def writes_inputs(self) -> bool:

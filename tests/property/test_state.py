@@ -147,15 +147,9 @@ class Lives(RuleBasedStateMachine):
     def abort(self, key: Any, branch: int) -> None:
         """An exception half-way through the blocks; the sampler goes on with the next step."""
         if life := self.going(key):
-            Wire.tight = True
-            try:
-                with pytest.raises(Tripped):
-                    self.call(self.ours, key, life.inputs(branch))
-                self.mirror()
-                with pytest.raises(Tripped):
-                    self.call(self.twin_of(life), key, life.inputs(branch))
-            finally:
-                Wire.tight = False
+            self.trip(self.ours, key, life.inputs(branch))
+            self.mirror()
+            self.trip(self.twin_of(life), key, life.inputs(branch))
             life.step += 1
 
     @rule()
@@ -235,6 +229,14 @@ class Lives(RuleBasedStateMachine):
             return compiled(*inputs)
         with chipmunk_fx.generation(compiled, key=key):
             return compiled(*inputs)
+
+    def trip(self, compiled: Any, key: Any, inputs: tuple[Tensor, ...]) -> None:
+        Wire.tight = True
+        try:
+            with pytest.raises(Tripped):
+                self.call(compiled, key, inputs)
+        finally:
+            Wire.tight = False
 
     def same(self, key: Any, life: Life, inputs: tuple[Tensor, ...]) -> None:
         got = self.call(self.ours, key, inputs)
