@@ -23,14 +23,16 @@ from chipmunk_fx.graph.geometry import find_geometry
 from chipmunk_fx.graph.inputs import classify
 from chipmunk_fx.graph.match import find
 from chipmunk_fx.graph.pattern import AttentionOperands
-from chipmunk_fx.graph.plan import Plan, make_plan, state_inputs
+from chipmunk_fx.graph.plan import Plan, make_plan
 from chipmunk_fx.graph.sizes import is_data_dependent
 from chipmunk_fx.log import Notices, logger
 from chipmunk_fx.patterns import ALL
 from chipmunk_fx.runtime import registry
-from chipmunk_fx.runtime.gate import budget, cost_gate, fit
+from chipmunk_fx.runtime.gate import cost_gate
+from chipmunk_fx.runtime.graphs import Graph
+from chipmunk_fx.runtime.placement import fit, limit, notes
 from chipmunk_fx.runtime.report import Report, explain_model, report_of
-from chipmunk_fx.runtime.session import Graph, Session
+from chipmunk_fx.runtime.session import Session
 from chipmunk_fx.runtime.summary import Summary, summarize
 from chipmunk_fx.runtime.variants import Variants, inductor_patches, lower
 from chipmunk_fx.schedule.phase import Phase
@@ -115,33 +117,45 @@ def _compile(graph_module: fx.GraphModule, inputs: Sequence[Any], config: Config
     except Exception as error:  # a graph unlike any seen so far must not cost the user the model
         _log.debug("analysis failed", exc_info=True)
         return _unchanged(graph_module, inputs, config, f"its analysis failed ({type(error).__name__}: {error})")
-    _log.info("%s", _report(captured, plan))
+    _log.info("%s", _report(captured, plan, config))
     if not plan.rewritten and not plan.streams:
         return _unchanged(graph_module, inputs, config, _why_nothing(plan))
-    if config.memory.offload != "none":
-        _log.warning(
-            "memory.offload = %r is not available yet: caches stay on the device, within memory.budget_gb",
-            config.memory.offload,
-        )
     graph = Graph(captured, plan, config, Variants(graph_module, captured, plan, config))
     if captured.dynamic:
         _build_all(graph, inputs)
 
+    notices = Notices()
+
+    def make(row: int, said: Notices) -> Session:
+        return Session(config, lambda place: limit(config, place), row, said)
+
     def call(*values: Any) -> Any:
-        owner = values[graph.owner]
-        make = lambda row, notices: Session(config, lambda device: budget(config, device), row, notices)  # noqa: E731
-        return registry.session_of(owner, config, graph.is_piece, make).call(graph, values)
+        session = registry.session_of(values[graph.owner], config, graph.is_piece, make)
+        if graph.in_passing(session, session.calls):
+            return _dense(graph, values, notices)
+        return session.call(graph, values)
 
     return call
 
 
+def _dense(graph: Graph, values: Sequence[Any], notices: Notices) -> Any:
+    reason = (
+        "the model's Parameter objects are replaced at every call (hooks of sequential offloading do that), so that "
+        "caches cannot be kept by them"
+    )
+    if graph.config.strict:
+        raise FallbackError.of("this call", reason)
+    notices.once(logger("runtime"), f"running dense: {reason}")
+    return graph.variants.original()(*values)
+
+
 def _build_all(graph: Graph, inputs: Sequence[Any]) -> None:
     """All variants now: guards that a variant built later would add are not enforced under dynamic shapes."""
-    scratch = Session(graph.config, lambda device: sys.maxsize, 0, Notices())
+    scratch = Session(graph.config, lambda place: sys.maxsize, 0, Notices())
     state = scratch.example_state(graph, inputs)
     graph.variants.original()
     for phase in variants_of(graph.plan):
-        graph.variants.get(phase, state[: len(state_inputs(graph.plan, phase))])
+        graph.variants.get(phase, state[: graph.counts[phase]])
 
 
 def variants_of(plan: Plan) -> list[Phase]:
@@ -190,10 +204,10 @@ def _config_of(config: Any) -> Config:
     return Config.from_options({"config": str(config)}, None)
 
 
-def _report(captured: Capture, plan: Plan) -> Report:
+def _report(captured: Capture, plan: Plan, config: Config) -> Report:
     region = plan.region
     told = f"no step can be skipped: {region}" if isinstance(region, str) else f"blocks that can be skipped: {region}"
-    return report_of(plan, [entry.name for entry in captured.inputs], [told])
+    return report_of(plan, [entry.name for entry in captured.inputs], [told, *notes(plan, config)])
 
 
 def _inspect(graph_module: fx.GraphModule, inputs: Sequence[Any], config: Config) -> Report:
@@ -201,4 +215,4 @@ def _inspect(graph_module: fx.GraphModule, inputs: Sequence[Any], config: Config
         captured, plan = analyse(graph_module, inputs, config)
     except Uncapturable as reason:
         return Report((), None, None, (), "unknown", 0.0, (f"a graph stays as it is: {reason}",))
-    return _report(captured, plan)
+    return _report(captured, plan, config)

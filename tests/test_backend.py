@@ -496,11 +496,6 @@ def test_inputs_on_which_the_model_was_not_compiled():
 
 
 @torch.no_grad()
-def test_offloading_that_is_not_there_yet_is_said(caplog: pytest.LogCaptureFixture):
-    compiled(TinyDiT(depth=1), memory__offload="all")(*CALL[:2], text=CALL[2])
-    assert any("memory.offload = 'all' is not available yet" in message for message in warnings_of(caplog))
-
-
 @torch.no_grad()
 def test_a_graph_that_breaks_the_analysis_is_left_alone(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch

@@ -20,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 _UNCAST = ("to", "float", "view", "reshape", "transpose", "permute")  # methods that autocast leaves alone
 _KERNELS = 5  # that a context puts back when it is left: all
+_OF_DYNAMO = ("dynamo_compile_id",)  # a graph without it has no static inputs for AOTAutograd, hence no CUDA graphs
 SDPA_CHOICE = "chipmunk_sdpa"  # in a node's meta["custom"]: names of the attention kernels that the user allows there
 
 
@@ -108,6 +109,7 @@ def _describe(original: fx.GraphModule, traced: fx.GraphModule, fakes: Sequence[
             "tensor_dict", {}
         )
         inputs.append(Input(user_name(old), is_parameter, fake))
+    traced.meta |= {key: original.meta[key] for key in _OF_DYNAMO if key in original.meta}
     return tuple(inputs)
 
 

@@ -53,6 +53,7 @@ class Site:
     tokens_first: bool = False  # an MLP on [N, B, C], not [B, N, C]
     status: Literal["rewritten", "dense"] = "rewritten"
     reason: str = ""
+    place: Literal["device", "host"] = "device"  # where its caches lie between steps
 
     @property
     def rows(self) -> Size:
@@ -66,20 +67,6 @@ class Site:
         b, n, c, f, out = self.hints
         gated = isinstance(self.operands, MlpOperands) and self.operands.wu is not None
         return 2 * b * n * f * (c * (2 if gated else 1) + out)
-
-
-@dataclass(frozen=True)
-class StateInput:
-    """A tensor that the runtime appends to a call's arguments.
-
-    The clock, what is known of a mask, what the blocks added to a stream and how far that moved, a table of a sequence, or
-    a cache of a site. `of`: index of the mask, stream or site.
-    """
-
-    name: str
-    role: Literal["clock", "valid", "span", "residual", "change", "order", "always", "slot"]
-    of: int | None = None
-    slot: str | None = None
 
 
 @dataclass(frozen=True)
@@ -210,28 +197,6 @@ def number_layers(candidates: Sequence[Candidate], latents: fx.Node | None) -> d
         elif candidate.kind == "mlp" and (layer := order.get(block) if block else last) is not None:
             layers[candidate] = layer
     return layers
-
-
-def state_inputs(plan: Plan, phase: Phase) -> tuple[StateInput, ...]:
-    """What the variant of `phase` takes after the graph's own inputs, in this order."""
-    entries = [StateInput(f"{role}_{i}", role, i) for i in range(len(plan.masks)) for role in ("valid", "span")]
-    if plan.stores(phase) or phase is Phase.SKIP:
-        entries += [StateInput(f"residual_{i}", "residual", i) for i in range(len(plan.streams))]
-    if plan.stores(phase) and plan.measured:
-        entries += [StateInput(f"change_{i}", "change", i) for i in range(len(plan.streams))]
-    if phase in (Phase.DENSE, Phase.SKIP):
-        return tuple(entries)
-    entries.append(StateInput("clock", "clock"))
-    for site in plan.rewritten:
-        if plan.has_tables:
-            entries.append(StateInput(f"order_{site.index}", "order", site.index))
-            if site.kind == "attention":
-                entries.append(StateInput(f"always_{site.index}", "always", site.index))
-        names = (
-            ("rest", "share", "lists") if site.kind == "attention" else ("hidden", "out", "mean", "lists", "by_neuron")
-        )
-        entries += [StateInput(f"{name}_{site.index}", "slot", site.index, name) for name in names]
-    return tuple(entries)
 
 
 def _embeds(candidate: Candidate, latents: fx.Node | None) -> str | None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.source import ConstantSource
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from chipmunk_fx.config import Config
 from chipmunk_fx.graph.capture import SDPA_CHOICE, Capture
 from chipmunk_fx.graph.pattern import AttentionOperands, Kept, MlpOperands, Part
-from chipmunk_fx.graph.plan import Plan, Site, StateInput, state_inputs
+from chipmunk_fx.graph.plan import Plan, Site
 from chipmunk_fx.graph.region import Region
+from chipmunk_fx.graph.state import StateInput, lanes, slot_names, state_inputs
 from chipmunk_fx.graph.walk import is_used
 from chipmunk_fx.schedule.phase import Phase
 
@@ -52,7 +54,15 @@ def rewrite(capture: Capture, plan: Plan, config: Config, phase: Phase) -> fx.Gr
 
 
 def _module(capture: Capture, graph: fx.Graph) -> fx.GraphModule:
-    return fx.GraphModule(capture.module, graph)
+    """What AOTAutograd takes for a graph of Dynamo's: with a source, or none, for all that comes in."""
+    module = fx.GraphModule(capture.module, graph)
+    module.meta |= capture.module.meta
+    constants = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+    module._param_name_to_source = {name: ConstantSource(f"chipmunk_{name}") for name in constants}  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+    for node in graph.nodes:
+        if node.op == "placeholder" and not hasattr(node, "_dynamo_source"):
+            node._dynamo_source = None
+    return module
 
 
 def _skip(
@@ -92,7 +102,7 @@ def _placeholders(graph: fx.Graph, entries: tuple[StateInput, ...]) -> dict[tupl
             last = graph.placeholder(f"chipmunk_{entry.name}")
         # Static for CUDA graphs, yet never guarded: the runtime swaps them from call to call.
         last.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
-        made[entry.of, entry.slot or entry.role] = last
+        made[entry.key] = last
     return made
 
 
@@ -110,14 +120,17 @@ class _Writer:
     ) -> None:
         self.graph, self.copied, self.state, self.plan = graph, copied, state, plan
         self.config, self.phase = config, phase
+        self.lanes = lanes(plan) if phase in (Phase.REFRESH, Phase.SPARSE) else {}
 
     def replace(self, site: Site) -> None:
         anchor = self.copied[site.nodes[0]]
         with self.graph.inserting_before(anchor):
+            self._fetch(site)
             if isinstance(site.operands, AttentionOperands):
                 new = self._attention(site, site.operands)
             else:
                 new = self._mlp(site, site.operands)
+            self._keep_caches(site)
         for key in ("nn_module_stack", "stack_trace"):
             if key in anchor.meta:
                 new.meta[key] = anchor.meta[key]
@@ -227,7 +240,51 @@ class _Writer:
         return self._laid(node, tuple(sorted(out).index(d) for d in out))
 
     def _slot(self, site: Site, name: str) -> fx.Node:
-        return self.state[site.index, name]
+        lane = self.lanes.get(site.index)
+        return self.state[site.index, name] if lane is None else self.state[lane, f"stage {name}"]
+
+    def _fetch(self, site: Site) -> None:
+        """Wait for this site's caches to be on the device, and have the next site's copied while this one computes."""
+        order = list(self.lanes)
+        if site.index not in self.lanes:
+            return
+        place = order.index(site.index)
+        if place == 0:
+            self._bring((), 0, site)
+        ready = [self._slot(site, name) for name in slot_names(site)]
+        coming = self.plan.sites[order[place + 1]] if place + 1 < len(order) else None
+        self._bring(ready, self.lanes[site.index], coming)
+
+    def _bring(self, ready: Sequence[fx.Node], lane: int, coming: Site | None) -> None:
+        names = () if coming is None else self._touched(coming, reads=True)
+        host = [self.state[coming.index, name] for name in names] if coming else []
+        stage = [self._slot(coming, name) for name in names] if coming else []
+        if ready or host:
+            arguments = list(ready), host, stage, self.state[None, "lanes"]
+            kwargs = {"lane": lane, "coming": self.lanes[coming.index] if coming else lane}
+            self.graph.call_function(torch.ops.chipmunk.cache_fetch.default, arguments, kwargs)
+
+    def _keep_caches(self, site: Site) -> None:
+        """Look for nan and inf in what the site has written, and send it home."""
+        written = self._touched(site, reads=False)
+        if not written:
+            return
+        told = self._slot(site, "rest" if site.kind == "attention" else "out")
+        self.graph.call_function(torch.ops.chipmunk.cache_watch.default, (told, self.state[None, "broken"]))
+        if (lane := self.lanes.get(site.index)) is not None:
+            stage, host = [self._slot(site, n) for n in written], [self.state[site.index, n] for n in written]
+            arguments = stage, host, self.state[None, "lanes"]
+            self.graph.call_function(torch.ops.chipmunk.cache_store.default, arguments, {"lane": lane})
+
+    def _touched(self, site: Site, reads: bool) -> tuple[str, ...]:
+        """The caches that the site's op reads, or those that it writes, in this phase."""
+        if site.status == "dense" or self.phase not in (Phase.REFRESH, Phase.SPARSE):
+            return ()
+        names = slot_names(site)
+        if self.phase is Phase.REFRESH:
+            return () if reads else names
+        written = () if site.kind == "attention" else tuple(name for name in names if name != "by_neuron")
+        return names if reads else written
 
 
 def _through(operands: AttentionOperands | MlpOperands) -> tuple[fx.Node, ...]:

@@ -33,15 +33,15 @@ def unbacked(sizes: Iterable[Size]) -> set[Any]:
 
 
 def bindings(fakes: Sequence[Any], values: Sequence[Any]) -> dict[Any, int]:
-    """What the symbols of the compiled graph stand for in this call."""
+    """What the symbols of the compiled graph stand for in this call; while compiling, what they are seen to be, unguarded."""
     known: dict[Any, int] = {}
     for fake, value in zip(fakes, values, strict=True):
         if isinstance(fake, torch.SymInt):
-            known[fake.node.expr] = int(value)
+            known[fake.node.expr] = hint(value)
         elif isinstance(fake, torch.Tensor):
             for size, actual in zip(fake.shape, value.shape, strict=True):
                 if isinstance(size, torch.SymInt):
-                    known[size.node.expr] = int(actual)
+                    known[size.node.expr] = hint(actual)
     return known
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from chipmunk_fx.ops.attention import attention_dense, attention_refresh, attention_sparse
 from chipmunk_fx.ops.mlp import mlp_refresh, mlp_sparse
 from chipmunk_fx.ops.region import region_add, region_store
+from chipmunk_fx.ops.transfer import cache_fetch, cache_store, cache_watch
 
 NAMESPACE = "chipmunk"
 
@@ -41,6 +42,11 @@ SCHEMAS = MappingProxyType(
         ),
         "region_store": "(Tensor start, Tensor stop, Tensor(a!) residual, Tensor(b!)? change) -> ()",
         "region_add": "(Tensor start, Tensor residual) -> Tensor",
+        "cache_fetch": (
+            "(Tensor(a!)[] ready, Tensor[] host, Tensor(b!)[] stage, Tensor lanes, *, int lane, int coming) -> ()"
+        ),
+        "cache_store": "(Tensor[] stage, Tensor(a!)[] host, Tensor lanes, *, int lane) -> ()",
+        "cache_watch": "(Tensor cache, Tensor(a!) broken) -> ()",
         "mlp_refresh": f"({_MLP}) -> Tensor",
         "mlp_sparse": f"({_MLP}, float random_density, int seed, int site) -> Tensor",
     }
@@ -52,6 +58,9 @@ REFERENCE: MappingProxyType[str, Callable[..., Any]] = MappingProxyType(
         "attention_sparse": attention_sparse,
         "region_store": region_store,
         "region_add": region_add,
+        "cache_fetch": cache_fetch,
+        "cache_store": cache_store,
+        "cache_watch": cache_watch,
         "mlp_refresh": mlp_refresh,
         "mlp_sparse": mlp_sparse,
     }
@@ -115,6 +124,7 @@ FAKES: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "mlp": mlp_fake,
         "region_store": lambda start, stop, residual, change: None,
         "region_add": region_fake,
+        "cache": lambda *_, **__: None,
     }
 )
 

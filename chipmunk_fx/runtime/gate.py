@@ -1,19 +1,14 @@
-"""The cost gate: why a site would not be faster sparse, from measured costs; and the memory budget."""
+"""The cost gate: why a site would not be faster sparse, from measured costs."""
 
 from __future__ import annotations
-
-import os
-from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from chipmunk_fx.config import Config
-from chipmunk_fx.graph.plan import Plan, Site
+from chipmunk_fx.graph.plan import Site
 from chipmunk_fx.kernels import BACKENDS
 from chipmunk_fx.runtime.costs import at
-from chipmunk_fx.runtime.footprint import cache_bytes, density
-from chipmunk_fx.runtime.registry import held
+from chipmunk_fx.runtime.footprint import density
 
 # Least rows for which ten steps with one refresh beat ten dense ones: bounds set between sizes measured on two cores with
 # AVX-512 and AMX at the default densities (3 heads of 64; ms for dense, refresh, sparse). fp32 attention: 512 rows 0.75,
@@ -70,40 +65,3 @@ def _on_cuda(site: Site, config: Config) -> str | None:
             f"density {share:.2f} of {rows} rows on cuda, refreshed every {every} steps: {cost:.2f} of the dense time"
         )
     return None
-
-
-def fit(plan: Plan, config: Config) -> Plan:
-    """Keep sites dense until the caches of the expected branches fit the budget: MLP sites first, the last ones first."""
-    if not plan.rewritten:
-        return plan
-    branches = config.schedule.branches or 1
-    limit = budget(config, plan.rewritten[0].device)
-    sizes = {s.index: cache_bytes(s, config, branches) for s in plan.rewritten}
-    sites = list(plan.sites)
-    for kind in ("mlp", "attention"):
-        for site in [s for s in reversed(plan.rewritten) if s.kind == kind]:
-            total = sum(sizes.values())
-            if total <= limit:
-                return replace(plan, sites=tuple(sites))
-            reason = f"memory budget: caches of {total / 1e9:.3g} GB, {limit / 1e9:.3g} GB allowed (memory.budget_gb)"
-            sites[site.index] = replace(site, status="dense", reason=reason)
-            del sizes[site.index]
-    return replace(plan, sites=tuple(sites))
-
-
-def budget(config: Config, device: torch.device) -> int:
-    """Bytes that caches may take: memory.budget_gb, or 60 % of what is free on the device (host: 50 %) or theirs already."""
-    if config.memory.budget_gb != "auto":
-        return int(float(config.memory.budget_gb) * 1e9)
-    if device.type == "cuda":
-        return int(0.6 * (torch.cuda.mem_get_info(device)[0] + held(config)))
-    return int(0.5 * (_host_memory() + held(config)))
-
-
-def _host_memory() -> int:
-    """Bytes that the host can give, what it uses to cache files included."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
 from chipmunk_fx.runtime.known import Known
 from chipmunk_fx.runtime.tables import Tables
 from chipmunk_fx.schedule.phase import Phase
 from chipmunk_fx.schedule.policies import Drift
 from chipmunk_fx.schedule.timeline import Timeline
+from chipmunk_fx.state.health import Health
+from chipmunk_fx.state.store import Home
 
 BIRTHS = itertools.count()
 
 
 @dataclass(frozen=True)
 class Fallback:
-    """A call, or a branch of one, that ran dense though the schedule had another phase for it."""
+    """A call that did not do what the schedule had for it: its `phase` was "dense", or "refresh" where a cache was broken."""
 
     step: int
     branch: int
     reason: str
+    phase: Phase = Phase.DENSE
 
 
 @dataclass(frozen=True)
@@ -39,20 +41,31 @@ class Record:
     graph: weakref.ref
 
 
+@dataclass(frozen=True)
+class Held:
+    """What a site keeps for one branch: its share of columns, and bytes by slot name of what is its own."""
+
+    share: float
+    slots: dict[str, int]
+
+
 @dataclass
 class Branch:
-    """Caches of one branch: Parameter -> ordinal -> tensors by slot name."""
+    """Caches of one branch: Parameter -> ordinal -> cell."""
 
-    caches: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
-    held: dict[int, tuple[float, int]] = field(
-        default_factory=dict
-    )  # site index -> (share of columns, bytes of its own)
+    caches: Home = field(default_factory=Home)
+    held: dict[int, Held] = field(default_factory=dict)  # by site index
     last_refresh: int | None = None
     last_computed: int | None = None  # a step whose residual can serve again
     apart: int | None = None  # steps between it and the one computed before
     changes: tuple[torch.Tensor, ...] = ()  # of the residual of each stream between the two, fp32 [1] on the device
     known: Known = Known()  # what was known of masks at that refresh
     sparse_steps: int = 0  # since the last refresh
+    health: Health | None = None
+
+    def forget(self) -> None:
+        """Nothing cached is valid; buffers are kept for reuse."""
+        self.last_refresh = self.last_computed = self.apart = None
 
     def computed(self, step: int) -> None:
         """`step` has left a residual that can serve again."""
@@ -65,10 +78,6 @@ class Branch:
         if self.last_computed is None or self.apart is None or not self.changes:
             return None
         return Drift(max(float(change) for change in self.changes), self.apart, self.last_computed)
-
-    @property
-    def bytes(self) -> int:
-        return bytes_of(self.caches)
 
 
 @dataclass(frozen=True)
@@ -97,20 +106,16 @@ class Track:
     prepared: dict[Any, Prepared] = field(default_factory=dict)
     last_call: int = 0
     begun: int = 0  # larger for the generation that began later, over all sessions
+    shape: Hashable = None  # of the latents
 
-    def begin(self) -> None:
-        """A generation begins: nothing cached is valid, buffers are kept for reuse."""
+    def begin(self, shape: Hashable) -> tuple[Branch, ...]:
+        """A generation of this shape begins: nothing cached is valid. Returns the branches whose buffers cannot serve it."""
         self.records, self.fallbacks, self.tables, self.grid, self.prepared = [], [], {}, None, {}
         self.begun = next(BIRTHS)
         for branch in self.branches.values():
-            branch.last_refresh = branch.last_computed = branch.apart = None
-
-    @property
-    def bytes(self) -> int:
-        return sum(b.bytes for b in self.branches.values())
-
-
-def bytes_of(caches: WeakIdKeyDictionary) -> int:
-    """Of caches by Parameter, ordinal and slot name."""
-    slots = (tensors for sites in caches.values() for tensors in sites.values())
-    return sum(t.numel() * t.element_size() for tensors in slots for t in tensors.values())
+            branch.forget()
+        gone = tuple(self.branches.values()) if shape != self.shape else ()
+        if gone:
+            self.branches = {}
+        self.shape = shape
+        return gone

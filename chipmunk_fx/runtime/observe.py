@@ -33,8 +33,13 @@ class Observer:
         if roles.latents is None:
             return Observation(tuple(times.tolist()), text)
         latents = values[roles.latents]
-        host = torch.cat([times.to(latents.device), _sample(latents)]).tolist()
-        return Observation(tuple(host[: len(times)]), text, _signature(latents), tuple(host[len(times) :]))
+        sample = _sample(latents)
+        if latents.device.type == "cpu":
+            told, seen = times.tolist(), sample.tolist()
+        else:  # once for both
+            host = torch.cat([times.to(latents.device, torch.float64), sample.to(torch.float64)]).tolist()
+            told, seen = host[: len(times)], host[len(times) :]
+        return Observation(tuple(told), text, _signature(latents), tuple(seen))
 
     def _text(self, tensor: torch.Tensor) -> Hashable:
         version = None if tensor.is_inference() else tensor._version
@@ -59,14 +64,17 @@ def fingerprint(tensor: torch.Tensor) -> tuple[tuple[int, ...], int]:
 
 
 def _numbers(value: Any) -> torch.Tensor:
-    times = torch.as_tensor(value).detach().reshape(-1).to(torch.float64)
-    return times if len(times) <= _TIMES else torch.stack([times.sum(), times.amin(), times.amax()])
+    times = torch.as_tensor(value).detach().reshape(-1)
+    if len(times) <= _TIMES:
+        return times
+    times = times.to(torch.float64)
+    return torch.stack([times.sum(), times.amin(), times.amax()])
 
 
 def _sample(latents: torch.Tensor) -> torch.Tensor:
     flat = latents.detach().reshape(-1)
     stride = max(1, flat.numel() // _SAMPLE)
-    return flat[::stride][:_SAMPLE].to(torch.float64)
+    return flat[: stride * _SAMPLE : stride]
 
 
 def _piece_signature(roles: Roles, values: Sequence[Any]) -> Hashable:

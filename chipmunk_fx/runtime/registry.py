@@ -20,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from chipmunk_fx.errors import NotCompiledError
 from chipmunk_fx.log import Notices
+from chipmunk_fx.state.store import Account
 
 if TYPE_CHECKING:
     from chipmunk_fx.runtime.session import Session
@@ -40,7 +41,7 @@ class _Registry:
         with self.lock:
             known = self.by_parameter.setdefault(owner, [])
             for session in known:
-                if session.tag == tag:
+                if session.tag is tag or session.tag == tag:
                     if piece:
                         self.row = 0  # the next new session belongs to another model
                     return session
@@ -50,9 +51,10 @@ class _Registry:
             self.row += piece
             return session
 
-    def held(self, tag: Any) -> int:
+    def held(self, tag: Any) -> Account:
         with self.lock:
-            return sum(s.held for known in self.by_parameter.values() for s in known if s.tag == tag)
+            own = [s.held for known in self.by_parameter.values() for s in known if s.tag == tag]
+        return sum(own, Account())
 
 
 _REGISTRY = _Registry()
@@ -80,7 +82,7 @@ def session_of(owner: torch.Tensor, tag: Any, piece: bool, make: Make) -> Sessio
     return _REGISTRY.session_of(owner, tag, piece, make)
 
 
-def held(tag: Any) -> int:
+def held(tag: Any) -> Account:
     """Bytes of the caches of all sessions with these settings: the blocks of a model share its memory budget."""
     return _REGISTRY.held(tag)
 

@@ -4,57 +4,36 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
-from chipmunk_fx.config import AttentionConfig, Config
+from chipmunk_fx.config import Config
 from chipmunk_fx.errors import FallbackError
-from chipmunk_fx.graph.capture import Capture
-from chipmunk_fx.graph.plan import Plan, Site, state_inputs
-from chipmunk_fx.graph.sizes import bindings, evaluate
-from chipmunk_fx.graph.walk import shape
 from chipmunk_fx.log import Notices, logger
-from chipmunk_fx.runtime.footprint import site_slots
-from chipmunk_fx.runtime.generations import BIRTHS, Branch, Fallback, Prepared, Record, Track, bytes_of
-from chipmunk_fx.runtime.known import Known, Padding, Prober
+from chipmunk_fx.runtime.assembly import Assembly, SiteOutOfMemory, masks
+from chipmunk_fx.runtime.faults import Faults
+from chipmunk_fx.runtime.generations import BIRTHS, Branch, Fallback, Prepared, Record, Track
+from chipmunk_fx.runtime.graphs import Graph
+from chipmunk_fx.runtime.known import Known, Prober
 from chipmunk_fx.runtime.observe import Observer
 from chipmunk_fx.runtime.registry import Unnamed, active_scope, held
-from chipmunk_fx.runtime.tables import Tables, attention_tables
-from chipmunk_fx.runtime.variants import Variants
 from chipmunk_fx.schedule.phase import Phase
 from chipmunk_fx.schedule.policies import policy_from
 from chipmunk_fx.schedule.timeline import Position, Timeline
-from chipmunk_fx.state.slots import Slot
+from chipmunk_fx.state.store import Account, Home, Place, Store, account
 
 _log = logger("runtime")
-_REGION = -1  # in place of a site's ordinal
-
-
-class Graph:
-    """One compiled graph: what it was captured as, its plan, its variants. Shared by all models it serves."""
-
-    def __init__(self, capture: Capture, plan: Plan, config: Config, variants: Variants) -> None:
-        self.capture, self.plan, self.config, self.variants = capture, plan, config, variants
-        self.entries = state_inputs(plan, Phase.REFRESH)
-        parameters = (i for i, entry in enumerate(capture.inputs) if entry.is_parameter)
-        self.owner = (plan.rewritten or plan.sites)[0].owner if plan.sites else next(parameters)
-        self.clock = next(i for i, entry in enumerate(self.entries) if entry.role == "clock")
-        self.is_piece = plan.roles.timestep is None
-        self.free = [i for i, entry in enumerate(capture.inputs) if entry.is_tensor and not entry.is_parameter]
-        kinds = {s.kind for s in plan.rewritten}
-        settings = (("attention", config.attention), ("mlp", config.mlp))
-        self.dense_layers = max((s.dense_layers for k, s in settings if k in kinds), default=0)
+_BROKEN = "nan or inf in a cache"
 
 
 class Session:
     """Serves the calls of one model under one set of options; one call at a time."""
 
-    def __init__(self, config: Config, budget: Callable[[torch.device], int], arrival: int, notices: Notices) -> None:
-        self.config, self.budget, self.arrival, self.notices = config, budget, arrival, notices
+    def __init__(self, config: Config, limit: Callable[[Place], int], arrival: int, notices: Notices) -> None:
+        self.config, self.limit, self.arrival, self.notices = config, limit, arrival, notices
         self.tag: Any = config
         self.born = next(BIRTHS)
         self.lock = threading.RLock()
@@ -63,9 +42,10 @@ class Session:
         self.policy = policy_from(config.schedule)
         self.computing = policy_from(replace(config.schedule, skip_steps=None, skip_threshold=None))
         self.tracks: dict[Any, Track] = {}
-        self.shared: WeakIdKeyDictionary = WeakIdKeyDictionary()  # what the branches of a site have in common
-        self.shared_bytes: dict[int, int] = {}  # by site index
-        self.held = 0  # bytes of all caches, read by other sessions
+        self.store = Store()
+        self.faults = Faults()
+        self.shared_bytes: dict[int, dict[str, int]] = {}  # by site index and slot name
+        self.held = Account()  # of all caches, read by other sessions
         self.calls = 0
         self.latest: Any = None
 
@@ -83,127 +63,178 @@ class Session:
             for track in self.tracks.values():
                 track.timeline.reset()
 
+    def account(self) -> Account:
+        """Of all caches; the buffers that those on the host pass through are not among them."""
+        return account(self._homes())
+
     def _serve(self, graph: Graph, values: Sequence[Any]) -> Any:
         track, position = self._locate(graph, values)
         branch = track.branches.setdefault(position.branch, Branch())
         known = self._known(graph, values)
-        phase = self._phase(graph, track, branch, position, known)
-        state: list[torch.Tensor] | None = None
-        if phase is not Phase.DENSE or (graph.plan.streams and position.decided and not graph.plan.rewritten):
-            phase, state = self._ready(graph, track, branch, position, phase, values, known)
+        self._look_for_damage(track, branch, position)
+        graph, phase, state = self._ready(graph, track, branch, position, values, known)
         before = branch.last_refresh, branch.last_computed
         branch.last_refresh = branch.last_computed = None  # an exception leaves the branch without valid caches
-        if state is not None:
-            result = graph.variants.get(phase, state)(*values, *state)
-        elif phase is Phase.DENSE and graph.plan.masks and graph.plan.rewritten and not known.problem:
-            state = self._masks(graph, values, known)
-            result = graph.variants.get(phase, state)(*values, *state)
-        else:
-            result = graph.variants.original()(*values)
+        result, problem = self._run(graph, phase, values, state)
+        if problem is not None:
+            del state
+            return self._rescue(graph, track, position, values, problem)
         branch.last_refresh, branch.last_computed = before
-        stored = state is not None and graph.plan.stores(phase)
+        stored = state is not None and graph.skips and graph.plan.stores(phase)
         self._passed(track, branch, phase, position, known, graph, stored=stored)
         return result
 
+    def _run(
+        self, graph: Graph, phase: Phase, values: Sequence[Any], state: list[torch.Tensor] | None
+    ) -> tuple[Any, Exception | None]:
+        """The result, or why there is none: a variant of ours that failed."""
+        if state is None:
+            return graph.variants.original()(*values), None
+        try:
+            return graph.variants.get(phase, state)(*values, *state), None
+        except Exception as error:
+            if graph.writes_inputs:
+                raise
+            return None, error.with_traceback(None)  # which would keep the caches alive
+
+    def _rescue(self, graph: Graph, track: Track, position: Position, values: Sequence[Any], problem: Exception) -> Any:
+        """Run dense in place of a variant that failed; where that fails too, it is the model's own failure."""
+        if isinstance(problem, torch.OutOfMemoryError):
+            self._free(self.tracks.values())
+        result = graph.variants.original()(*values)
+        reason = f"a rewritten graph failed ({type(problem).__name__}: {str(problem).splitlines()[0]})"
+        if self.config.strict:
+            raise FallbackError.of(f"step {position.step}, branch {position.branch}", reason) from problem
+        self.faults.condemn(graph, reason)
+        self._fall_back(track, position, reason)
+        track.records.append(Record(position.step, position.branch, Phase.DENSE, weakref.ref(graph)))
+        return result
+
     def _ready(
+        self, graph: Graph, track: Track, branch: Branch, position: Position, values: Sequence[Any], known: Known
+    ) -> tuple[Graph, Phase, list[torch.Tensor] | None]:
+        """The graph and phase that faults and caches allow, and the tensors to append; none where nothing is rewritten."""
+        while True:
+            able = self.faults.able(graph, values)
+            phase = self._phase(able, track, branch, position, known)
+            failed = self.faults.of(able)
+            if phase is Phase.DENSE and (able.rewrites or not able.skips or not position.decided or failed):
+                masked = able.masked and able.rewrites and not known.problem and not failed
+                return able, phase, masks(able, values, known) if masked else None
+            try:
+                return able, *self._cached(able, track, branch, position, phase, values, known)
+            except _OverBudget as over:
+                self.store.drop([branch.caches])
+                track.prepared.clear()
+                self.held = self.account()
+                return able, self._fall_back(track, position, str(over)), None
+            except SiteOutOfMemory as error:
+                self._exempt(track, position, values, error)
+
+    def _cached(
         self, graph: Graph, track: Track, branch: Branch, position: Position, phase: Phase, values: Sequence[Any],
         known: Known,
-    ) -> tuple[Phase, list[torch.Tensor] | None]:  # fmt: skip
-        """The phase that the caches allow, and its tensors; none where the call has to be dense."""
-        try:
-            state, whole = self._state(graph, track, branch, values, known)
-        except _OverBudget as over:
-            branch.caches.clear()
-            track.prepared.clear()
-            self.held = self.bytes
-            return self._fall_back(track, position, str(over)), None
+    ) -> tuple[Phase, list[torch.Tensor]]:  # fmt: skip
+        """The phase that the caches allow, and its tensors."""
+        state, whole = self._state(graph, track, branch, values, known)
         # caches are new where a parameter was replaced; lists are of no use where other keys are padding
         fresh = not whole or (phase is Phase.SPARSE and not known.same(branch.known))
         if fresh and phase in (Phase.SPARSE, Phase.SKIP):
-            phase = Phase.REFRESH if graph.plan.rewritten else Phase.DENSE
+            phase = Phase.REFRESH if graph.rewrites else Phase.DENSE
         self._set_clock(state[graph.clock], branch, phase, position.step)
-        return phase, state[: len(state_inputs(graph.plan, phase))]
+        return phase, state[: graph.counts[phase]]
+
+    def _state(
+        self, graph: Graph, track: Track, branch: Branch, values: Sequence[Any], known: Known
+    ) -> tuple[list[torch.Tensor], bool]:
+        """The tensors after a call's own inputs, and whether all caches were there already."""
+        key = (weakref.ref(graph), id(branch), tuple([values[i].shape for i in graph.free]))
+        prepared = track.prepared.get(key)
+        if prepared is not None and prepared.serves(values, known):
+            return prepared.state, True
+        assembly = Assembly(
+            graph, self.config, self.store, track, branch, values, known, self.shared_bytes, self._make_room
+        )
+        state = assembly.state()
+        self.held = self.account()
+        owners = tuple((index, weakref.ref(values[index])) for index in graph.owners)
+        track.prepared[key] = Prepared(owners, known, state)
+        return state, assembly.whole
 
     def _known(self, graph: Graph, values: Sequence[Any]) -> Known:
         if graph.plan.probe is None:
-            return Known()
+            return _NOTHING
         if graph not in self.probers:
             self.probers[graph] = Prober(graph.plan.probe)
         return self.probers[graph].ask(values)
-
-    def _masks(self, graph: Graph, values: Sequence[Any], known: Known) -> list[torch.Tensor]:
-        """`valid` [B, M] and `span` of every mask."""
-        state = []
-        symbols = bindings(graph.capture.fakes, values)
-        for index, padding in enumerate(known.paddings):
-            site = next(site for site in graph.plan.sites if graph.plan.mask_of(site) == index)
-            (batch,) = evaluate(site.sizes[:1], symbols)
-            state += [padding.valid.expand(batch, -1).contiguous(), padding.span]
-        return state
 
     def _locate(self, graph: Graph, values: Sequence[Any]) -> tuple[Track, Position]:
         scope = active_scope(values[graph.owner])
         key = scope.key if scope else None
         if key not in self.tracks:
-            self._forget()
             schedule = self.config.schedule
-            self.tracks[key] = Track(Timeline(schedule.steps, schedule.branches, bounded=scope is not None))
+            timeline = Timeline(schedule.steps, schedule.branches, bounded=scope is not None)
+            self.tracks[key] = Track(timeline, **self._inherited())
         track = self.tracks[key]
-        position = track.timeline.advance(
-            self.observer.observe(graph.plan.roles, values), scope.branch if scope else None
-        )
+        seen = self.observer.observe(graph.plan.roles, values)
+        position = track.timeline.advance(seen, scope.branch if scope else None)
         if position.begins:
-            track.begin()
+            self.store.drop([branch.caches for branch in track.begin(seen.shape)])
         self.calls += 1
         track.last_call, self.latest = self.calls, key
         return track, position
 
-    def _forget(self) -> None:
-        """Drop the generations that nobody can enter again; the last one is kept until then for its summary."""
-        self.tracks = {k: t for k, t in self.tracks.items() if not (isinstance(k, Unnamed) and k.over)}
-        self.held = self.bytes
+    def _inherited(self) -> dict[str, Any]:
+        """Buffers of a generation that nobody can enter again, kept until now for its summary; others are freed."""
+        over = [key for key in self.tracks if isinstance(key, Unnamed) and key.over]
+        gone = [self.tracks.pop(key) for key in over]
+        self._free(gone[:-1])
+        self.held = self.account()
+        return {"branches": gone[-1].branches, "shape": gone[-1].shape} if gone else {}
 
     def _phase(self, graph: Graph, track: Track, branch: Branch, position: Position, known: Known) -> Phase:
         if graph.is_piece and self.arrival < graph.dense_layers:
             return Phase.DENSE
         if not position.decided:
             return self._fall_back(track, position, position.reason or "its place in the generation is undecidable")
-        if known.problem and graph.plan.rewritten:
-            return self._fall_back(track, position, known.problem)
-        if not graph.plan.rewritten:
+        if problem := (graph.rewrites and known.problem) or self.faults.of(graph):
+            return self._fall_back(track, position, problem)
+        if not graph.rewrites:
             phase = self.policy.phase(position.step, branch.last_computed, branch.drift)
             return phase if phase is Phase.SKIP else Phase.DENSE
-        if graph.plan.streams:
+        if graph.skips:
             return self.policy.phase(position.step, branch.last_refresh, branch.drift)
-        if self.policy != self.computing:
+        if self.policy is not self.computing and self.policy != self.computing:
             why = "a block does not show what is around it" if graph.is_piece else graph.plan.region
             self.notices.once(_log, f"no step is skipped, whatever schedule.skip_* say ({why})", key="skip")
         return self.computing.phase(position.step, branch.last_refresh)
 
-    def _fall_back(self, track: Track, position: Position, reason: str) -> Phase:
+    def _look_for_damage(self, track: Track, branch: Branch, position: Position) -> None:
+        """Caches with nan or inf in them are made anew."""
+        if branch.health is not None and branch.health.broken() and branch.last_refresh is not None:
+            self._fall_back(track, position, _BROKEN, Phase.REFRESH)
+            branch.forget()
+
+    def _fall_back(self, track: Track, position: Position, reason: str, phase: Phase = Phase.DENSE) -> Phase:
         if self.config.strict:
             raise FallbackError.of(f"step {position.step}, branch {position.branch}", reason)
-        track.fallbacks.append(Fallback(position.step, position.branch, reason))
-        self.notices.once(_log, f"running dense: {reason}", key=reason)
-        return Phase.DENSE
+        track.fallbacks.append(Fallback(position.step, position.branch, reason, phase))
+        doing = "running dense" if phase is Phase.DENSE else "refreshing caches early"
+        self.notices.once(_log, f"{doing}: {reason}", key=reason)
+        return phase
 
     def _passed(
-        self,
-        track: Track,
-        branch: Branch,
-        phase: Phase,
-        position: Position,
-        known: Known,
-        graph: Graph,
-        *,
+        self, track: Track, branch: Branch, phase: Phase, position: Position, known: Known, graph: Graph, *,
         stored: bool,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if phase is Phase.REFRESH:
             branch.last_refresh, branch.known = position.step, known
         if phase is not Phase.SKIP:
             branch.sparse_steps = branch.sparse_steps + 1 if phase is Phase.SPARSE else 0
             if stored:
                 branch.computed(position.step)
+            if branch.health is not None:
+                branch.health.send()
         track.records.append(Record(position.step, position.branch, phase, weakref.ref(graph)))
         _log.debug("step %d branch %d: %s", position.step, position.branch, phase)
 
@@ -211,134 +242,49 @@ class Session:
         renew = phase is Phase.REFRESH or branch.sparse_steps % self.config.mlp.list_lifetime == 0
         clock.copy_(torch.tensor([step, int(renew)]))
 
-    def _state(
-        self, graph: Graph, track: Track, branch: Branch, values: Sequence[Any], known: Known
-    ) -> tuple[list[torch.Tensor], bool]:
-        """The tensors after a call's own inputs, and whether all caches were there already."""
-        key = (weakref.ref(graph), id(branch), tuple(tuple(values[i].shape) for i in graph.free))
-        prepared = track.prepared.get(key)
-        if prepared is not None and prepared.serves(values, known):
-            return prepared.state, True
-        state, whole = self._assemble(graph, track, branch, values, known)
-        owners = {site.owner: weakref.ref(values[site.owner]) for site in graph.plan.rewritten}
-        track.prepared[key] = Prepared(tuple(owners.items()), known, state)
-        return state, whole
+    def _exempt(self, track: Track, position: Position, values: Sequence[Any], error: SiteOutOfMemory) -> None:
+        """The site stays dense from now on, unless idle generations had memory to give."""
+        if self._free_idle():
+            return
+        site, owner = error.site, values[error.site.owner]
+        self._fall_back(track, position, str(error))
+        self.faults.exempt(owner, site, str(error))
+        for home in self._homes():
+            home.get(owner, {}).pop(site.ordinal, None)
+        for each in self.tracks.values():
+            each.prepared.clear()
+            for branch in each.branches.values():
+                branch.held.pop(site.index, None)
+        self.shared_bytes.pop(site.index, None)
+        self.held = self.account()
 
-    def _assemble(
-        self, graph: Graph, track: Track, branch: Branch, values: Sequence[Any], known: Known
-    ) -> tuple[list[torch.Tensor], bool]:
-        symbols = bindings(graph.capture.fakes, values) | known.lengths
-        if graph.plan.has_grid and track.grid is None:
-            track.grid = graph.plan.geometry.grid(symbols, values)
-        sites = {site.index: site for site in graph.plan.rewritten}
-        device = values[graph.owner].device
-        state = self._masks(graph, values, known)
-        residuals = [
-            Slot(f"residual_{i}", evaluate(shape(stream.stop), symbols), stream.stop.meta["val"].dtype)
-            for i, stream in enumerate(graph.plan.streams)
-        ]
-        streams = range(len(residuals) if graph.plan.measured else 0)
-        changes = [Slot(f"change_{i}", (1,), torch.float32) for i in streams]
-        kept, whole = self._cached(branch.caches, values[graph.owner], _REGION, [*residuals, *changes], device)
-        if changes:
-            branch.changes = tuple(kept[slot.name] for slot in changes)
-        state += [kept[slot.name] for slot in (*residuals, *changes)]
-        caches: dict[int, dict[str, torch.Tensor]] = {}
-        for entry in graph.entries[len(state) :]:
-            if entry.of is None:
-                if track.clock is None or track.clock.device != device:
-                    with torch.inference_mode(False):
-                        track.clock = torch.zeros(2, dtype=torch.int64, device=device)
-                state.append(track.clock)
-                continue
-            site = sites[entry.of]
-            sizes = evaluate(site.sizes, symbols)
-            tables = self._tables(graph, track, site, sizes, device)
-            if entry.role != "slot":
-                state.append(tables.order if entry.role == "order" else tables.always)
-                continue
-            if site.index not in caches:
-                owner, mask = values[site.owner], graph.plan.mask_of(site)
-                padding = None if mask is None else known.paddings[mask]
-                slots = self._slots(site, sizes, tables, padding)
-                caches[site.index] = {}
-                for home, shared in ((branch.caches, False), (self.shared, True)):
-                    some = [slot for slot in slots if slot.shared is shared]
-                    tensors, kept = self._cached(home, owner, site.ordinal, some, device)
-                    caches[site.index] |= tensors
-                    whole = whole and kept
-                columns = padding.keys if padding else sizes[3]
-                size = sum(slot.bytes for slot in slots if not slot.shared)
-                self.shared_bytes[site.index] = sum(slot.bytes for slot in slots if slot.shared)
-                branch.held[site.index] = (caches[site.index]["lists"].shape[-1] / columns, size)
-            state.append(caches[site.index][entry.slot or ""])
-        return state, whole
-
-    def _slots(self, site: Site, sizes: tuple[int, ...], tables: Tables, padding: Padding | None) -> tuple[Slot, ...]:
-        """Densities are shares of the valid keys."""
-        if site.kind == "mlp":
-            return site_slots(site, sizes, self.config, len(tables.order))
-        always = tables.always_count if padding is None else padding.fixed(tables.always)
-        if padding is not None:
-            sizes = (*sizes[:3], padding.keys, sizes[4])
-        return site_slots(site, sizes, self.config, len(tables.order), always)
-
-    def _tables(self, graph: Graph, track: Track, site: Site, sizes: tuple[int, ...], device: torch.device) -> Tables:
-        attention = site.kind == "attention"
-        rows, columns = (sizes[2], sizes[3]) if attention else (sizes[1], sizes[1])
-        key = (site.kind, rows, columns, site.group_rows)
-        if key not in track.tables:
-            layout = graph.plan.geometry.layout(rows, track.grid)
-            raster = self.config.tokens.order == "raster"
-            # An MLP shares the order of rows, not what attention adds to it: dense text rows, local windows.
-            settings = self.config.attention if attention else AttentionConfig()
-            made = attention_tables(layout, rows, columns, site.group_rows, settings, raster)
-            with torch.inference_mode(False):
-                track.tables[key] = Tables(made.order.to(device), made.always.to(device))
-        return track.tables[key]
-
-    def _cached(
-        self, home: WeakIdKeyDictionary, owner: torch.Tensor, ordinal: int, slots: Sequence[Slot], device: torch.device
-    ) -> tuple[dict[str, torch.Tensor], bool]:
-        """The buffers of one site, of one branch or shared by all; allocated where they do not fit the slots."""
-        sites = home.setdefault(owner, {})
-        held = sites.get(ordinal, {})
-        if all(
-            s.name in held and tuple(held[s.name].shape) == s.shape and held[s.name].dtype == s.dtype
-            and held[s.name].device == device
-            for s in slots
-        ):  # fmt: skip
-            return held, True
-        sites.pop(ordinal, None)
-        self.held = self.bytes
-        self._make_room(sum(s.bytes for s in slots), device)
-        with torch.inference_mode(False):  # a cache made in inference mode could not be written outside it
-            made = {s.name: torch.zeros(s.shape, dtype=s.dtype, device=device) for s in slots}
-        sites[ordinal] = made
-        self.held = self.bytes
-        return made, False
-
-    def _make_room(self, need: int, device: torch.device) -> None:
+    def _make_room(self, need: int, place: Place) -> None:
         """Drop the caches of the generations that were called longest ago until `need` bytes fit the budget."""
-        limit = self.budget(device)
-        while need + held(self.tag) > limit:
-            idle = [t for k, t in self.tracks.items() if k != self.latest and t.branches]
-            if not idle:
-                raise _OverBudget(
-                    f"caches of {(need + held(self.tag)) / 1e9:.3g} GB exceed memory.budget_gb ({limit / 1e9:.3g} GB)"
-                )
-            oldest = min(idle, key=lambda track: track.last_call)
-            oldest.branches.clear()
-            oldest.prepared.clear()
-            self.held = self.bytes
+        self.held = self.account()
+        limit = self.limit(place)
+        while (total := need + held(self.tag).at(place)) > limit:
+            if not self._free_idle():
+                name = "what is free of host memory" if place.on_host else "memory.budget_gb"
+                raise _OverBudget(f"caches of {total / 1e9:.3g} GB exceed {name} ({limit / 1e9:.3g} GB)")
 
-    @property
-    def bytes(self) -> int:
-        return sum(track.bytes for track in self.tracks.values()) + self.shared_held
+    def _free_idle(self) -> bool:
+        """Free the generation that was called longest ago, of those that are not under way; false where there is none."""
+        idle = [t for k, t in self.tracks.items() if k != self.latest and t.branches]
+        self._free([min(idle, key=lambda track: track.last_call)] if idle else [])
+        return bool(idle)
 
-    @property
-    def shared_held(self) -> int:
-        return bytes_of(self.shared)
+    def _free(self, tracks: Iterable[Track]) -> None:
+        for track in tracks:
+            self.store.drop([branch.caches for branch in track.branches.values()])
+            track.branches.clear()
+            track.prepared.clear()
+        self.held = self.account()
+
+    def _homes(self) -> list[Home]:
+        return [self.store.shared, *(b.caches for t in self.tracks.values() for b in t.branches.values())]
+
+
+_NOTHING = Known()
 
 
 class _OverBudget(Exception):

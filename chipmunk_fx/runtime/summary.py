@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tabulate import tabulate
@@ -17,6 +18,7 @@ from chipmunk_fx.runtime.generations import Fallback, Track
 from chipmunk_fx.runtime.registry import Unnamed
 from chipmunk_fx.runtime.session import Session
 from chipmunk_fx.schedule.phase import Phase, strip
+from chipmunk_fx.state.store import Account, account
 
 LEGEND = "(R refresh, s sparse, . skipped, D dense)"
 COLOURS = ("#c9ccd1", "#d1495b", "#2e86ab", "#f4f1e8")  # dense, refresh, sparse, skip: in the order of Phase
@@ -25,7 +27,10 @@ _NOTHING = "no call has reached the backend yet, or nothing of the model was rew
 
 @dataclass(frozen=True)
 class SiteSummary:
-    """`phases`: branch -> phase of each step. `density`: share of columns or neurons that a sparse step computes."""
+    """`phases`: branch -> phase of each step. `density`: share of columns or neurons that a sparse step computes.
+
+    `place`: where its caches lie, "device" or "host". `caches`: bytes of each by name, over all branches.
+    """
 
     name: str
     kind: str
@@ -34,6 +39,8 @@ class SiteSummary:
     phases: dict[int, list[str]]
     density: float
     cache_bytes: int
+    place: str = "device"
+    caches: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def strip(self) -> str:
@@ -47,7 +54,10 @@ class PlotError(ChipmunkError):
 
 @dataclass(frozen=True)
 class Summary:
-    """`flops_ratio`: operations of the generation as a share of the dense model's, matched sites and the rest."""
+    """`flops_ratio`: operations of the generation as a share of the dense model's, matched sites and the rest.
+
+    `cache_bytes`: of all caches; of these, `host_bytes` lie in host memory, and pass through `staging_bytes` on the device.
+    """
 
     phases: dict[int, list[str]]
     sites: tuple[SiteSummary, ...]
@@ -55,6 +65,11 @@ class Summary:
     cache_bytes: int
     fallbacks: tuple[Fallback, ...]
     note: str = ""
+    host_bytes: int = 0
+    staging_bytes: int = 0
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2)
 
     def __str__(self) -> str:
         if not self.phases:
@@ -66,8 +81,12 @@ class Summary:
         heads = ("site", "kind", "status", "steps", "density", "cache MB", "reason")
         table = tabulate(rows, headers=heads, floatfmt=".2f", disable_numparse=[3])
         total = f"operations: {self.flops_ratio:.1%} of dense; caches: {self.cache_bytes / 1e6:.1f} MB"
-        counts = Counter(f.reason for f in self.fallbacks)
-        falls = [f"{count} {'call' if count == 1 else 'calls'} dense: {reason}" for reason, count in counts.items()]
+        if self.host_bytes:
+            total += (
+                f", {self.host_bytes / 1e6:.1f} MB of them in host memory by way of {self.staging_bytes / 1e6:.1f} MB"
+            )
+        counts = Counter((str(f.phase), f.reason) for f in self.fallbacks)
+        falls = [f"{count} {'call' if count == 1 else 'calls'} {does}: {why}" for (does, why), count in counts.items()]
         return "\n".join([*strips, LEGEND, table, total, *falls, *([self.note] if self.note else [])])
 
     def plot(self, path: str | os.PathLike[str], branch: int = 0) -> None:
@@ -112,13 +131,16 @@ def summarize(sessions: Sequence[Session], key: Any = None, named: bool = False)
         return Summary({}, (), 1.0, 0, (), _NOTHING if not sessions else "")
     sites = [site for session, track in tracks for site in _sites(session, track)]
     spent, dense = zip(*(_work(session, track) for session, track in tracks), strict=True)
+    kept = sum((_account(session, track) for session, track in tracks), Account())
     first = max((track for _, track in tracks), key=lambda t: any(r.phase is not Phase.DENSE for r in t.records))
     return Summary(
         _phases(first),
         tuple(sites),
         sum(spent) / sum(dense) if sum(dense) else 1.0,
-        sum(track.bytes + session.shared_held for session, track in tracks if track.bytes),
+        kept.total,
         tuple(f for _, track in tracks for f in track.fallbacks),
+        host_bytes=kept.host,
+        staging_bytes=sum(cell.bytes for session, _ in tracks for cell in session.store.stage.values()),
     )
 
 
@@ -165,8 +187,10 @@ def _sites(session: Session, track: Track) -> list[SiteSummary]:
     prefix = f"{session.arrival}." if plans and plans[-1].roles.timestep is None else ""  # a block among others
     for site in plans[-1].sites if plans else ():
         own = {b: [_phase_of(site, plans[-1], phase) for phase in p] for b, p in phases.items()}
-        share, held = _held(session, track, site)
-        summaries.append(SiteSummary(prefix + site.name, site.kind, site.status, site.reason, own, share, held))
+        share, caches = _held(session, track, site)
+        bytes_, reason = sum(caches.values()), site.reason
+        name = prefix + site.name
+        summaries.append(SiteSummary(name, site.kind, site.status, reason, own, share, bytes_, site.place, caches))
     return summaries
 
 
@@ -176,12 +200,20 @@ def _phase_of(site: Site, plan: Plan, phase: str) -> str:
     return str(Phase.DENSE) if site.status == "dense" else phase
 
 
-def _held(session: Session, track: Track, site: Site) -> tuple[float, int]:
-    """(share of columns in the lists that the site holds, bytes of its caches over all branches)."""
+def _held(session: Session, track: Track, site: Site) -> tuple[float, dict[str, int]]:
+    """(share of columns in the lists that the site holds, bytes of its caches by name over all branches)."""
     held = [branch.held[site.index] for branch in track.branches.values() if site.index in branch.held]
     if not held:
-        return density(site, session.config), 0
-    return held[-1][0], sum(size for _, size in held) + session.shared_bytes.get(site.index, 0)
+        return density(site, session.config), {}
+    caches = Counter(session.shared_bytes.get(site.index, {}))
+    for each in held:
+        caches.update(each.slots)
+    return held[-1].share, dict(caches)
+
+
+def _account(session: Session, track: Track) -> Account:
+    own = account(branch.caches for branch in track.branches.values())
+    return own + account([session.store.shared]) if own.total else own
 
 
 def _work(session: Session, track: Track) -> tuple[float, float]:

@@ -39,20 +39,33 @@ def lower(module: fx.GraphModule, inputs: Sequence[Any], config: Config, **patch
 class Variants:
     """The dense graph as Dynamo gave it, and the rewritten ones."""
 
-    def __init__(self, original: fx.GraphModule, capture: Capture, plan: Plan, config: Config) -> None:
-        self.graph, self.capture, self.plan, self.config = original, capture, plan, config
+    def __init__(
+        self,
+        original: fx.GraphModule,
+        capture: Capture,
+        plan: Plan,
+        config: Config,
+        whole: Variants | None = None,
+    ) -> None:
+        self.graph, self.capture, self.plan, self.config, self.whole = original, capture, plan, config, whole
         self._made: dict[Phase | None, Callable[..., Any]] = {}
         self._lock = threading.Lock()
 
     def original(self) -> Callable[..., Any]:
         """The graph that nothing was rewritten in."""
-        return self._get(None, [])
+        return self.whole.original() if self.whole else self._get(None, [])
+
+    def of(self, plan: Plan) -> Variants:
+        """Those of another plan for the same graph."""
+        return Variants(self.graph, self.capture, plan, self.config, self.whole or self)
 
     def get(self, phase: Phase, state: Sequence[torch.Tensor]) -> Callable[..., Any]:
         """The callable for `phase`; `state` are the tensors appended to its inputs."""
         return self._get(phase, state)
 
     def _get(self, phase: Phase | None, state: Sequence[torch.Tensor]) -> Callable[..., Any]:
+        if phase in self._made:
+            return self._made[phase]
         with self._lock:  # models that share the graph may call it from several threads
             if phase not in self._made:
                 _log.debug("building the %s variant", phase or "unchanged")

@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from chipmunk_fx.graph.pattern import MlpOperands
-from chipmunk_fx.graph.plan import state_inputs
+from chipmunk_fx.graph.state import state_inputs
 from chipmunk_fx.schedule.phase import Phase
 from tests.graph.capturing import captured, captured_from_zoo, captured_tiny
 from tests.harness.zoo import build
@@ -180,15 +180,15 @@ def test_matches_do_not_overlap():
     assert "part of the match that ends at" in (plan.refused[0].reason or "")
 
 
-def test_state_is_a_clock_then_tables_and_caches_site_by_site():
+def test_state_is_a_flag_and_a_clock_then_tables_and_caches_site_by_site():
     seen = captured_tiny()
-    names = ["clock", "order_0", "always_0", "rest_0", "share_0", "lists_0"]
+    names = ["broken", "clock", "order_0", "always_0", "rest_0", "share_0", "lists_0"]
     assert [e.name for e in state_inputs(seen.plan(**OFF), Phase.REFRESH)] == [
         *names,
         *("order_1", "hidden_1", "out_1", "mean_1", "lists_1", "by_neuron_1"),
     ]
     raster = captured(Block(), torch.randn(1, 64, WIDTH)).plan(**OFF | {"mlp__enabled": False})
-    assert [e.name for e in state_inputs(raster, Phase.REFRESH)] == ["clock", "rest_0", "share_0", "lists_0"]
+    assert [e.name for e in state_inputs(raster, Phase.REFRESH)] == ["broken", "clock", "rest_0", "share_0", "lists_0"]
 
 
 @pytest.mark.parametrize("depth", [1, 2])

@@ -8,7 +8,9 @@ import torch
 from chipmunk_fx.config import Config
 from chipmunk_fx.runtime import gate
 from chipmunk_fx.runtime.costs import CUDA_ATTENTION, at
-from chipmunk_fx.runtime.gate import budget, cost_gate
+from chipmunk_fx.runtime.gate import cost_gate
+from chipmunk_fx.runtime.placement import limit
+from chipmunk_fx.state.store import Place
 from tests.graph.capturing import captured_tiny
 
 DEFAULT = Config()
@@ -61,8 +63,10 @@ def test_bounds_on_a_gpu(sites, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_budget_is_the_users_or_a_share_of_what_is_free():
-    assert budget(Config.from_options({"memory.budget_gb": 1.5}), torch.device("cpu")) == 1_500_000_000
-    assert 0 < budget(DEFAULT, torch.device("cpu")) < 2**50
+    here = Place(torch.device("cpu"))
+    assert limit(Config.from_options({"memory.budget_gb": 1.5}), here) == 1_500_000_000
+    assert 0 < limit(DEFAULT, here) < 2**50
+    assert 0 < limit(Config.from_options({"memory.budget_gb": 1.5}), Place(here.device, on_host=True)) < 2**50
 
 
 def test_costs_on_a_gpu_lie_between_those_measured():

@@ -56,8 +56,8 @@ def test_a_generation_without_a_key_is_forgotten_once_another_begins():
         with chipmunk_fx.generation(model):
             run(model, calls(TIMES[:1]))
         (session,) = registry.sessions(model)
-        sizes.append(session.bytes)
-        assert chipmunk_fx.summary(model).cache_bytes == session.bytes
+        sizes.append(session.account().total)
+        assert chipmunk_fx.summary(model).cache_bytes == session.account().total
     assert len(set(sizes)) == 1 and len(session.tracks) == 1
     with chipmunk_fx.generation(model):
         run(model, calls(TIMES[:1]))

@@ -31,10 +31,10 @@ def test_what_is_reported_is_what_is_held():
     (session,) = registry.sessions(model)
     tensors = [
         tensor
-        for caches in (session.shared, *(branch.caches for branch in session.tracks[None].branches.values()))
+        for caches in (session.store.shared, *(branch.caches for branch in session.tracks[None].branches.values()))
         for sites in caches.values()
-        for slots in sites.values()
-        for tensor in slots.values()
+        for cell in sites.values()
+        for tensor in cell.tensors.values()
     ]
     summary = chipmunk_fx.summary(model)
     assert summary.cache_bytes == sum(t.untyped_storage().nbytes() for t in tensors) > 0

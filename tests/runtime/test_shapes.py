@@ -4,7 +4,19 @@ import pytest
 import torch
 
 import chipmunk_fx
-from tests.runtime.models import TinyDiT, assert_same, calls, chipmunk, compiled, exactly, identical, run, words
+from chipmunk_fx.runtime import registry
+from tests.runtime.models import (
+    EXACT,
+    TinyDiT,
+    assert_same,
+    calls,
+    chipmunk,
+    compiled,
+    exactly,
+    identical,
+    run,
+    words,
+)
 
 TIMES = (900, 700, 500)
 PHASES = {0: ["refresh", "sparse", "sparse"]}
@@ -58,17 +70,50 @@ def test_branches_with_texts_of_other_lengths():
 def test_dynamic_keeps_its_meaning(dynamic: bool):
     model = TinyDiT()
     torch._dynamo.reset()
-    ours = chipmunk(model, dynamic=dynamic, options=_exact())
+    ours = chipmunk(model, dynamic=dynamic, options=EXACT)
     for count in (8, 5):
         steps = calls(TIMES, [words(count, count)])
         assert_same(run(ours, steps), run(model, steps))
         assert chipmunk_fx.summary(ours).phases == PHASES
 
 
-def _exact() -> dict:
-    from tests.runtime.models import EXACT
+@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+def test_one_dynamic_recompile_and_then_none(lowering: str):
+    model = TinyDiT()
+    ours = exactly(model, lowering=lowering)
+    torch._dynamo.utils.counters.clear()
+    graphs = []
+    shapes = [
+        (16, 8, 1),
+        (16, 5, 1),
+        (16, 11, 1),
+        (16, 6, 1),
+        (24, 8, 1),
+        (32, 7, 1),
+        (20, 8, 1),
+        (16, 8, 2),
+        (24, 9, 3),
+    ]
+    for side, count, batch in shapes:
+        steps = calls(TIMES, [words(1, count, batch)], side=side, batch=batch)
+        assert_same(run(ours, steps), run(model, steps))
+        assert chipmunk_fx.summary(ours).phases == PHASES
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs == [1, 2, 2, 2, 3, 3, 3, 4, 4]  # one for each that changes: text, resolution, batch
 
-    return EXACT
+
+def test_caches_of_the_old_shape_are_freed():
+    ours = compiled(TinyDiT(depth=2))
+    alone = []
+    for side in (16, 24, 32):
+        fresh = compiled(TinyDiT(depth=2))
+        run(fresh, calls(TIMES, [words(1), words(2)], side=side))
+        alone.append(chipmunk_fx.summary(fresh).cache_bytes)
+    for side, size in ((16, alone[0]), (32, alone[2]), (24, alone[1]), (16, alone[0])):
+        run(ours, calls(TIMES, [words(1), words(2)], side=side))
+        assert chipmunk_fx.summary(ours).cache_bytes == size
+        (session,) = registry.sessions(ours)
+        assert session.account().total == size
 
 
 def test_bfloat16():

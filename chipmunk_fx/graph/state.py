@@ -1,0 +1,89 @@
+"""What the graph of a phase takes beside the user's inputs: masks, clock, tables, caches, and how they reach a device."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from chipmunk_fx.graph.plan import Plan, Site
+from chipmunk_fx.schedule.phase import Phase
+
+ATTENTION_SLOTS = ("rest", "share", "lists")
+MLP_SLOTS = ("hidden", "out", "mean", "lists", "by_neuron")
+
+
+@dataclass(frozen=True)
+class StateInput:
+    """A tensor that the runtime appends to a call's arguments.
+
+    What is known of a mask, what the blocks added to a stream and how far that moved, whether a cache is broken, the clock,
+    the streams of copies, a table of a sequence, a cache of a site, or the buffer on the device through which caches that
+    lie on the host pass. `of`: index of the mask, stream, site or, for a "stage", the lane.
+    """
+
+    name: str
+    role: Literal["valid", "span", "residual", "change", "broken", "clock", "lanes", "stage", "order", "always", "slot"]
+    of: int | None = None
+    slot: str | None = None
+
+    @property
+    def key(self) -> tuple[int | None, str]:
+        """Unlike for all inputs of a graph."""
+        return self.of, f"stage {self.slot}" if self.role == "stage" else self.slot or self.role
+
+
+def state_inputs(plan: Plan, phase: Phase) -> tuple[StateInput, ...]:
+    """What the variant of `phase` takes after the graph's own inputs, in this order: those of a refresh, or their beginning."""
+    entries = [StateInput(f"{role}_{i}", role, i) for i in range(len(plan.masks)) for role in ("valid", "span")]
+    if plan.stores(phase) or phase is Phase.SKIP:
+        entries += [StateInput(f"residual_{i}", "residual", i) for i in range(len(plan.streams))]
+    if plan.stores(phase) and plan.measured:
+        entries += [StateInput(f"change_{i}", "change", i) for i in range(len(plan.streams))]
+    if phase in (Phase.DENSE, Phase.SKIP):
+        return tuple(entries)
+    return (*entries, StateInput("broken", "broken"), StateInput("clock", "clock"), *_passage(plan), *_caches(plan))
+
+
+def slot_names(site: Site) -> tuple[str, ...]:
+    return ATTENTION_SLOTS if site.kind == "attention" else MLP_SLOTS
+
+
+def lanes(plan: Plan) -> dict[int, int]:
+    """Site index -> lane, of the sites whose caches lie on the host.
+
+    A lane is one buffer on the device and the stream that copies to and from it. Sites of one layout take turns on two, so
+    that one is filled while the other is at work.
+    """
+    layouts: dict[str, int] = {}
+    seen: Counter[int] = Counter()
+    found = {}
+    for site in plan.rewritten:
+        if site.place == "host":
+            layout = layouts.setdefault(
+                str((site.kind, site.sizes, site.dtype, site.group_rows, plan.mask_of(site))), len(layouts)
+            )
+            found[site.index] = 2 * layout + seen[layout] % 2
+            seen[layout] += 1
+    return found
+
+
+def _passage(plan: Plan) -> Iterator[StateInput]:
+    lane_of = lanes(plan)
+    if lane_of:
+        yield StateInput("lanes", "lanes")
+    first = {lane: index for index, lane in reversed(lane_of.items())}
+    for lane, index in sorted(first.items()):
+        for name in slot_names(plan.sites[index]):
+            yield StateInput(f"stage_{lane}_{name}", "stage", lane, name)
+
+
+def _caches(plan: Plan) -> Iterator[StateInput]:
+    for site in plan.rewritten:
+        if plan.has_tables:
+            yield StateInput(f"order_{site.index}", "order", site.index)
+            if site.kind == "attention":
+                yield StateInput(f"always_{site.index}", "always", site.index)
+        for name in slot_names(site):
+            yield StateInput(f"{name}_{site.index}", "slot", site.index, name)

@@ -1,0 +1,187 @@
+"""Puts together the tensors that follow a call's own inputs: masks, clock, tables and caches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from chipmunk_fx.config import AttentionConfig, Config
+from chipmunk_fx.graph.plan import Site
+from chipmunk_fx.graph.sizes import bindings, evaluate
+from chipmunk_fx.graph.state import StateInput, lanes
+from chipmunk_fx.graph.walk import shape
+from chipmunk_fx.runtime.footprint import site_slots
+from chipmunk_fx.runtime.generations import Branch, Held, Track
+from chipmunk_fx.runtime.graphs import Graph
+from chipmunk_fx.runtime.known import Known
+from chipmunk_fx.runtime.tables import Tables, attention_tables
+from chipmunk_fx.state.health import Health
+from chipmunk_fx.state.slots import Slot
+from chipmunk_fx.state.store import CacheOutOfMemory, Cell, Home, Place, Store
+
+_REGION = -1  # in place of a site's ordinal
+
+Room = Callable[[int, Place], None]
+"""Makes room for so many bytes, or raises."""
+
+
+class SiteOutOfMemory(Exception):
+    """The caches of `site` found no memory."""
+
+    def __init__(self, site: Site, reason: str) -> None:
+        super().__init__(f"out of memory for the caches of {site.name}: {reason}")
+        self.site = site
+
+
+def masks(graph: Graph, values: Sequence[Any], known: Known) -> list[torch.Tensor]:
+    """`valid` [B, M] and `span` of every mask."""
+    state = []
+    symbols = bindings(graph.capture.fakes, values)
+    for index, padding in enumerate(known.paddings):
+        site = next(site for site in graph.plan.sites if graph.plan.mask_of(site) == index)
+        (batch,) = evaluate(site.sizes[:1], symbols)
+        state += [padding.valid.expand(batch, -1).contiguous(), padding.span]
+    return state
+
+
+class Assembly:
+    """Of one call. `shared_bytes`: site index -> bytes by slot name, of what branches share, kept up to date.
+
+    `whole` tells, after `state`, whether all caches were there already.
+    """
+
+    def __init__(
+        self, graph: Graph, config: Config, store: Store, track: Track, branch: Branch, values: Sequence[Any],
+        known: Known, shared_bytes: dict[int, dict[str, int]], room: Room,
+    ) -> None:  # fmt: skip
+        self.graph, self.plan, self.config, self.store = graph, graph.plan, config, store
+        self.track, self.branch, self.values, self.known = track, branch, values, known
+        self.shared_bytes, self.room = shared_bytes, room
+        self.symbols = bindings(graph.capture.fakes, values) | known.lengths
+        self.device: torch.device = values[graph.owner].device
+        self.whole = True
+        self.sizes: dict[int, tuple[int, ...]] = {s.index: evaluate(s.sizes, self.symbols) for s in self.plan.rewritten}
+        if self.plan.has_grid and track.grid is None:
+            track.grid = self.plan.geometry.grid(self.symbols, values)
+
+    def state(self) -> list[torch.Tensor]:
+        """In the order of `graph.entries`. Raises `SiteOutOfMemory`, and what `room` raises."""
+        paddings = iter(masks(self.graph, self.values, self.known))
+        residuals = self._residuals()
+        self._caches()
+        return [self._tensor(entry, paddings, residuals) for entry in self.graph.entries]
+
+    def _tensor(
+        self, entry: StateInput, paddings: Iterator[torch.Tensor], residuals: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        if entry.role in ("valid", "span"):
+            return next(paddings)
+        if entry.role in ("residual", "change"):
+            return residuals[entry.name]
+        if entry.of is None:
+            return {"broken": self._broken, "clock": self._clock, "lanes": self._lanes}[entry.role]()
+        if entry.role == "stage":
+            return self.store.stage[entry.of].tensors[entry.slot or ""]
+        if entry.role == "slot":
+            return self.cells[entry.of][entry.slot or ""]
+        tables = self._tables(self.plan.sites[entry.of])
+        return tables.order if entry.role == "order" else tables.always
+
+    def _broken(self) -> torch.Tensor:
+        if self.branch.health is None or self.branch.health.flag.device != self.device:
+            self.branch.health = Health(self.device)
+        return self.branch.health.flag
+
+    def _clock(self) -> torch.Tensor:
+        if self.track.clock is None or self.track.clock.device != self.device:
+            with torch.inference_mode(False):
+                self.track.clock = torch.zeros(2, dtype=torch.int64, device=self.device)
+        return self.track.clock
+
+    @cached_property
+    def lane_of(self) -> dict[int, int]:
+        return lanes(self.plan)
+
+    def _lanes(self) -> torch.Tensor:
+        return self.store.lanes(self.device, max(self.lane_of.values()) + 1)
+
+    def _residuals(self) -> dict[str, torch.Tensor]:
+        """By name of the input, what is kept of every stream."""
+        if not self.plan.streams:
+            return {}
+        slots = [
+            Slot(f"residual_{i}", evaluate(shape(stream.stop), self.symbols), stream.stop.meta["val"].dtype)
+            for i, stream in enumerate(self.plan.streams)
+        ]
+        changes = [Slot(f"change_{i}", (1,), torch.float32) for i in range(len(slots) if self.plan.measured else 0)]
+        owner = self.values[self.graph.owner]
+        kept = self._cell(self.branch.caches, owner, _REGION, [*slots, *changes], Place(self.device)).tensors
+        if changes:
+            self.branch.changes = tuple(kept[slot.name] for slot in changes)
+        return kept
+
+    def _caches(self) -> None:
+        self.cells: dict[int, dict[str, torch.Tensor]] = {}
+        for site in self.plan.rewritten:
+            try:
+                self._site(site)
+            except CacheOutOfMemory as error:
+                raise SiteOutOfMemory(site, str(error)) from None
+
+    def _site(self, site: Site) -> None:
+        slots, owner = self._slots(site), self.values[site.owner]
+        place = Place(self.device, on_host=site.place == "host")
+        tensors: dict[str, torch.Tensor] = {}
+        for home, shared in ((self.branch.caches, False), (self.store.shared, True)):
+            some = [slot for slot in slots if slot.shared is shared]
+            tensors |= self._cell(home, owner, site.ordinal, some, place).tensors if some else {}
+        if site.index in self.lane_of:
+            self.store.staged(self.lane_of[site.index], slots, self.device)
+        own = {slot.name: slot.bytes for slot in slots if not slot.shared}
+        self.cells[site.index] = tensors
+        self.shared_bytes[site.index] = {slot.name: slot.bytes for slot in slots if slot.shared}
+        self.branch.held[site.index] = Held(tensors["lists"].shape[-1] / self._columns(site), own)
+
+    def _cell(self, home: Home, owner: torch.Tensor, ordinal: int, slots: Sequence[Slot], place: Place) -> Cell:
+        """The buffers of one site, of one branch or shared by all; allocated where they do not fit the slots."""
+        sites = home.setdefault(owner, {})
+        if ordinal not in sites or not sites[ordinal].holds(slots, place):
+            if old := sites.pop(ordinal, None):
+                self.store.spare(old)
+            self.room(sum(s.bytes for s in slots), place)
+            sites[ordinal] = self.store.make(slots, place)
+            self.whole = False
+        return sites[ordinal]
+
+    def _columns(self, site: Site) -> int:
+        mask = self.plan.mask_of(site)
+        return self.sizes[site.index][3] if mask is None else self.known.paddings[mask].keys
+
+    def _slots(self, site: Site) -> tuple[Slot, ...]:
+        """Densities are shares of the valid keys."""
+        sizes, tables, mask = self.sizes[site.index], self._tables(site), self.plan.mask_of(site)
+        if site.kind == "mlp":
+            return site_slots(site, sizes, self.config, len(tables.order))
+        padding = None if mask is None else self.known.paddings[mask]
+        always = tables.always_count if padding is None else padding.fixed(tables.always)
+        if padding is not None:
+            sizes = (*sizes[:3], padding.keys, sizes[4])
+        return site_slots(site, sizes, self.config, len(tables.order), always)
+
+    def _tables(self, site: Site) -> Tables:
+        sizes, attention = self.sizes[site.index], site.kind == "attention"
+        rows, columns = (sizes[2], sizes[3]) if attention else (sizes[1], sizes[1])
+        key = (site.kind, rows, columns, site.group_rows)
+        made = self.track.tables
+        if key not in made:
+            layout = self.plan.geometry.layout(rows, self.track.grid)
+            raster = self.config.tokens.order == "raster"
+            # An MLP shares the order of rows, not what attention adds to it: dense text rows, local windows.
+            settings = self.config.attention if attention else AttentionConfig()
+            new = attention_tables(layout, rows, columns, site.group_rows, settings, raster)
+            with torch.inference_mode(False):
+                made[key] = Tables(new.order.to(self.device), new.always.to(self.device))
+        return made[key]

@@ -1,0 +1,106 @@
+"""Where caches lie: site by site on the device, in pinned host memory, or not made at all, within what is free."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from chipmunk_fx.config import Config
+from chipmunk_fx.graph.plan import Plan, Site
+from chipmunk_fx.graph.state import lanes
+from chipmunk_fx.runtime.footprint import cache_bytes, site_slots
+from chipmunk_fx.runtime.registry import held
+from chipmunk_fx.state.store import Place
+
+Where = Literal["device", "host", "dense"]
+
+
+def fit(plan: Plan, config: Config) -> Plan:
+    """Give every site its place for the caches of the expected branches; what fits nowhere stays dense.
+
+    Over budget, MLP sites give way first, the last ones first: with "auto" to the host, from there to dense.
+    """
+    if not plan.rewritten:
+        return plan
+    device = plan.rewritten[0].device
+    offload = "none" if plan.roles.timestep is None else config.memory.offload
+    sizes = {s.index: cache_bytes(s, config, config.schedule.branches or 1) for s in plan.rewritten}
+    where: dict[int, Where] = dict.fromkeys(sizes, "host" if offload == "all" else "device")
+    allowed = {"device": limit(config, Place(device)), "host": limit(config, Place(device, on_host=True))}
+    reasons: dict[int, str] = {}
+    moves: tuple[tuple[Where, Where], ...] = (("host", "dense"),) if offload == "all" else (("device", "dense"),)
+    if offload == "auto":
+        moves = (("device", "host"), ("host", "dense"))
+    for source, target in moves:
+        for site in _giving_way(plan):
+            total = sum(size for index, size in sizes.items() if where[index] == source)
+            if total > allowed[source] and where[site.index] == source:
+                where[site.index] = target
+                reasons[site.index] = _over(source, total, allowed[source])
+    return replace(plan, sites=tuple(_placed(s, where, sizes, reasons) for s in plan.sites))
+
+
+def notes(plan: Plan, config: Config) -> list[str]:
+    """Where the caches of a plan lie, in words; nothing to say where all stay on the device unasked."""
+    if config.memory.offload == "none" or not plan.rewritten:
+        return []
+    if plan.roles.timestep is None:
+        return ["memory.offload: caches of a piece of a model stay on the device; compile the whole model to offload"]
+    branches = config.schedule.branches or 1
+    totals = {"device": 0, "host": 0}
+    for site in plan.rewritten:
+        totals[site.place] += cache_bytes(site, config, branches)
+    shown = ", ".join(f"{size / 1e6:.1f} MB {_AT[place]}" for place, size in totals.items())
+    return [f"caches of {branches} branch(es): {shown}; {staging_bytes(plan, config) / 1e6:.1f} MB to pass through"]
+
+
+def staging_bytes(plan: Plan, config: Config) -> int:
+    """Bytes of the buffers on the device through which caches on the host pass, at the compiled sizes."""
+    site_of = {lane: plan.sites[index] for index, lane in lanes(plan).items()}
+    return sum(slot.bytes for site in site_of.values() for slot in site_slots(site, site.hints, config))
+
+
+def limit(config: Config, place: Place) -> int:
+    """Bytes that caches may take: memory.budget_gb, or 60 % of what is free on the device (host: 50 %) or theirs already."""
+    mine = held(config).at(place)
+    if place.on_host:
+        return int(0.5 * (_host_memory() + mine))
+    if config.memory.budget_gb != "auto":
+        return int(float(config.memory.budget_gb) * 1e9)
+    if place.device.type == "cuda":
+        return int(0.6 * (torch.cuda.mem_get_info(place.device)[0] + mine))
+    return int(0.5 * (_host_memory() + mine))
+
+
+_AT = {"device": "on the device", "host": "in host memory"}
+
+
+def _giving_way(plan: Plan) -> Iterator[Site]:
+    for kind in ("mlp", "attention"):
+        yield from (site for site in reversed(plan.rewritten) if site.kind == kind)
+
+
+def _placed(site: Site, where: dict[int, Where], sizes: dict[int, int], reasons: dict[int, str]) -> Site:
+    place = where.get(site.index)
+    if place == "host":
+        return replace(site, place="host", reason=f"caches of {sizes[site.index] / 1e6:.3g} MB in host memory")
+    return site if place != "dense" else replace(site, status="dense", reason=reasons[site.index])
+
+
+def _over(source: Where, total: int, allowed: int) -> str:
+    whose = "memory.budget_gb" if source == "device" else "half of the host's free memory"
+    return f"memory budget: caches of {total / 1e9:.3g} GB, {allowed / 1e9:.3g} GB allowed ({whose})"
+
+
+def _host_memory() -> int:
+    """Bytes that the host can give, what it uses to cache files included."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,30 @@
+"""Whether caches hold nan or inf: told by the device to the host without either waiting for the other."""
+
+from __future__ import annotations
+
+import torch
+
+
+class Health:
+    """`flag`: bool [1] on the device, set by the ops. The host looks at a copy that was sent after the last step.
+
+    Where nothing else makes the host wait for the device, the copy may be a step late.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        with torch.inference_mode(False):
+            self.flag = torch.zeros(1, dtype=torch.bool, device=device)
+            on_device = device.type == "cuda"
+            self.seen = torch.zeros(1, dtype=torch.bool, pin_memory=True) if on_device else self.flag
+
+    def send(self) -> None:
+        if self.seen is not self.flag:
+            self.seen.copy_(self.flag, non_blocking=True)
+
+    def broken(self) -> bool:
+        """Whether something was found since the last time this was true."""
+        if not self.seen.item():
+            return False
+        self.flag.zero_()
+        self.seen.zero_()
+        return True

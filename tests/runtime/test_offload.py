@@ -1,0 +1,190 @@
+"""Caches in host memory: the same results, what lies where, and how little of them is on the device."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import chipmunk_fx
+from chipmunk_fx.runtime import registry
+from chipmunk_fx.runtime.summary import Summary
+from chipmunk_fx.schedule.phase import Phase
+from chipmunk_fx.state.slots import Slot
+from chipmunk_fx.state.store import Place, Store, allocate
+from tests.runtime.models import TinyDiT, calls, compiled, exactly, identical, run, words
+
+TIMES = (900, 700, 500, 300)
+
+
+def results(depth: int = 3, **options: Any) -> tuple[list[torch.Tensor], Summary]:
+    model = compiled(TinyDiT(depth), **options)
+    done = [out for seed in range(2) for out in run(model, calls(TIMES, [words(1), words(2)], seed=seed))]
+    return done, chipmunk_fx.summary(model)
+
+
+@pytest.fixture(scope="module")
+def on_device() -> tuple[list[torch.Tensor], Summary]:
+    return results()
+
+
+@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+def test_all_caches_on_the_host_change_no_bit(on_device, lowering: str):
+    expected, beside = on_device if lowering == "eager" else results(lowering="inductor")
+    done, summary = results(memory__offload="all", lowering=lowering)
+    assert identical(done, expected)
+    assert {s.place for s in summary.sites} == {"host"} and all("host memory" in s.reason for s in summary.sites)
+    assert summary.cache_bytes == summary.host_bytes == beside.cache_bytes > 0
+    assert summary.phases == beside.phases and summary.flops_ratio == beside.flops_ratio
+    assert "in host memory by way of" in str(summary)
+
+
+@pytest.mark.parametrize("part", [0.0, 0.5, 1.0])
+def test_what_does_not_fit_goes_to_the_host(on_device, part: float):
+    expected, beside = on_device
+    budget = part * beside.cache_bytes
+    done, summary = results(memory__offload="auto", memory__budget_gb=budget / 1e9, schedule__branches=2)
+    assert identical(done, expected)
+    assert summary.cache_bytes - summary.host_bytes <= budget
+    places = Counter((s.kind, s.place) for s in summary.sites)
+    assert {s.status for s in summary.sites} == {"rewritten"}
+    assert places["mlp", "device"] == {0.0: 0, 0.5: places["mlp", "device"], 1.0: 3}[part]
+    assert places["mlp", "host"] == 3 or places["attention", "host"] == 0  # MLP sites give way first
+
+
+def test_buffers_on_the_device_are_under_two_sites():
+    for depth in (3, 6):
+        _, summary = results(depth, memory__offload="all", mlp__enabled=False)
+        sites = [s.cache_bytes / 2 for s in summary.sites if s.status == "rewritten"]  # of one branch
+        assert summary.staging_bytes <= 2 * sites[0] and len(sites) == depth
+
+
+def test_sites_take_turns_on_two_buffers_and_the_next_is_fetched_while_one_computes():
+    model = compiled(TinyDiT(4), memory__offload="all", mlp__enabled=False)
+    run(model, calls(TIMES))
+    (session,) = registry.sessions(model)
+    graph = session.tracks[None].records[0].graph()
+    from chipmunk_fx.graph.rewrite import rewrite
+
+    nodes = rewrite(graph.capture, graph.plan, graph.config, Phase.SPARSE).graph.nodes
+    order = [(n.target._opname, n.kwargs.get("lane"), n.kwargs.get("coming")) for n in nodes if _is_ours(n)]
+    assert order == [
+        ("cache_fetch", 0, 0),
+        ("cache_fetch", 0, 1),
+        ("attention_sparse", None, None),
+        ("cache_fetch", 1, 0),
+        ("attention_sparse", None, None),
+        ("cache_fetch", 0, 1),
+        ("attention_sparse", None, None),
+        ("cache_fetch", 1, 1),
+        ("attention_sparse", None, None),
+    ]
+    nodes = rewrite(graph.capture, graph.plan, graph.config, Phase.REFRESH).graph.nodes
+    stores = [n.kwargs["lane"] for n in nodes if _is_ours(n) and n.target._opname == "cache_store"]
+    fetched = [len(n.args[1]) for n in nodes if _is_ours(n) and n.target._opname == "cache_fetch"]
+    assert stores == [0, 1, 0, 1] and set(fetched) == {0}  # a refresh overwrites all, so nothing comes
+
+
+def _is_ours(node: Any) -> bool:
+    return node.op == "call_function" and getattr(node.target, "namespace", "") == "chipmunk"
+
+
+def test_explain_says_where_caches_will_lie():
+    call = calls(TIMES)[0]
+    options = {"gate": "off", "attention.dense_layers": 0, "mlp.dense_layers": 0, "memory.offload": "all"}
+    report = chipmunk_fx.explain(TinyDiT(2), *call, config=options)
+    assert all("host memory" in s.reason for s in report.sites) and len(report.sites) == 4
+    assert any("in host memory" in note and "pass through" in note for note in report.notes)
+    auto = chipmunk_fx.explain(TinyDiT(2), *call, config=options | {"memory.offload": "auto", "memory.budget_gb": 0.0})
+    assert [s.reason for s in auto.sites] == [s.reason for s in report.sites]
+
+
+def test_what_fits_on_neither_side_stays_dense(monkeypatch: pytest.MonkeyPatch):
+    from chipmunk_fx.runtime import placement
+
+    monkeypatch.setattr(placement, "_host_memory", lambda: 0)
+    call = calls(TIMES)[0]
+    options = {"gate": "off", "attention.dense_layers": 0, "mlp.dense_layers": 0, "memory.offload": "all"}
+    report = chipmunk_fx.explain(TinyDiT(2), *call, config=options)
+    assert {s.status for s in report.sites} == {"dense"}
+    assert all("half of the host's free memory" in s.reason for s in report.sites)
+
+
+def test_pieces_of_a_model_keep_their_caches_on_the_device():
+    model = TinyDiT(2)
+    torch._dynamo.reset()
+    told = {"lowering": "eager", "gate": "off", "schedule.steps": 4, "schedule.branches": 1, "memory.offload": "all"}
+    for block in model.blocks:
+        block.compile(backend="chipmunk", options=told | {"attention.dense_layers": 0, "mlp.dense_layers": 0})
+    run(model, calls(TIMES))
+    summary = chipmunk_fx.summary(model)
+    assert summary.cache_bytes > 0 == summary.host_bytes
+
+
+def test_dynamic_shapes_and_offload():
+    model = TinyDiT(2)
+    ours = exactly(model, memory__offload="all", lowering="inductor")
+    for count in (8, 5, 11):
+        steps = calls(TIMES, [words(count, count)])
+        for got, want in zip(run(ours, steps), run(model, steps), strict=True):
+            torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+        assert chipmunk_fx.summary(ours).phases == {0: ["refresh", "sparse", "sparse", "sparse"]}
+
+
+def test_a_parameter_replaced_in_a_generation_begins_anew_on_the_host_too():
+    model = TinyDiT(2)
+    ours = exactly(model, memory__offload="all")
+    steps = calls(TIMES)
+    run(ours, steps[:2])
+    layer = model.blocks[1].fc1
+    layer.weight = nn.Parameter(layer.weight.detach() * 1.5)
+    for got, want in zip(run(ours, steps[2:]), run(model, steps[2:]), strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    assert chipmunk_fx.summary(ours).phases == {0: ["refresh", "sparse", "refresh", "sparse"]}
+
+
+def test_host_buffers_are_pooled():
+    made: list[Slot] = []
+
+    def counting(slot: Slot, place: Place) -> torch.Tensor:
+        made.append(slot)
+        return allocate(slot, place)
+
+    store, slots = Store(counting), [Slot("rest", (4, 8), torch.float32), Slot("lists", (4,), torch.int32)]
+    place = Place(torch.device("cpu"), on_host=True)
+    first = store.make(slots, place)
+    store.spare(first)
+    second = store.make(slots, place)
+    assert [second.tensors[n] is first.tensors[n] for n in first.tensors] == [True, True] and made == slots
+    store.spare(second)
+    store.make([Slot("rest", (2, 8), torch.float32)], place)  # another shape: what no one asks for is let go
+    assert store.make(slots, place).tensors["rest"] is not first.tensors["rest"]
+
+
+@pytest.mark.parametrize("offload", ["none", "all"])
+@pytest.mark.parametrize("named", [False, True])
+def test_nothing_is_allocated_after_the_first_generation(offload: str, named: bool):
+    model = compiled(TinyDiT(2), memory__offload=offload)
+    made: list[Slot] = []
+
+    def counting(slot: Slot, place: Place) -> torch.Tensor:
+        made.append(slot)
+        return allocate(slot, place)
+
+    def generate(seed: int) -> None:
+        inputs = calls(TIMES, [words(1), words(2)], seed=seed)
+        if named:
+            with chipmunk_fx.generation(model):
+                run(model, inputs)
+        else:
+            run(model, inputs)
+
+    generate(0)
+    (session,) = registry.sessions(model)
+    session.store.allocate = counting
+    for seed in range(1, 4):
+        generate(seed)
+    assert made == []
+    run(model, calls(TIMES, side=24))
+    assert len(made) > 0

@@ -1,0 +1,50 @@
+"""The runtime's own time a call: everything between Dynamo and the compiled graph, and nothing of either."""
+
+import time
+from statistics import median
+from typing import Any
+
+import pytest
+import torch
+
+from chipmunk_fx.runtime import registry
+from chipmunk_fx.schedule.phase import Phase
+from tests.runtime.models import TinyDiT, calls, compiled, run
+
+FIXED, A_SITE = 100e-6, 1e-6  # seconds
+
+
+def own_times(depth: int, count: int = 200) -> list[float]:
+    """Seconds of each sparse call beside the graph, which returns at once."""
+    ours = compiled(TinyDiT(depth), schedule__refresh_every=1000)
+    run(ours, calls((990, 980)))
+    (session,) = registry.sessions(ours)
+    graph = session.tracks[None].records[-1].graph()
+    seen: list[Any] = []
+    whole = session.call
+    session.call = lambda graph, values: seen.append(values) or whole(graph, values)  # pyright: ignore[reportAttributeAccessIssue]
+    inputs = calls(range(970, 970 - count, -1))
+    run(ours, inputs[:1])
+    result = torch.zeros(1)
+    graph.variants._made[Phase.SPARSE] = lambda *_: result
+    spent = []
+    places = [graph.plan.roles.latents, graph.plan.roles.timestep]
+    for latents, timestep, _ in inputs[1:]:
+        values = list(seen[0])
+        for place, value in zip(places, (latents, timestep), strict=True):
+            values[place] = value
+        start = time.perf_counter()
+        registry.session_of(values[graph.owner], session.config, graph.is_piece, pytest.fail)
+        whole(graph, values)
+        spent.append(time.perf_counter() - start)
+    assert {r.phase for r in session.tracks[None].records[-count + 1 :]} == {Phase.SPARSE}
+    return spent
+
+
+@pytest.mark.parametrize("depth", [1, 20])
+def test_a_call_costs_the_host_little(depth: int):
+    """The least of three medians: the machine may be busy with something else."""
+    with torch.no_grad():
+        spent = min(median(own_times(depth)) for _ in range(3))
+    print(f"{2 * depth} sites: {spent * 1e6:.0f} us a call")
+    assert spent < FIXED + A_SITE * 2 * depth
