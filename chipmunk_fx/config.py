@@ -49,6 +49,7 @@ class AttentionConfig(Section):
     random_density: float = option(0.01, share(zero=True))
     combine: Literal["scaled", "additive"] = option("scaled", choice("scaled", "additive"))
     mass_stride: int = option(4, integer(1))
+    renew_lists: bool = option(True, FLAG)  # at every refresh; else once a generation
     text_rows: Literal["sparse", "dense"] = option("sparse", choice("sparse", "dense"))
     local_window: float = option(0.0, share(zero=True))
     local_voxels: int = option(0, integer(0))

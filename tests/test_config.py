@@ -23,6 +23,7 @@ DEFAULTS = {
     "attention.random_density": 0.01,
     "attention.combine": "scaled",
     "attention.mass_stride": 4,
+    "attention.renew_lists": True,
     "attention.text_rows": "sparse",
     "attention.local_window": 0.0,
     "attention.local_voxels": 0,
@@ -98,6 +99,7 @@ def test_defaults_are_those_of_the_table():
         ("attention.random_density", 0, 0.0),
         ("attention.combine", "additive", "additive"),
         ("attention.mass_stride", 1, 1),
+        ("attention.renew_lists", False, False),
         ("attention.text_rows", "dense", "dense"),
         ("attention.local_window", 0.25, 0.25),
         ("attention.local_voxels", 5, 5),
@@ -148,6 +150,7 @@ def test_values_that_are_allowed(key, given, kept):
         ("attention.random_density", [-0.01, 1.5, False, "x"]),
         ("attention.combine", ["partition", None, 0]),
         ("attention.mass_stride", [0, -1, 1.0, True]),
+        ("attention.renew_lists", [0, "no", None]),
         ("attention.text_rows", ["all", True]),
         ("attention.local_window", [-0.1, 1.1]),
         ("attention.local_voxels", [-1, 0.5]),
@@ -326,6 +329,7 @@ _strategies = {
     "attention.random_density": _share,
     "attention.combine": st.sampled_from(["scaled", "additive"]),
     "attention.mass_stride": st.integers(1, 64),
+    "attention.renew_lists": st.booleans(),
     "attention.text_rows": st.sampled_from(["sparse", "dense"]),
     "attention.local_window": _share,
     "attention.local_voxels": _count,
@@ -414,7 +418,7 @@ def test_what_an_original_file_loses_is_named_in_one_warning(caplog):
     (record,) = caplog.records
     text = record.getMessage()
     assert record.levelname == "WARNING" and "flux-original.yaml" in text
-    assert "attn.recompute_mask = False" in text and "attn.pad_qkv_before_kernel" in text
+    assert "attn.pad_qkv_before_kernel" in text and "Not honoured" not in text
     assert "is_fp8" not in text and "world_size" not in text
 
 
@@ -432,7 +436,6 @@ def test_original_defaults_hold_for_keys_left_out(tmp_path):
     [
         ("mlp: {is_fp8: true}", "mlp.is_fp8 = True"),
         ("world_size: 8", "world_size = 8"),
-        ("attn: {recompute_mask: false}", "attn.recompute_mask = False"),
         ("attn: {coverage: 0.7}", "attn.coverage = 0.7"),
         ("attn: {top_keys: 0, local_voxels: 5}", "attn.top_keys = 0"),
         ("attn: {full_attn_to_3d_tail: false}", "attn.full_attn_to_3d_tail = False"),
@@ -464,6 +467,7 @@ def test_original_keys_that_cannot_be_honoured_are_named(tmp_path, text, name):
         ("attn: {full_step_schedule: !!set {40, 0, 10}}", "schedule.refresh_steps", (0, 10, 40)),
         ("attn: {local_1d_window: 0.05}", "attention.local_window", 0.05),
         ("attn: {local_voxels: 3}", "attention.local_voxels", 3),
+        ("attn: {recompute_mask: false}", "attention.renew_lists", False),
         ("attn: {first_n_dense_layers: 4}", "attention.dense_layers", 4),
         ("mlp: {block_mask_cache: 4}", "mlp.list_lifetime", 4),
         ("attn: {full_attn_from_3d_tail: true}", "attention.text_rows", "dense"),

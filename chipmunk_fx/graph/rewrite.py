@@ -22,9 +22,10 @@ _SDPA = aten.scaled_dot_product_attention.default
 POWER = {"additive": 0.0, "scaled": 0.5}  # exponent of the selection's share (method.md: w0^p)
 
 
-def rewrite(capture: Capture, plan: Plan, config: Config, phase: Phase) -> fx.GraphModule:
+def rewrite(capture: Capture, plan: Plan, config: Config, phase: Phase, renew: bool = True) -> fx.GraphModule:
     """The graph of `phase`. Its inputs: the captured ones, then `state_inputs(plan, phase)`.
 
+    `renew`: a refresh chooses new lists of columns for attention; otherwise it keeps those that are there.
     Dense sites behind a key-padding mask are rewritten in every phase: padded keys are dropped, not masked.
     """
     graph = fx.Graph()
@@ -43,7 +44,7 @@ def rewrite(capture: Capture, plan: Plan, config: Config, phase: Phase) -> fx.Gr
         with graph.inserting_after(stop):
             kept = state[index, "residual"], state.get((index, "change"))
             graph.call_function(torch.ops.chipmunk.region_store.default, (start, stop, *kept))
-    writer = _Writer(graph, copied, state, plan, config, phase)
+    writer = _Writer(graph, copied, state, plan, config, phase, renew)
     for site in plan.sites:
         if plan.mask_of(site) is not None or (site.status == "rewritten" and phase is not Phase.DENSE):
             writer.replace(site)
@@ -107,9 +108,10 @@ class _Writer:
         plan: Plan,
         config: Config,
         phase: Phase,
+        renew: bool,
     ) -> None:
         self.graph, self.copied, self.state, self.plan = graph, copied, state, plan
-        self.config, self.phase = config, phase
+        self.config, self.phase, self.renew = config, phase, renew
 
     def replace(self, site: Site) -> None:
         anchor = self.copied[site.nodes[0]]
@@ -152,6 +154,7 @@ class _Writer:
             "random_density": config.random_density,
             "power": POWER[config.combine],
             "mass_stride": config.mass_stride,
+            "renew": self.renew,
             "seed": self.config.seed,
             "site": site.index,
         }

@@ -31,12 +31,13 @@ class Fallback:
 
 @dataclass(frozen=True)
 class Record:
-    """What one call did."""
+    """What one call did. `renewed`: a refresh chose new lists of columns."""
 
     step: int
     branch: int
     phase: Phase
     graph: weakref.ref
+    renewed: bool = True
 
 
 @dataclass

@@ -47,6 +47,7 @@ class Graph:
         self.free = [i for i, entry in enumerate(capture.inputs) if entry.is_tensor and not entry.is_parameter]
         kinds = {s.kind for s in plan.rewritten}
         settings = (("attention", config.attention), ("mlp", config.mlp))
+        self.keeps_lists = "attention" in kinds and not config.attention.renew_lists
         self.dense_layers = max((s.dense_layers for k, s in settings if k in kinds), default=0)
 
 
@@ -89,12 +90,13 @@ class Session:
         known = self._known(graph, values)
         phase = self._phase(graph, track, branch, position, known)
         state: list[torch.Tensor] | None = None
+        renew = True
         if phase is not Phase.DENSE or (graph.plan.streams and position.decided and not graph.plan.rewritten):
-            phase, state = self._ready(graph, track, branch, position, phase, values, known)
+            phase, state, renew = self._ready(graph, track, branch, position, phase, values, known)
         before = branch.last_refresh, branch.last_computed
         branch.last_refresh = branch.last_computed = None  # an exception leaves the branch without valid caches
         if state is not None:
-            result = graph.variants.get(phase, state)(*values, *state)
+            result = graph.variants.get(phase, state, renew)(*values, *state)
         elif phase is Phase.DENSE and graph.plan.masks and graph.plan.rewritten and not known.problem:
             state = self._masks(graph, values, known)
             result = graph.variants.get(phase, state)(*values, *state)
@@ -102,27 +104,29 @@ class Session:
             result = graph.variants.original()(*values)
         branch.last_refresh, branch.last_computed = before
         stored = state is not None and graph.plan.stores(phase)
-        self._passed(track, branch, phase, position, known, graph, stored=stored)
+        self._passed(track, branch, phase, position, known, graph, stored=stored, renewed=renew)
         return result
 
     def _ready(
         self, graph: Graph, track: Track, branch: Branch, position: Position, phase: Phase, values: Sequence[Any],
         known: Known,
-    ) -> tuple[Phase, list[torch.Tensor] | None]:  # fmt: skip
-        """The phase that the caches allow, and its tensors; none where the call has to be dense."""
+    ) -> tuple[Phase, list[torch.Tensor] | None, bool]:  # fmt: skip
+        """The phase that the caches allow, its tensors (none: the call has to be dense), whether it chooses new lists."""
         try:
             state, whole = self._state(graph, track, branch, values, known)
         except _OverBudget as over:
             branch.caches.clear()
             track.prepared.clear()
             self.held = self.bytes
-            return self._fall_back(track, position, str(over)), None
+            return self._fall_back(track, position, str(over)), None, True
         # caches are new where a parameter was replaced; lists are of no use where other keys are padding
-        fresh = not whole or (phase is Phase.SPARSE and not known.same(branch.known))
+        listed = whole and branch.last_refresh is not None and known.same(branch.known)
+        fresh = not whole or (phase is Phase.SPARSE and not listed)
         if fresh and phase in (Phase.SPARSE, Phase.SKIP):
             phase = Phase.REFRESH if graph.plan.rewritten else Phase.DENSE
         self._set_clock(state[graph.clock], branch, phase, position.step)
-        return phase, state[: len(state_inputs(graph.plan, phase))]
+        renew = phase is not Phase.REFRESH or not listed or not graph.keeps_lists
+        return phase, state[: len(state_inputs(graph.plan, phase))], renew
 
     def _known(self, graph: Graph, values: Sequence[Any]) -> Known:
         if graph.plan.probe is None:
@@ -197,6 +201,7 @@ class Session:
         graph: Graph,
         *,
         stored: bool,
+        renewed: bool,
     ) -> None:
         if phase is Phase.REFRESH:
             branch.last_refresh, branch.known = position.step, known
@@ -204,7 +209,7 @@ class Session:
             branch.sparse_steps = branch.sparse_steps + 1 if phase is Phase.SPARSE else 0
             if stored:
                 branch.computed(position.step)
-        track.records.append(Record(position.step, position.branch, phase, weakref.ref(graph)))
+        track.records.append(Record(position.step, position.branch, phase, weakref.ref(graph), renewed))
         _log.debug("step %d branch %d: %s", position.step, position.branch, phase)
 
     def _set_clock(self, clock: torch.Tensor, branch: Branch, phase: Phase, step: int) -> None:
