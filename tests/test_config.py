@@ -29,12 +29,14 @@ DEFAULTS = {
     "attention.local_voxels": 0,
     "attention.group_rows": "auto",
     "attention.dense_layers": 2,
+    "attention.layers": (),
     "mlp.enabled": True,
     "mlp.density": 0.30,
     "mlp.random_density": 0.05,
     "mlp.list_lifetime": 2,
     "mlp.group_rows": "auto",
     "mlp.dense_layers": 2,
+    "mlp.layers": (),
     "schedule.refresh_every": 10,
     "schedule.refresh_steps": None,
     "schedule.skip_steps": None,
@@ -106,6 +108,10 @@ def test_defaults_are_those_of_the_table():
         ("attention.group_rows", 16, 16),
         ("mlp.group_rows", 192, 192),
         ("mlp.dense_layers", 0, 0),
+        ("attention.layers", {}, ()),
+        ("attention.layers", {"10-20": 0.1, 3: "dense"}, ((3, 3, "dense"), (10, 20, 0.1))),
+        ("mlp.layers", {"7": 1}, ((7, 7, 1.0),)),
+        ("mlp.layers", ((7, 9, 0.5),), ((7, 9, 0.5),)),
         ("mlp.list_lifetime", 1, 1),
         ("schedule.refresh_every", 1, 1),
         ("schedule.refresh_steps", [0, 1, 10, 40], (0, 1, 10, 40)),
@@ -159,6 +165,11 @@ def test_values_that_are_allowed(key, given, kept):
         ("mlp.group_rows", [24]),
         ("mlp.list_lifetime", [0]),
         ("mlp.dense_layers", [-1, True]),
+        (
+            "attention.layers",
+            [3, "3", ["dense"], None, {"a": 0.1}, {-1: 0.1}, {True: 0.1}, {"5-3": 0.1}, {"3-": "dens"}],
+        ),
+        ("mlp.layers", [{3: 0}, {3: 1.5}, {3: "sparse"}, {3: None}, {3: 0.1, "2-4": 0.2}, {"1-": 0.1, 1: 0.1}]),
         ("schedule.refresh_every", [0, -1, 2.5, None]),
         ("schedule.refresh_steps", [[1, 0], [0, 0], [-1], [0.5], [True], "0 1", 3, {0: None}, b"01"]),
         ("schedule.skip_steps", [[3, 2], {"a"}]),
@@ -323,6 +334,10 @@ _share, _count = st.floats(0.0, 1.0), st.integers(0, 9)
 _steps = st.sets(st.integers(0, 99)).map(sorted)
 _rows = st.one_of(st.just("auto"), st.integers(1, 30).map(lambda n: 16 * n))
 _density = st.floats(0.0, 1.0, exclude_min=True)
+_layers = st.dictionaries(
+    st.one_of(st.integers(0, 9), st.integers(10, 19).map(str), st.integers(20, 40).map(lambda n: f"{n}-{2 * n}")),
+    st.just("dense") | _density,
+).filter(lambda given: sum(isinstance(key, str) and "-" in key for key in given) < 2)
 _strategies = {
     "attention.enabled": st.booleans(),
     "attention.density": _density,
@@ -335,12 +350,14 @@ _strategies = {
     "attention.local_voxels": _count,
     "attention.group_rows": _rows,
     "attention.dense_layers": _count,
+    "attention.layers": _layers,
     "mlp.enabled": st.booleans(),
     "mlp.density": _density,
     "mlp.random_density": _share,
     "mlp.list_lifetime": st.integers(1, 9),
     "mlp.group_rows": _rows,
     "mlp.dense_layers": _count,
+    "mlp.layers": _layers,
     "schedule.refresh_every": st.integers(1, 99),
     "schedule.refresh_steps": st.none() | _steps,
     "schedule.skip_steps": st.none() | _steps,

@@ -278,11 +278,18 @@ def _decide(site: Site, reason: str | None, config: Config, gate: Gate) -> Site:
         pass
     elif not settings.enabled:
         reason = f"{site.kind}.enabled is false"
-    elif site.layer is not None and site.layer < settings.dense_layers:
-        reason = f"block {site.layer + 1} of the first {settings.dense_layers} ({site.kind}.dense_layers)"
+    elif site.layer is not None and settings.is_dense(site.layer):
+        listed = f"block {site.layer} ({site.kind}.layers)"
+        first = f"block {site.layer + 1} of the first {settings.dense_layers} ({site.kind}.dense_layers)"
+        reason = listed if settings.of_layer(site.layer) else first
     elif config.gate == "auto":
         reason = gate(site)
-    return replace(site, status="dense", reason=reason) if reason else site
+    if reason:
+        return replace(site, status="dense", reason=reason)
+    said = settings.of_layer(site.layer)
+    return (
+        site if said is None else replace(site, reason=f"density {said:g} for block {site.layer} ({site.kind}.layers)")
+    )
 
 
 def _site(

@@ -46,9 +46,8 @@ class Graph:
         self.is_piece = plan.roles.timestep is None
         self.free = [i for i, entry in enumerate(capture.inputs) if entry.is_tensor and not entry.is_parameter]
         kinds = {s.kind for s in plan.rewritten}
-        settings = (("attention", config.attention), ("mlp", config.mlp))
         self.keeps_lists = "attention" in kinds and not config.attention.renew_lists
-        self.dense_layers = max((s.dense_layers for k, s in settings if k in kinds), default=0)
+        self.settings = [s for kind, s in (("attention", config.attention), ("mlp", config.mlp)) if kind in kinds]
 
 
 class Session:
@@ -168,7 +167,7 @@ class Session:
         self.held = self.bytes
 
     def _phase(self, graph: Graph, track: Track, branch: Branch, position: Position, known: Known) -> Phase:
-        if graph.is_piece and self.arrival < graph.dense_layers:
+        if graph.is_piece and any(settings.is_dense(self.arrival) for settings in graph.settings):
             return Phase.DENSE
         if not position.decided:
             return self._fall_back(track, position, position.reason or "its place in the generation is undecidable")
@@ -235,7 +234,8 @@ class Session:
         symbols = bindings(graph.capture.fakes, values) | known.lengths
         if graph.plan.has_grid and track.grid is None:
             track.grid = graph.plan.geometry.grid(symbols, values)
-        sites = {site.index: site for site in graph.plan.rewritten}
+        layer = {"layer": self.arrival} if graph.is_piece else {}
+        sites = {site.index: replace(site, **layer) for site in graph.plan.rewritten}
         device = values[graph.owner].device
         state = self._masks(graph, values, known)
         residuals = [

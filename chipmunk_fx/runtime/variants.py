@@ -68,6 +68,7 @@ class Variants:
         assert fake_mode is not None
         fakes = [fake_mode.from_tensor(tensor, static_shapes=True) for tensor in state]
         # Only our ops look at the caches, whose sizes follow the call's: where these change, they are not asserted.
-        follows = self.capture.dynamic or self.plan.probe is not None
+        sized_by_layer = self.config.attention.layers or self.config.mlp.layers  # one graph may serve several of them
+        follows = self.capture.dynamic or self.plan.probe is not None or sized_by_layer
         patches = {"size_asserts": False} if follows else {}
         return lower(module, [*self.capture.fakes, *fakes], self.config, **patches)
