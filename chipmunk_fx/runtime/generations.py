@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from chipmunk_fx.graph.geometry import Grid
 from chipmunk_fx.runtime.known import Known
 from chipmunk_fx.runtime.tables import Tables
 from chipmunk_fx.schedule.phase import Phase
@@ -93,7 +94,7 @@ class Track:
     records: list[Record] = field(default_factory=list)
     fallbacks: list[Fallback] = field(default_factory=list)
     tables: dict[Any, Tables] = field(default_factory=dict)
-    grid: tuple[int, int, int] | None = None
+    grids: tuple[Grid, ...] | None = None
     clock: torch.Tensor | None = None
     prepared: dict[Any, Prepared] = field(default_factory=dict)
     last_call: int = 0
@@ -101,7 +102,7 @@ class Track:
 
     def begin(self) -> None:
         """A generation begins: nothing cached is valid, buffers are kept for reuse."""
-        self.records, self.fallbacks, self.tables, self.grid, self.prepared = [], [], {}, None, {}
+        self.records, self.fallbacks, self.tables, self.grids, self.prepared = [], [], {}, None, {}
         self.begun = next(BIRTHS)
         for branch in self.branches.values():
             branch.last_refresh = branch.last_computed = branch.apart = None

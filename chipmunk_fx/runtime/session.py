@@ -232,8 +232,8 @@ class Session:
         self, graph: Graph, track: Track, branch: Branch, values: Sequence[Any], known: Known
     ) -> tuple[list[torch.Tensor], bool]:
         symbols = bindings(graph.capture.fakes, values) | known.lengths
-        if graph.plan.has_grid and track.grid is None:
-            track.grid = graph.plan.geometry.grid(symbols, values)
+        if graph.plan.has_grid and track.grids is None:
+            track.grids = graph.plan.geometry.grids(symbols, values)
         layer = {"layer": self.arrival} if graph.is_piece else {}
         sites = {site.index: replace(site, **layer) for site in graph.plan.rewritten}
         device = values[graph.owner].device
@@ -293,7 +293,7 @@ class Session:
         rows, columns = (sizes[2], sizes[3]) if attention else (sizes[1], sizes[1])
         key = (site.kind, rows, columns, site.group_rows)
         if key not in track.tables:
-            layout = graph.plan.geometry.layout(rows, track.grid)
+            layout = graph.plan.geometry.layout(rows, track.grids or ())
             raster = self.config.tokens.order == "raster"
             # An MLP shares the order of rows, not what attention adds to it: dense text rows, local windows.
             settings = self.config.attention if attention else AttentionConfig()
