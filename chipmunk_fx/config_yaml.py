@@ -204,8 +204,9 @@ class _Original:
                 yield "mlp.full_step_every", "one schedule serves both: that of attn.full_step_schedule"
             elif self["mlp.full_step_every"] != self["attn.full_step_every"]:
                 yield "mlp.full_step_every", "one schedule serves both: that of attn.full_step_every"
-        if self._patches() and (self["patchify.chunk_size_1"], self["patchify.chunk_size_2"]) != (8, 4):
-            yield "patchify.chunk_size_1", "the size of patches is chosen from the grid"
+        for key, size in (("patchify.chunk_size_1", 8), ("patchify.chunk_size_2", 4)):
+            if self._patches() and self[key] != size:
+                yield key, "the size of patches is chosen from the grid"
         if any(self._offloaded().values()):
             for key in self._offloaded():
                 if self.given.get(key) is False:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import chipmunk_fx.config as config_module
 from chipmunk_fx.config import AttentionConfig, Config, ScheduleConfig, allowed_keys
+from chipmunk_fx.config_yaml import ORIGINAL, WITHOUT_EFFECT
 from chipmunk_fx.errors import ConfigError
 from chipmunk_fx.presets import PRESETS
 from chipmunk_fx.schedule import Explicit, Interval, Skipping, policy_from
@@ -437,6 +438,41 @@ def test_what_an_original_file_loses_is_named_in_one_warning(caplog):
     assert record.levelname == "WARNING" and "flux-original.yaml" in text
     assert "attn.pad_qkv_before_kernel" in text and "Not honoured" not in text
     assert "is_fp8" not in text and "world_size" not in text
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_both_formats_of_a_published_file_are_one_config(name):
+    """The original's HunyuanVideo file also lists steps to skip of 50: `skip_steps` and `steps` are set beside ours."""
+    original = make({"config": EXAMPLES / f"{name}-original.yaml"})[0]
+    beside = {"schedule.skip_steps": list(SKIPS), "schedule.steps": 50} if name == "hunyuan" else {}
+    assert make({"config": EXAMPLES / f"{name}.yaml", **beside}) == (original, [])
+
+
+# What a key of the original is set to, where another value of its type will not do, and what has to stand beside it.
+_OTHER = {
+    "num_model_invocations_per_inference_step": 2,
+    "steps": 28,
+    "attn.random_keys": 0.02,
+    "attn.full_step_schedule": [0, 5],
+    "attn.full_attn_from_3d_tail": False,
+    "attn.coverage": 0.7,
+    "step_caching.skip_step_schedule": [7],
+}
+_HERE = {"offloading.attn.out_cache": False, "offloading.attn.indices": False}
+_BESIDE = {
+    "attn.should_keep_tail_dense": {"attn.full_attn_from_3d_tail": False},
+    "step_caching.skip_step_schedule": {"step_caching.is_enabled": True},
+    **{f"offloading.mlp.{cache}": _HERE for cache in ("out_cache", "indices", "sparse_act_T")},
+}
+
+
+@pytest.mark.parametrize("key", [*ORIGINAL, *sorted(WITHOUT_EFFECT)])
+def test_every_key_of_the_original_is_honoured_or_named(tmp_path, key):
+    default, beside = ORIGINAL.get(key), _BESIDE.get(key, {})
+    other = not default if isinstance(default, bool) else (default or 0) + 1 if default in (0, 1, 2, 8, 4, 10) else 0.5
+    base, said = load(tmp_path, yaml.safe_dump({"world_size": 1, **beside}))
+    given, warnings = load(tmp_path, yaml.safe_dump({"world_size": 1, **beside, key: _OTHER.get(key, other)}))
+    assert given != base or (warnings != said and key in warnings[0])
 
 
 def test_original_defaults_hold_for_keys_left_out(tmp_path):
