@@ -105,6 +105,7 @@ class ScheduleConfig(Section):
 
     refresh_every: int = option(10, integer(1))
     refresh_steps: tuple[int, ...] | None = option(None, absent_or("none", STEPS))
+    dense_steps: tuple[int, ...] | None = option(None, absent_or("none", STEPS))
     skip_steps: tuple[int, ...] | None = option(None, absent_or("none", STEPS))
     skip_threshold: float | None = option(None, absent_or("none", amount()))
     steps: int | None = option(None, absent_or("inferred", integer(1)))
@@ -237,7 +238,7 @@ class Config(Section):
         return cls(**sections, **values[""], inductor=tuple(values["inductor"].items()))
 
     def _beyond(self) -> Iterator[str]:
-        for name in ("refresh_steps", "skip_steps"):
+        for name in ("refresh_steps", "dense_steps", "skip_steps"):
             if unreached := beyond(self.schedule.steps, getattr(self.schedule, name)):
                 yield (
                     f"schedule.{name} lists {', '.join(map(str, unreached))}, which a generation of schedule.steps = "

@@ -109,8 +109,8 @@ class Plan:
         return self.region.streams if self.skips and isinstance(self.region, Region) else ()
 
     def stores(self, phase: Phase) -> bool:
-        """Whether the variant keeps residuals: not one that is dense for want of knowing where it belongs."""
-        return bool(self.streams) and (phase in (Phase.REFRESH, Phase.SPARSE) or not self.rewritten)
+        """Whether the variant keeps residuals."""
+        return bool(self.streams) and phase is not Phase.SKIP
 
     def in_region(self, site: Site) -> bool:
         return isinstance(self.region, Region) and site.nodes[0] in self.region.nodes

@@ -90,13 +90,14 @@ class Session:
         phase = self._phase(graph, track, branch, position, known)
         state: list[torch.Tensor] | None = None
         renew = True
-        if phase is not Phase.DENSE or (graph.plan.streams and position.decided and not graph.plan.rewritten):
+        trusted = position.decided and not (known.problem and graph.plan.rewritten)
+        if phase is not Phase.DENSE or (graph.plan.streams and trusted):
             phase, state, renew = self._ready(graph, track, branch, position, phase, values, known)
         before = branch.last_refresh, branch.last_computed
         branch.last_refresh = branch.last_computed = None  # an exception leaves the branch without valid caches
         if state is not None:
             result = graph.variants.get(phase, state, renew)(*values, *state)
-        elif phase is Phase.DENSE and graph.plan.masks and graph.plan.rewritten and not known.problem:
+        elif graph.plan.masks and graph.plan.rewritten and not graph.plan.streams and not known.problem:
             state = self._masks(graph, values, known)
             result = graph.variants.get(phase, state)(*values, *state)
         else:
@@ -174,10 +175,10 @@ class Session:
         if known.problem and graph.plan.rewritten:
             return self._fall_back(track, position, known.problem)
         if not graph.plan.rewritten:
-            phase = self.policy.phase(position.step, branch.last_computed, branch.drift)
+            phase = self.policy.phase(position.step, None, branch.drift, branch.last_computed)
             return phase if phase is Phase.SKIP else Phase.DENSE
         if graph.plan.streams:
-            return self.policy.phase(position.step, branch.last_refresh, branch.drift)
+            return self.policy.phase(position.step, branch.last_refresh, branch.drift, branch.last_computed)
         if self.policy != self.computing:
             why = "a block does not show what is around it" if graph.is_piece else graph.plan.region
             self.notices.once(_log, f"no step is skipped, whatever schedule.skip_* say ({why})", key="skip")
