@@ -155,7 +155,8 @@ def _build_all(graph: Graph, inputs: Sequence[Any]) -> None:
     state = scratch.example_state(graph, inputs)
     graph.variants.original()
     for phase in variants_of(graph.plan):
-        graph.variants.get(phase, state[: graph.counts[phase]])
+        for renew in (True, False) if phase is Phase.REFRESH and graph.keeps_lists else (True,):
+            graph.variants.get(phase, state[: graph.counts[phase]], renew)
 
 
 def variants_of(plan: Plan) -> list[Phase]:

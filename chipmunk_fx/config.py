@@ -23,6 +23,7 @@ from chipmunk_fx.config_rules import (
     amount,
     choice,
     integer,
+    layers,
     multiple,
     option,
     rules,
@@ -38,8 +39,31 @@ from chipmunk_fx.schedule import beyond
 _GROUP = word_or("auto", multiple(16))
 
 
+class SiteSection(Section):
+    """What attention and MLPs have in common."""
+
+    layers: tuple[tuple[int, int, float | Literal["dense"]], ...]
+    density: float
+    dense_layers: int
+
+    def of_layer(self, layer: int | None) -> float | Literal["dense"] | None:
+        """What `layers` says of a block, None where it names it not."""
+        said = (value for first, last, value in self.layers if layer is not None and first <= layer <= last)
+        return next(said, None)
+
+    def is_dense(self, layer: int | None) -> bool:
+        """Whether a block stays dense by `layers` or, where these do not name it, by `dense_layers`."""
+        said = self.of_layer(layer)
+        return said == "dense" if said is not None else layer is not None and layer < self.dense_layers
+
+    def density_of(self, layer: int | None) -> float:
+        """The density in a block that is not dense."""
+        said = self.of_layer(layer)
+        return said if isinstance(said, float) else self.density
+
+
 @dataclass(frozen=True)
-class AttentionConfig(Section):
+class AttentionConfig(SiteSection):
     """Self and joint attention: which columns of keys a group of rows computes on a sparse step."""
 
     prefix: ClassVar[str] = "attention."
@@ -49,15 +73,17 @@ class AttentionConfig(Section):
     random_density: float = option(0.01, share(zero=True))
     combine: Literal["scaled", "additive"] = option("scaled", choice("scaled", "additive"))
     mass_stride: int = option(4, integer(1))
+    renew_lists: bool = option(True, FLAG)  # at every refresh; else once a generation
     text_rows: Literal["sparse", "dense"] = option("sparse", choice("sparse", "dense"))
     local_window: float = option(0.0, share(zero=True))
     local_voxels: int = option(0, integer(0))
     group_rows: int | Literal["auto"] = option("auto", _GROUP)
     dense_layers: int = option(2, integer(0))
+    layers: tuple[tuple[int, int, float | Literal["dense"]], ...] = option((), layers())
 
 
 @dataclass(frozen=True)
-class MlpConfig(Section):
+class MlpConfig(SiteSection):
     """MLPs: which hidden neurons a group of rows computes on a sparse step."""
 
     prefix: ClassVar[str] = "mlp."
@@ -68,6 +94,7 @@ class MlpConfig(Section):
     list_lifetime: int = option(2, integer(1))
     group_rows: int | Literal["auto"] = option("auto", _GROUP)
     dense_layers: int = option(2, integer(0))
+    layers: tuple[tuple[int, int, float | Literal["dense"]], ...] = option((), layers())
 
 
 @dataclass(frozen=True)
@@ -78,6 +105,7 @@ class ScheduleConfig(Section):
 
     refresh_every: int = option(10, integer(1))
     refresh_steps: tuple[int, ...] | None = option(None, absent_or("none", STEPS))
+    dense_steps: tuple[int, ...] | None = option(None, absent_or("none", STEPS))
     skip_steps: tuple[int, ...] | None = option(None, absent_or("none", STEPS))
     skip_threshold: float | None = option(None, absent_or("none", amount()))
     steps: int | None = option(None, absent_or("inferred", integer(1)))
@@ -210,7 +238,7 @@ class Config(Section):
         return cls(**sections, **values[""], inductor=tuple(values["inductor"].items()))
 
     def _beyond(self) -> Iterator[str]:
-        for name in ("refresh_steps", "skip_steps"):
+        for name in ("refresh_steps", "dense_steps", "skip_steps"):
             if unreached := beyond(self.schedule.steps, getattr(self.schedule, name)):
                 yield (
                     f"schedule.{name} lists {', '.join(map(str, unreached))}, which a generation of schedule.steps = "
@@ -234,8 +262,7 @@ def _checks() -> dict[str, Any]:
 
 
 def _values(section: Section) -> dict[str, Any]:
-    values = {name: getattr(section, name) for name in rules(type(section))}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return {name: rule.plain(getattr(section, name)) for name, rule in rules(type(section)).items()}
 
 
 def _settings(given: Any, source: str | None) -> dict[str, Setting]:

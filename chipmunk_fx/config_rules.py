@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any, ClassVar, TypeVar
@@ -20,6 +20,7 @@ class Rule:
     allowed: str
     parse: Callable[[Any], Any]
     names: tuple[str, ...] = ()  # where only these are allowed
+    plain: Callable[[Any], Any] = lambda value: list(value) if isinstance(value, tuple) else value  # for YAML
 
     def check(self, key: str, value: Any, source: str | None = None) -> Any:
         """The parsed value; ConfigError naming `key` and where it was given, if it is not allowed."""
@@ -160,6 +161,38 @@ def _grid(value: Any) -> tuple[int, int, int]:
     t, h, w = (_integer(item) for item in value)
     _require(min(t, h, w) > 0)
     return t, h, w
+
+
+def layers() -> Rule:
+    """What single blocks do: a mapping such as {3: "dense", "10-20": 0.1}, kept as (first, last, value) in order."""
+    density = word_or("dense", share(zero=False))
+
+    def parse(value: Any) -> tuple[tuple[int, int, Any], ...]:
+        if isinstance(value, Mapping):
+            ranges = [(*_blocks(key), density.parse(chosen)) for key, chosen in value.items()]
+        else:
+            _require(isinstance(value, Sequence) and not isinstance(value, str | bytes))
+            ranges = [(_integer(first), _integer(last), density.parse(chosen)) for first, last, chosen in value]
+        ranges.sort(key=lambda one: one[:2])
+        _require(all(0 <= first <= last for first, last, _ in ranges))
+        _require(all(a[1] < b[0] for a, b in zip(ranges, ranges[1:], strict=False)))
+        return tuple(ranges)
+
+    def plain(value: tuple[tuple[int, int, Any], ...]) -> dict[str, Any]:
+        return {str(first) if first == last else f"{first}-{last}": chosen for first, last, chosen in value}
+
+    allowed = (
+        'a mapping from blocks, each of them once, as "3" or "10-20" (they count from 0), to "dense" or a density above 0 '
+        "and at most 1"
+    )
+    return Rule(allowed, parse, plain=plain)
+
+
+def _blocks(key: Any) -> tuple[int, int]:
+    if isinstance(key, str):
+        first, _, last = key.partition("-")
+        return int(first), int(last or first)
+    return _integer(key), _integer(key)
 
 
 GRID = Rule("three positive integers (frames, rows, columns of tokens)", _grid)

@@ -116,7 +116,6 @@ _ONLY: Mapping[str, tuple[Any, str]] = MappingProxyType(
     {
         "world_size": (1, "one device"),
         "mlp.is_fp8": (False, "the MLP keeps the model's dtype"),
-        "attn.recompute_mask": (True, "lists of columns are chosen anew at every refresh"),
         "attn.full_attn_to_3d_tail": (True, "text columns are always taken"),
         "attn.delta_cache": (True, "the rest of the attention always comes from the cache"),
         "attn.coverage": (None, "the number of columns is fixed by top_keys"),
@@ -173,6 +172,7 @@ class _Original:
         yield "attention.random_density", self._setting("attn.random_keys", self._random_share())
         yield "attention.local_voxels", self._setting("attn.local_voxels")
         yield "attention.local_window", self._setting("attn.local_1d_window")
+        yield "attention.renew_lists", self._setting("attn.recompute_mask")
         yield "attention.dense_layers", self._setting("attn.first_n_dense_layers")
         yield "attention.text_rows", self._setting("attn.full_attn_from_3d_tail", self._text_rows())
         yield "mlp.enabled", self._setting("mlp.is_enabled")
@@ -204,8 +204,9 @@ class _Original:
                 yield "mlp.full_step_every", "one schedule serves both: that of attn.full_step_schedule"
             elif self["mlp.full_step_every"] != self["attn.full_step_every"]:
                 yield "mlp.full_step_every", "one schedule serves both: that of attn.full_step_every"
-        if self._patches() and (self["patchify.chunk_size_1"], self["patchify.chunk_size_2"]) != (8, 4):
-            yield "patchify.chunk_size_1", "the size of patches is chosen from the grid"
+        for key, size in (("patchify.chunk_size_1", 8), ("patchify.chunk_size_2", 4)):
+            if self._patches() and self[key] != size:
+                yield key, "the size of patches is chosen from the grid"
         if any(self._offloaded().values()):
             for key in self._offloaded():
                 if self.given.get(key) is False:

@@ -13,6 +13,7 @@ from typing import Any
 _FLUX = {
     "attention.density": 0.165,
     "attention.random_density": 0.0,
+    "attention.renew_lists": False,
     "mlp.density": 0.30,
     "mlp.random_density": 0.05,
     "mlp.list_lifetime": 2,

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import chipmunk_fx.config as config_module
 from chipmunk_fx.config import AttentionConfig, Config, ScheduleConfig, allowed_keys
+from chipmunk_fx.config_yaml import ORIGINAL, WITHOUT_EFFECT
 from chipmunk_fx.errors import ConfigError
 from chipmunk_fx.presets import PRESETS
 from chipmunk_fx.schedule import Explicit, Interval, Skipping, policy_from
@@ -23,19 +24,23 @@ DEFAULTS = {
     "attention.random_density": 0.01,
     "attention.combine": "scaled",
     "attention.mass_stride": 4,
+    "attention.renew_lists": True,
     "attention.text_rows": "sparse",
     "attention.local_window": 0.0,
     "attention.local_voxels": 0,
     "attention.group_rows": "auto",
     "attention.dense_layers": 2,
+    "attention.layers": (),
     "mlp.enabled": True,
     "mlp.density": 0.30,
     "mlp.random_density": 0.05,
     "mlp.list_lifetime": 2,
     "mlp.group_rows": "auto",
     "mlp.dense_layers": 2,
+    "mlp.layers": (),
     "schedule.refresh_every": 10,
     "schedule.refresh_steps": None,
+    "schedule.dense_steps": None,
     "schedule.skip_steps": None,
     "schedule.skip_threshold": None,
     "schedule.steps": None,
@@ -98,12 +103,17 @@ def test_defaults_are_those_of_the_table():
         ("attention.random_density", 0, 0.0),
         ("attention.combine", "additive", "additive"),
         ("attention.mass_stride", 1, 1),
+        ("attention.renew_lists", False, False),
         ("attention.text_rows", "dense", "dense"),
         ("attention.local_window", 0.25, 0.25),
         ("attention.local_voxels", 5, 5),
         ("attention.group_rows", 16, 16),
         ("mlp.group_rows", 192, 192),
         ("mlp.dense_layers", 0, 0),
+        ("attention.layers", {}, ()),
+        ("attention.layers", {"10-20": 0.1, 3: "dense"}, ((3, 3, "dense"), (10, 20, 0.1))),
+        ("mlp.layers", {"7": 1}, ((7, 7, 1.0),)),
+        ("mlp.layers", ((7, 9, 0.5),), ((7, 9, 0.5),)),
         ("mlp.list_lifetime", 1, 1),
         ("schedule.refresh_every", 1, 1),
         ("schedule.refresh_steps", [0, 1, 10, 40], (0, 1, 10, 40)),
@@ -111,6 +121,7 @@ def test_defaults_are_those_of_the_table():
         ("schedule.refresh_steps", range(3), (0, 1, 2)),
         ("schedule.refresh_steps", "none", None),
         ("schedule.skip_steps", [], ()),
+        ("schedule.dense_steps", [0, 1], (0, 1)),
         ("schedule.skip_threshold", "none", None),
         ("schedule.skip_threshold", 0.05, 0.05),
         ("schedule.steps", 4, 4),
@@ -148,6 +159,7 @@ def test_values_that_are_allowed(key, given, kept):
         ("attention.random_density", [-0.01, 1.5, False, "x"]),
         ("attention.combine", ["partition", None, 0]),
         ("attention.mass_stride", [0, -1, 1.0, True]),
+        ("attention.renew_lists", [0, "no", None]),
         ("attention.text_rows", ["all", True]),
         ("attention.local_window", [-0.1, 1.1]),
         ("attention.local_voxels", [-1, 0.5]),
@@ -156,9 +168,15 @@ def test_values_that_are_allowed(key, given, kept):
         ("mlp.group_rows", [24]),
         ("mlp.list_lifetime", [0]),
         ("mlp.dense_layers", [-1, True]),
+        (
+            "attention.layers",
+            [3, "3", ["dense"], None, {"a": 0.1}, {-1: 0.1}, {True: 0.1}, {"5-3": 0.1}, {"3-": "dens"}],
+        ),
+        ("mlp.layers", [{3: 0}, {3: 1.5}, {3: "sparse"}, {3: None}, {3: 0.1, "2-4": 0.2}, {"1-": 0.1, 1: 0.1}]),
         ("schedule.refresh_every", [0, -1, 2.5, None]),
         ("schedule.refresh_steps", [[1, 0], [0, 0], [-1], [0.5], [True], "0 1", 3, {0: None}, b"01"]),
         ("schedule.skip_steps", [[3, 2], {"a"}]),
+        ("schedule.dense_steps", [[3, 2], 4]),
         ("schedule.skip_threshold", [-0.1, "a", True, float("inf")]),
         ("schedule.steps", [0, "many", True]),
         ("schedule.branches", [0, 1.5]),
@@ -320,25 +338,33 @@ _share, _count = st.floats(0.0, 1.0), st.integers(0, 9)
 _steps = st.sets(st.integers(0, 99)).map(sorted)
 _rows = st.one_of(st.just("auto"), st.integers(1, 30).map(lambda n: 16 * n))
 _density = st.floats(0.0, 1.0, exclude_min=True)
+_layers = st.dictionaries(
+    st.one_of(st.integers(0, 9), st.integers(10, 19).map(str), st.integers(20, 40).map(lambda n: f"{n}-{2 * n}")),
+    st.just("dense") | _density,
+).filter(lambda given: sum(isinstance(key, str) and "-" in key for key in given) < 2)
 _strategies = {
     "attention.enabled": st.booleans(),
     "attention.density": _density,
     "attention.random_density": _share,
     "attention.combine": st.sampled_from(["scaled", "additive"]),
     "attention.mass_stride": st.integers(1, 64),
+    "attention.renew_lists": st.booleans(),
     "attention.text_rows": st.sampled_from(["sparse", "dense"]),
     "attention.local_window": _share,
     "attention.local_voxels": _count,
     "attention.group_rows": _rows,
     "attention.dense_layers": _count,
+    "attention.layers": _layers,
     "mlp.enabled": st.booleans(),
     "mlp.density": _density,
     "mlp.random_density": _share,
     "mlp.list_lifetime": st.integers(1, 9),
     "mlp.group_rows": _rows,
     "mlp.dense_layers": _count,
+    "mlp.layers": _layers,
     "schedule.refresh_every": st.integers(1, 99),
     "schedule.refresh_steps": st.none() | _steps,
+    "schedule.dense_steps": st.none() | _steps,
     "schedule.skip_steps": st.none() | _steps,
     "schedule.skip_threshold": st.none() | st.floats(0, 10),
     "schedule.steps": st.none() | st.integers(1, 99),
@@ -414,8 +440,43 @@ def test_what_an_original_file_loses_is_named_in_one_warning(caplog):
     (record,) = caplog.records
     text = record.getMessage()
     assert record.levelname == "WARNING" and "flux-original.yaml" in text
-    assert "attn.recompute_mask = False" in text and "attn.pad_qkv_before_kernel" in text
+    assert "attn.pad_qkv_before_kernel" in text and "Not honoured" not in text
     assert "is_fp8" not in text and "world_size" not in text
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_both_formats_of_a_published_file_are_one_config(name):
+    """The original's HunyuanVideo file also lists steps to skip of 50: `skip_steps` and `steps` are set beside ours."""
+    original = make({"config": EXAMPLES / f"{name}-original.yaml"})[0]
+    beside = {"schedule.skip_steps": list(SKIPS), "schedule.steps": 50} if name == "hunyuan" else {}
+    assert make({"config": EXAMPLES / f"{name}.yaml", **beside}) == (original, [])
+
+
+# What a key of the original is set to, where another value of its type will not do, and what has to stand beside it.
+_OTHER = {
+    "num_model_invocations_per_inference_step": 2,
+    "steps": 28,
+    "attn.random_keys": 0.02,
+    "attn.full_step_schedule": [0, 5],
+    "attn.full_attn_from_3d_tail": False,
+    "attn.coverage": 0.7,
+    "step_caching.skip_step_schedule": [7],
+}
+_HERE = {"offloading.attn.out_cache": False, "offloading.attn.indices": False}
+_BESIDE = {
+    "attn.should_keep_tail_dense": {"attn.full_attn_from_3d_tail": False},
+    "step_caching.skip_step_schedule": {"step_caching.is_enabled": True},
+    **{f"offloading.mlp.{cache}": _HERE for cache in ("out_cache", "indices", "sparse_act_T")},
+}
+
+
+@pytest.mark.parametrize("key", [*ORIGINAL, *sorted(WITHOUT_EFFECT)])
+def test_every_key_of_the_original_is_honoured_or_named(tmp_path, key):
+    default, beside = ORIGINAL.get(key), _BESIDE.get(key, {})
+    other = not default if isinstance(default, bool) else (default or 0) + 1 if default in (0, 1, 2, 8, 4, 10) else 0.5
+    base, said = load(tmp_path, yaml.safe_dump({"world_size": 1, **beside}))
+    given, warnings = load(tmp_path, yaml.safe_dump({"world_size": 1, **beside, key: _OTHER.get(key, other)}))
+    assert given != base or (warnings != said and key in warnings[0])
 
 
 def test_original_defaults_hold_for_keys_left_out(tmp_path):
@@ -432,7 +493,6 @@ def test_original_defaults_hold_for_keys_left_out(tmp_path):
     [
         ("mlp: {is_fp8: true}", "mlp.is_fp8 = True"),
         ("world_size: 8", "world_size = 8"),
-        ("attn: {recompute_mask: false}", "attn.recompute_mask = False"),
         ("attn: {coverage: 0.7}", "attn.coverage = 0.7"),
         ("attn: {top_keys: 0, local_voxels: 5}", "attn.top_keys = 0"),
         ("attn: {full_attn_to_3d_tail: false}", "attn.full_attn_to_3d_tail = False"),
@@ -464,6 +524,7 @@ def test_original_keys_that_cannot_be_honoured_are_named(tmp_path, text, name):
         ("attn: {full_step_schedule: !!set {40, 0, 10}}", "schedule.refresh_steps", (0, 10, 40)),
         ("attn: {local_1d_window: 0.05}", "attention.local_window", 0.05),
         ("attn: {local_voxels: 3}", "attention.local_voxels", 3),
+        ("attn: {recompute_mask: false}", "attention.renew_lists", False),
         ("attn: {first_n_dense_layers: 4}", "attention.dense_layers", 4),
         ("mlp: {block_mask_cache: 4}", "mlp.list_lifetime", 4),
         ("attn: {full_attn_from_3d_tail: true}", "attention.text_rows", "dense"),

@@ -25,25 +25,27 @@ aten = torch.ops.aten
 
 _CONVOLUTIONS = (aten.conv2d.default, aten.conv3d.default, aten.convolution.default)
 Side = Literal["first", "last"]
+Grid = tuple[int, int, int]
+"""(t, h, w) in tokens."""
+FRAMES = 4  # planes of ids that make a video; fewer, or planes more than 1 apart, are pictures of their own
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One sequence: a (t, h, w) grid of image tokens, raster order, with `text` tokens on one side."""
+    """One sequence: image tokens of one grid or of several, each in raster order, with `text` tokens on one side."""
 
-    grid: tuple[int, int, int]
+    grids: tuple[Grid, ...]
     side: Side | None
     text: int
 
     @property
     def image(self) -> int:
-        t, h, w = self.grid
-        return t * h * w
+        return sum(map(prod, self.grids))
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """How to find a call's grid: `sizes` (possibly symbolic) or `ids`, an input that lists positions."""
+    """How to find a call's grids: `sizes` (possibly symbolic) of one or `ids`, an input that lists positions."""
 
     sizes: tuple[Size, Size, Size] | None
     ids: int | None
@@ -51,20 +53,19 @@ class Geometry:
     text: int | None  # given by the user
     source: str
 
-    def grid(self, known: dict[Any, int], values: Sequence[Any]) -> tuple[int, int, int] | None:
+    def grids(self, known: dict[Any, int], values: Sequence[Any]) -> tuple[Grid, ...]:
+        """Those of the pictures in a call's sequence, in order; empty where they are not known. Reads ids off the device."""
         if self.sizes is not None:
             t, h, w = evaluate(self.sizes, known)
-            return t, h, w
-        return None if self.ids is None else grid_of_ids(values[self.ids])
+            return ((t, h, w),)
+        return () if self.ids is None else grids_of_ids(values[self.ids])
 
-    def layout(self, rows: int, grid: tuple[int, int, int] | None) -> Layout | None:
-        """The layout of a sequence of `rows` tokens, or None where the grid does not explain its length."""
-        if grid is None:
+    def layout(self, rows: int, grids: tuple[Grid, ...]) -> Layout | None:
+        """The layout of a sequence of `rows` tokens, or None where the grids do not explain its length."""
+        text = rows - sum(map(prod, grids))
+        if not grids or text < 0 or (text > 0 and (self.side is None or self.text not in (None, text))):
             return None
-        text = rows - grid[0] * grid[1] * grid[2]
-        if text < 0 or (text > 0 and (self.side is None or self.text not in (None, text))):
-            return None
-        return Layout(grid, self.side if text else None, text)
+        return Layout(grids, self.side if text else None, text)
 
 
 def find_geometry(
@@ -99,21 +100,50 @@ def find_geometry(
         if any(length >= image for length in lengths):
             return Geometry(sizes, None, side or _side(capture, roles, image, lengths), text, source)
     for index in roles.ids:
-        grid = grid_of_ids(real[index])
-        image = 0 if grid is None else grid[0] * grid[1] * grid[2]
-        if grid is not None and max(grid) > 1 and any(length >= image for length in lengths):
+        grids = grids_of_ids(real[index])
+        image = sum(map(prod, grids))
+        if image > 1 and any(length >= image for length in lengths):
             found = side or _side(capture, roles, image, lengths)
             return Geometry(None, index, found, text, f"position ids {capture.inputs[index].name}")
     return Geometry(None, None, side, text, "unknown: raster order")
 
 
-def grid_of_ids(ids: Any) -> tuple[int, int, int] | None:
-    """The grid that position ids [..., N, 2 to 4] enumerate in raster order; None where they do not. Reads the device."""
+def grids_of_ids(ids: Any) -> tuple[Grid, ...]:
+    """The grids that position ids [..., N, 2 to 4] enumerate in raster order, one after the other; empty where they do not.
+
+    A picture ends where the first coordinate changes (FLUX Kontext, FLUX.2), unless it counts the frames of a video, and
+    where the ids start anew. Reads the device.
+    """
     if not isinstance(ids, torch.Tensor) or ids.dim() < 2 or not 2 <= ids.shape[-1] <= 4 or ids.numel() == 0:
-        return None
+        return ()
     flat = ids.reshape(-1, ids.shape[-2], ids.shape[-1])[0].to("cpu", torch.float64)
+    whole = _raster(flat)
+    if whole is not None and (whole[0] == 1 or _is_video(flat[:, 0])):
+        return (whole,)
+    found = [_raster(part) for part in flat.tensor_split(_starts(flat))]
+    grids = tuple(grid for grid in found if grid is not None)
+    return grids if len(grids) == len(found) else ()
+
+
+def _is_video(times: torch.Tensor) -> bool:
+    planes = times.unique()
+    return len(planes) >= FRAMES and bool(planes.diff().max() <= 1)
+
+
+def _starts(ids: torch.Tensor) -> torch.Tensor:
+    """Where a picture begins behind another: rows whose first coordinate differs, or that stand before in raster order."""
+    moves = ids.diff(dim=0)
+    leading = moves.ne(0).int().argmax(1, keepdim=True)  # the first coordinate that moves tells the order
+    anew = moves.gather(1, leading).squeeze(1) <= 0
+    if ids.shape[1] > 2:  # of two coordinates, the first counts rows
+        anew |= moves[:, 0] != 0
+    return anew.nonzero().squeeze(1) + 1
+
+
+def _raster(ids: torch.Tensor) -> Grid | None:
+    """The grid that ids [N, 2 to 4] enumerate; a single place is none."""
     # Positions may be strided or centred: what counts is their rank along each axis.
-    axes = [column.unique(return_inverse=True) for column in flat.unbind(1)]
+    axes = [column.unique(return_inverse=True) for column in ids.unbind(1)]
     moving = [(len(values), ranks) for values, ranks in axes if len(values) > 1]
     if not 1 <= len(moving) <= 3:
         return None

@@ -96,8 +96,8 @@ class Plan:
         return self.region.streams if self.skips and isinstance(self.region, Region) else ()
 
     def stores(self, phase: Phase) -> bool:
-        """Whether the variant keeps residuals: not one that is dense for want of knowing where it belongs."""
-        return bool(self.streams) and (phase in (Phase.REFRESH, Phase.SPARSE) or not self.rewritten)
+        """Whether the variant keeps residuals."""
+        return bool(self.streams) and phase is not Phase.SKIP
 
     def in_region(self, site: Site) -> bool:
         return isinstance(self.region, Region) and site.nodes[0] in self.region.nodes
@@ -243,11 +243,18 @@ def _decide(site: Site, reason: str | None, config: Config, gate: Gate) -> Site:
         pass
     elif not settings.enabled:
         reason = f"{site.kind}.enabled is false"
-    elif site.layer is not None and site.layer < settings.dense_layers:
-        reason = f"block {site.layer + 1} of the first {settings.dense_layers} ({site.kind}.dense_layers)"
+    elif site.layer is not None and settings.is_dense(site.layer):
+        listed = f"block {site.layer} ({site.kind}.layers)"
+        first = f"block {site.layer + 1} of the first {settings.dense_layers} ({site.kind}.dense_layers)"
+        reason = listed if settings.of_layer(site.layer) else first
     elif config.gate == "auto":
         reason = gate(site)
-    return replace(site, status="dense", reason=reason) if reason else site
+    if reason:
+        return replace(site, status="dense", reason=reason)
+    said = settings.of_layer(site.layer)
+    return (
+        site if said is None else replace(site, reason=f"density {said:g} for block {site.layer} ({site.kind}.layers)")
+    )
 
 
 def _site(

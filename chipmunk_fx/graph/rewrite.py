@@ -24,9 +24,10 @@ _SDPA = aten.scaled_dot_product_attention.default
 POWER = {"additive": 0.0, "scaled": 0.5}  # exponent of the selection's share (method.md: w0^p)
 
 
-def rewrite(capture: Capture, plan: Plan, config: Config, phase: Phase) -> fx.GraphModule:
+def rewrite(capture: Capture, plan: Plan, config: Config, phase: Phase, renew: bool = True) -> fx.GraphModule:
     """The graph of `phase`. Its inputs: the captured ones, then `state_inputs(plan, phase)`.
 
+    `renew`: a refresh chooses new lists of columns for attention; otherwise it keeps those that are there.
     Dense sites behind a key-padding mask are rewritten in every phase: padded keys are dropped, not masked.
     """
     graph = fx.Graph()
@@ -45,7 +46,7 @@ def rewrite(capture: Capture, plan: Plan, config: Config, phase: Phase) -> fx.Gr
         with graph.inserting_after(stop):
             kept = state[index, "residual"], state.get((index, "change"))
             graph.call_function(torch.ops.chipmunk.region_store.default, (start, stop, *kept))
-    writer = _Writer(graph, copied, state, plan, config, phase)
+    writer = _Writer(graph, copied, state, plan, config, phase, renew)
     for site in plan.sites:
         if plan.mask_of(site) is not None or (site.status == "rewritten" and phase is not Phase.DENSE):
             writer.replace(site)
@@ -117,9 +118,10 @@ class _Writer:
         plan: Plan,
         config: Config,
         phase: Phase,
+        renew: bool,
     ) -> None:
         self.graph, self.copied, self.state, self.plan = graph, copied, state, plan
-        self.config, self.phase = config, phase
+        self.config, self.phase, self.renew = config, phase, renew
         self.lanes = lanes(plan) if phase in (Phase.REFRESH, Phase.SPARSE) else {}
 
     def replace(self, site: Site) -> None:
@@ -165,6 +167,7 @@ class _Writer:
             "random_density": config.random_density,
             "power": POWER[config.combine],
             "mass_stride": config.mass_stride,
+            "renew": self.renew,
             "seed": self.config.seed,
             "site": site.index,
         }

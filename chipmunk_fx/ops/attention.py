@@ -36,6 +36,7 @@ def attention_refresh(
     random_density: float,
     power: float,
     mass_stride: int,
+    renew: bool,
     seed: int,
     site: int,
     sdpa: str,
@@ -48,7 +49,8 @@ def attention_refresh(
     share    = exp(power (lse over lists - lse)), at most 1
     rest     = o - share * (softmax over lists)
 
-    Arguments as in kernels/README.md. Returns o, [B, H, N, D]; writes rest, share and lists.
+    Without `renew` the lists stay as they are, and no masses are taken.
+    Arguments as in kernels/README.md. Returns o, [B, H, N, D]; writes rest, share and, with `renew`, lists.
     """
     total, columns = k.shape[2], lists.shape[-1]
     key = stream(seed, site, clock[0])
@@ -58,9 +60,10 @@ def attention_refresh(
     out = _tokens_first(out)
     for index, (b, h) in enumerate(product(range(q.shape[0]), range(q.shape[1]))):
         head = _head(q, k, v, valid, b, h, positions, scale, group_rows)
-        # with every column computed the masses decide nothing
-        masses = head.masses(lse[b, h], mass_stride) if columns < total else lse.new_zeros(lists.shape[2], total)
-        lists[b, h] = select(masses, columns, drawn, substream(key, index), always, head.valid)
+        if renew:
+            # with every column computed the masses decide nothing
+            masses = head.masses(lse[b, h], mass_stride) if columns < total else lse.new_zeros(lists.shape[2], total)
+            lists[b, h] = select(masses, columns, drawn, substream(key, index), always, head.valid)
         for span in head.spans(columns):
             part, part_lse = head.selected(lists[b, h], span)
             weight = (part_lse - take(lse[b, h], positions, span)).mul_(power).exp_().nan_to_num_(0).clamp_(max=1)

@@ -114,6 +114,7 @@ class AttentionCase:
             "random_density": self.random_density,
             "power": self.power,
             "mass_stride": self.mass_stride,
+            "renew": True,
             "seed": 11,
             "site": 5,
             "sdpa": "",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -48,24 +49,25 @@ def masks(graph: Graph, values: Sequence[Any], known: Known) -> list[torch.Tenso
 
 
 class Assembly:
-    """Of one call. `shared_bytes`: site index -> bytes by slot name, of what branches share, kept up to date.
+    """Of one call. `shared_bytes`: site index -> bytes by slot name, of what branches share, kept up to date. `layer`: the
+    block that a graph of one block serves.
 
     `whole` tells, after `state`, whether all caches were there already.
     """
 
     def __init__(
         self, graph: Graph, config: Config, store: Store, track: Track, branch: Branch, values: Sequence[Any],
-        known: Known, shared_bytes: dict[int, dict[str, int]], room: Room,
+        known: Known, shared_bytes: dict[int, dict[str, int]], room: Room, layer: int | None = None,
     ) -> None:  # fmt: skip
         self.graph, self.plan, self.config, self.store = graph, graph.plan, config, store
         self.track, self.branch, self.values, self.known = track, branch, values, known
-        self.shared_bytes, self.room = shared_bytes, room
+        self.shared_bytes, self.room, self.layer = shared_bytes, room, layer
         self.symbols = bindings(graph.capture.fakes, values) | known.lengths
         self.device: torch.device = values[graph.owner].device
         self.whole = True
         self.sizes: dict[int, tuple[int, ...]] = {s.index: evaluate(s.sizes, self.symbols) for s in self.plan.rewritten}
-        if self.plan.has_grid and track.grid is None:
-            track.grid = self.plan.geometry.grid(self.symbols, values)
+        if self.plan.has_grid and track.grids is None:
+            track.grids = self.plan.geometry.grids(self.symbols, values)
 
     def state(self) -> list[torch.Tensor]:
         """In the order of `graph.entries`. Raises `SiteOutOfMemory`, and what `room` raises."""
@@ -127,7 +129,7 @@ class Assembly:
         self.cells: dict[int, dict[str, torch.Tensor]] = {}
         for site in self.plan.rewritten:
             try:
-                self._site(site)
+                self._site(site if self.layer is None else replace(site, layer=self.layer))
             except CacheOutOfMemory as error:
                 raise SiteOutOfMemory(site, str(error)) from None
 
@@ -177,7 +179,7 @@ class Assembly:
         key = (site.kind, rows, columns, site.group_rows)
         made = self.track.tables
         if key not in made:
-            layout = self.plan.geometry.layout(rows, self.track.grid)
+            layout = self.plan.geometry.layout(rows, self.track.grids or ())
             raster = self.config.tokens.order == "raster"
             # An MLP shares the order of rows, not what attention adds to it: dense text rows, local windows.
             settings = self.config.attention if attention else AttentionConfig()

@@ -14,7 +14,7 @@ TILE = 16  # column counts are rounded up to this
 def site_columns(site: Site, sizes: Sequence[int], config: Config, always: int = 0) -> int:
     """Columns (keys or neurons) in a group's list on a sparse step; `always` of them are fixed (text, local windows)."""
     settings = config.attention if site.kind == "attention" else config.mlp
-    return columns(sizes[3], settings.density, settings.random_density, always, TILE)
+    return columns(sizes[3], settings.density_of(site.layer), settings.random_density, always, TILE)
 
 
 def site_slots(

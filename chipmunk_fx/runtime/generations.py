@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from chipmunk_fx.graph.geometry import Grid
 from chipmunk_fx.runtime.known import Known
 from chipmunk_fx.runtime.tables import Tables
 from chipmunk_fx.schedule.phase import Phase
@@ -33,12 +34,13 @@ class Fallback:
 
 @dataclass(frozen=True)
 class Record:
-    """What one call did."""
+    """What one call did. `renewed`: a refresh chose new lists of columns."""
 
     step: int
     branch: int
     phase: Phase
     graph: weakref.ref
+    renewed: bool = True
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class Track:
     records: list[Record] = field(default_factory=list)
     fallbacks: list[Fallback] = field(default_factory=list)
     tables: dict[Any, Tables] = field(default_factory=dict)
-    grid: tuple[int, int, int] | None = None
+    grids: tuple[Grid, ...] | None = None
     clock: torch.Tensor | None = None
     prepared: dict[Any, Prepared] = field(default_factory=dict)
     last_call: int = 0
@@ -110,7 +112,7 @@ class Track:
 
     def begin(self, shape: Hashable) -> tuple[Branch, ...]:
         """A generation of this shape begins: nothing cached is valid. Returns the branches whose buffers cannot serve it."""
-        self.records, self.fallbacks, self.tables, self.grid, self.prepared = [], [], {}, None, {}
+        self.records, self.fallbacks, self.tables, self.grids, self.prepared = [], [], {}, None, {}
         self.begun = next(BIRTHS)
         for branch in self.branches.values():
             branch.forget()

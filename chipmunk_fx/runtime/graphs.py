@@ -39,8 +39,8 @@ class Graph:
         self.owners = tuple(sorted({site.owner for site in plan.rewritten}))
         self.rewrites, self.masked, self.skips = bool(plan.rewritten), bool(plan.masks), bool(plan.streams)
         kinds = {s.kind for s in plan.rewritten}
-        settings = (("attention", config.attention), ("mlp", config.mlp))
-        self.dense_layers = max((s.dense_layers for k, s in settings if k in kinds), default=0)
+        self.keeps_lists = "attention" in kinds and not config.attention.renew_lists
+        self.settings = [s for kind, s in (("attention", config.attention), ("mlp", config.mlp)) if kind in kinds]
         self._without: dict[frozenset[int], Graph] = {}
         self._stranger: weakref.ref | None = None  # the session met last for the first time
         self._lost = 0  # such sessions in a row whose parameters were gone before they came again

@@ -72,26 +72,26 @@ class Session:
         branch = track.branches.setdefault(position.branch, Branch())
         known = self._known(graph, values)
         self._look_for_damage(track, branch, position)
-        graph, phase, state = self._ready(graph, track, branch, position, values, known)
+        graph, phase, state, renew = self._ready(graph, track, branch, position, values, known)
         before = branch.last_refresh, branch.last_computed
         branch.last_refresh = branch.last_computed = None  # an exception leaves the branch without valid caches
-        result, problem = self._run(graph, phase, values, state)
+        result, problem = self._run(graph, phase, values, state, renew)
         if problem is not None:
             del state
             return self._rescue(graph, track, position, values, problem)
         branch.last_refresh, branch.last_computed = before
         stored = state is not None and graph.skips and graph.plan.stores(phase)
-        self._passed(track, branch, phase, position, known, graph, stored=stored)
+        self._passed(track, branch, phase, position, known, graph, stored=stored, renewed=renew)
         return result
 
     def _run(
-        self, graph: Graph, phase: Phase, values: Sequence[Any], state: list[torch.Tensor] | None
+        self, graph: Graph, phase: Phase, values: Sequence[Any], state: list[torch.Tensor] | None, renew: bool
     ) -> tuple[Any, Exception | None]:
         """The result, or why there is none: a variant of ours that failed."""
         if state is None:
             return graph.variants.original()(*values), None
         try:
-            return graph.variants.get(phase, state)(*values, *state), None
+            return graph.variants.get(phase, state, renew)(*values, *state), None
         except Exception as error:
             if graph.writes_inputs:
                 raise
@@ -112,37 +112,40 @@ class Session:
 
     def _ready(
         self, graph: Graph, track: Track, branch: Branch, position: Position, values: Sequence[Any], known: Known
-    ) -> tuple[Graph, Phase, list[torch.Tensor] | None]:
-        """The graph and phase that faults and caches allow, and the tensors to append; none where nothing is rewritten."""
+    ) -> tuple[Graph, Phase, list[torch.Tensor] | None, bool]:
+        """The graph and phase that faults and caches allow, the tensors to append (none where nothing is rewritten), and
+        whether new lists are chosen."""
         while True:
             able = self.faults.able(graph, values)
             phase = self._phase(able, track, branch, position, known)
-            failed = self.faults.of(able)
-            if phase is Phase.DENSE and (able.rewrites or not able.skips or not position.decided or failed):
-                masked = able.masked and able.rewrites and not known.problem and not failed
-                return able, phase, masks(able, values, known) if masked else None
+            problem = self.faults.of(able) or (able.rewrites and known.problem)
+            if phase is Phase.DENSE and (not able.skips or not position.decided or problem):
+                masked = able.masked and able.rewrites and not able.skips and not problem
+                return able, phase, masks(able, values, known) if masked else None, True
             try:
                 return able, *self._cached(able, track, branch, position, phase, values, known)
             except _OverBudget as over:
                 self.store.drop([branch.caches])
                 track.prepared.clear()
                 self.held = self.account()
-                return able, self._fall_back(track, position, str(over)), None
+                return able, self._fall_back(track, position, str(over)), None, True
             except SiteOutOfMemory as error:
                 self._exempt(track, position, values, error)
 
     def _cached(
         self, graph: Graph, track: Track, branch: Branch, position: Position, phase: Phase, values: Sequence[Any],
         known: Known,
-    ) -> tuple[Phase, list[torch.Tensor]]:  # fmt: skip
-        """The phase that the caches allow, and its tensors."""
+    ) -> tuple[Phase, list[torch.Tensor], bool]:  # fmt: skip
+        """The phase that the caches allow, its tensors, and whether it chooses new lists."""
         state, whole = self._state(graph, track, branch, values, known)
         # caches are new where a parameter was replaced; lists are of no use where other keys are padding
-        fresh = not whole or (phase is Phase.SPARSE and not known.same(branch.known))
+        listed = whole and branch.last_refresh is not None and known.same(branch.known)
+        fresh = not whole or (phase is Phase.SPARSE and not listed)
         if fresh and phase in (Phase.SPARSE, Phase.SKIP):
             phase = Phase.REFRESH if graph.rewrites else Phase.DENSE
         self._set_clock(state[graph.clock], branch, phase, position.step)
-        return phase, state[: graph.counts[phase]]
+        renew = phase is not Phase.REFRESH or not listed or not graph.keeps_lists
+        return phase, state[: graph.counts[phase]], renew
 
     def _state(
         self, graph: Graph, track: Track, branch: Branch, values: Sequence[Any], known: Known
@@ -152,8 +155,9 @@ class Session:
         prepared = track.prepared.get(key)
         if prepared is not None and prepared.serves(values, known):
             return prepared.state, True
+        layer = self.arrival if graph.is_piece else None
         assembly = Assembly(
-            graph, self.config, self.store, track, branch, values, known, self.shared_bytes, self._make_room
+            graph, self.config, self.store, track, branch, values, known, self.shared_bytes, self._make_room, layer
         )
         state = assembly.state()
         self.held = self.account()
@@ -193,17 +197,17 @@ class Session:
         return {"branches": gone[-1].branches, "shape": gone[-1].shape} if gone else {}
 
     def _phase(self, graph: Graph, track: Track, branch: Branch, position: Position, known: Known) -> Phase:
-        if graph.is_piece and self.arrival < graph.dense_layers:
+        if graph.is_piece and any(settings.is_dense(self.arrival) for settings in graph.settings):
             return Phase.DENSE
         if not position.decided:
             return self._fall_back(track, position, position.reason or "its place in the generation is undecidable")
         if problem := (graph.rewrites and known.problem) or self.faults.of(graph):
             return self._fall_back(track, position, problem)
         if not graph.rewrites:
-            phase = self.policy.phase(position.step, branch.last_computed, branch.drift)
+            phase = self.policy.phase(position.step, None, branch.drift, branch.last_computed)
             return phase if phase is Phase.SKIP else Phase.DENSE
         if graph.skips:
-            return self.policy.phase(position.step, branch.last_refresh, branch.drift)
+            return self.policy.phase(position.step, branch.last_refresh, branch.drift, branch.last_computed)
         if self.policy is not self.computing and self.policy != self.computing:
             why = "a block does not show what is around it" if graph.is_piece else graph.plan.region
             self.notices.once(_log, f"no step is skipped, whatever schedule.skip_* say ({why})", key="skip")
@@ -225,7 +229,7 @@ class Session:
 
     def _passed(
         self, track: Track, branch: Branch, phase: Phase, position: Position, known: Known, graph: Graph, *,
-        stored: bool,
+        stored: bool, renewed: bool,
     ) -> None:  # fmt: skip
         if phase is Phase.REFRESH:
             branch.last_refresh, branch.known = position.step, known
@@ -235,7 +239,7 @@ class Session:
                 branch.computed(position.step)
             if branch.health is not None:
                 branch.health.send()
-        track.records.append(Record(position.step, position.branch, phase, weakref.ref(graph)))
+        track.records.append(Record(position.step, position.branch, phase, weakref.ref(graph), renewed))
         _log.debug("step %d branch %d: %s", position.step, position.branch, phase)
 
     def _set_clock(self, clock: torch.Tensor, branch: Branch, phase: Phase, step: int) -> None:

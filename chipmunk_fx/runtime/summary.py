@@ -57,6 +57,7 @@ class Summary:
     """`flops_ratio`: operations of the generation as a share of the dense model's, matched sites and the rest.
 
     `cache_bytes`: of all caches; of these, `host_bytes` lie in host memory, and pass through `staging_bytes` on the device.
+    `listed`: the refreshes at which attention chose new lists, by step, where others kept them (attention.renew_lists).
     """
 
     phases: dict[int, list[str]]
@@ -64,6 +65,7 @@ class Summary:
     flops_ratio: float
     cache_bytes: int
     fallbacks: tuple[Fallback, ...]
+    listed: tuple[int, ...] = ()
     note: str = ""
     host_bytes: int = 0
     staging_bytes: int = 0
@@ -87,7 +89,8 @@ class Summary:
             )
         counts = Counter((str(f.phase), f.reason) for f in self.fallbacks)
         falls = [f"{count} {'call' if count == 1 else 'calls'} {does}: {why}" for (does, why), count in counts.items()]
-        return "\n".join([*strips, LEGEND, table, total, *falls, *([self.note] if self.note else [])])
+        kept = [f"lists of attention chosen at steps {', '.join(map(str, self.listed))}"] if self.listed else []
+        return "\n".join([*strips, LEGEND, table, total, *kept, *falls, *([self.note] if self.note else [])])
 
     def plot(self, path: str | os.PathLike[str], branch: int = 0) -> None:
         """Write a picture, in the format that the ending of `path` names: sites down, steps across, a colour a phase.
@@ -139,22 +142,23 @@ def summarize(sessions: Sequence[Session], key: Any = None, named: bool = False)
         sum(spent) / sum(dense) if sum(dense) else 1.0,
         kept.total,
         tuple(f for _, track in tracks for f in track.fallbacks),
+        _listed(first),
         host_bytes=kept.host,
         staging_bytes=sum(cell.bytes for session, _ in tracks for cell in session.store.stage.values()),
     )
 
 
-def site_flops(site: Site, phase: Phase, share: float, mass_stride: int) -> float:
+def site_flops(site: Site, phase: Phase, share: float, sampled: float) -> float:
     """Operations of one site in one phase, `share` of its columns being computed on a sparse step.
 
-    A refresh of attention adds the column masses and the selected part.
+    A refresh of attention adds the column masses, from a share of `sampled` rows, and the selected part.
     """
     dense = site.dense_flops
     if site.status == "dense" or phase is Phase.DENSE:
         return dense
     if site.kind == "mlp":
         return dense if phase is Phase.REFRESH else dense * share
-    return dense * (1 + 0.5 / mass_stride + share if phase is Phase.REFRESH else share)
+    return dense * (1 + 0.5 * sampled + share if phase is Phase.REFRESH else share)
 
 
 def _tracks(sessions: Sequence[Session], key: Any, named: bool) -> list[tuple[Session, Track]]:
@@ -162,6 +166,12 @@ def _tracks(sessions: Sequence[Session], key: Any, named: bool) -> list[tuple[Se
     called = [(s, k, t) for s in sessions for k, t in list(s.tracks.items()) if t.records and (k == key or not named)]
     newest, chosen, _ = max(called, key=lambda entry: entry[2].begun, default=(None, None, None))
     return [(s, t) for s, k, t in called if newest is not None and s.tag == newest.tag and k == chosen]
+
+
+def _listed(track: Track) -> tuple[int, ...]:
+    refreshes = [record for record in track.records if record.phase is Phase.REFRESH]
+    renewed = {record.step for record in refreshes if record.renewed}
+    return () if all(record.renewed for record in refreshes) else tuple(sorted(renewed))
 
 
 def _phases(track: Track) -> dict[int, list[str]]:
@@ -230,5 +240,6 @@ def _work(session: Session, track: Track) -> tuple[float, float]:
             spent += plan.rest_flops
             for site in plan.sites:
                 share, _ = _held(session, track, site)
-                spent += site_flops(site, record.phase, share, session.config.attention.mass_stride)
+                sampled = 1 / session.config.attention.mass_stride if record.renewed else 0.0
+                spent += site_flops(site, record.phase, share, sampled)
     return spent, dense

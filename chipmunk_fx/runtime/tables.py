@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from math import ceil
+from itertools import accumulate
+from math import ceil, prod
 
 import torch
 
 from chipmunk_fx.config import AttentionConfig
-from chipmunk_fx.graph.geometry import Layout
+from chipmunk_fx.graph.geometry import Grid, Layout
 
 PATCHES = ((1, 8, 8), (1, 4, 4))  # outer to inner, in tokens (t, h, w)
 VOXELS = ((4, 6, 8),)
@@ -33,11 +34,18 @@ class Tables:
 
 def row_order(layout: Layout, raster: bool) -> torch.Tensor:
     """All rows, image tokens in patch or voxel order first, then text: int64 [image + text]."""
-    image = torch.arange(layout.image) if raster else _patch_order(layout.grid)
+    orders = [_patch_order(grid) + start for grid, start in pictures(layout)]
+    image = torch.arange(layout.image) if raster else torch.cat(orders)
     text = torch.arange(layout.text)
     if layout.side == "first":
         return torch.cat([image + layout.text, text])
     return torch.cat([image, text + layout.image])
+
+
+def pictures(layout: Layout) -> list[tuple[Grid, int]]:
+    """The grid of each picture, and its first token among those of images."""
+    starts = accumulate(map(prod, layout.grids), initial=0)
+    return list(zip(layout.grids, starts, strict=False))
 
 
 def raster_rows(rows: int) -> torch.Tensor:
@@ -84,7 +92,7 @@ def attention_tables(
     return Tables(order.to(torch.int32), always)
 
 
-def _patch_order(grid: tuple[int, int, int]) -> torch.Tensor:
+def _patch_order(grid: Grid) -> torch.Tensor:
     """Raster index of each image token in patch order; ragged edges make smaller patches."""
     t, h, w = (c.reshape(-1) for c in torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij"))
     coordinates = [t, h, w]
@@ -101,18 +109,19 @@ def _patch_order(grid: tuple[int, int, int]) -> torch.Tensor:
 
 
 def _cube(rows: torch.Tensor, layout: Layout, edge: int) -> torch.Tensor:
-    """Columns whose voxel lies within the cube of `edge` voxels around the voxel of the group's middle row."""
+    """Columns whose voxel lies within the cube of `edge` voxels around that of the group's middle row, in one picture."""
     offset = layout.text if layout.side == "first" else 0
     inside = rows[(rows >= offset) & (rows < offset + layout.image)] - offset
     if len(inside) == 0:
         return torch.zeros(0, dtype=torch.int64)
-    size = (VOXELS if layout.grid[0] > 1 else PATCHES)[0]
-    middle = _voxel(inside[len(inside) // 2], layout.grid, size)
-    voxels = _voxel(torch.arange(layout.image), layout.grid, size)
+    row = inside[len(inside) // 2]
+    grid, start = next(picture for picture in reversed(pictures(layout)) if picture[1] <= row)
+    size = (VOXELS if grid[0] > 1 else PATCHES)[0]
+    middle, voxels = (_voxel(index, grid, size) for index in (row - start, torch.arange(prod(grid))))
     close = torch.stack([(v - m).abs() <= edge // 2 for v, m in zip(voxels, middle, strict=True)]).all(0)
-    return close.nonzero().squeeze(1) + offset
+    return close.nonzero().squeeze(1) + start + offset
 
 
-def _voxel(index: torch.Tensor, grid: tuple[int, int, int], size: tuple[int, int, int]) -> list[torch.Tensor]:
+def _voxel(index: torch.Tensor, grid: Grid, size: Grid) -> list[torch.Tensor]:
     _, h, w = grid
     return [index // (h * w) // size[0], index // w % h // size[1], index % w // size[2]]

@@ -48,39 +48,40 @@ class Variants:
         whole: Variants | None = None,
     ) -> None:
         self.graph, self.capture, self.plan, self.config, self.whole = original, capture, plan, config, whole
-        self._made: dict[Phase | None, Callable[..., Any]] = {}
+        self._made: dict[tuple[Phase | None, bool], Callable[..., Any]] = {}
         self._lock = threading.Lock()
 
     def original(self) -> Callable[..., Any]:
         """The graph that nothing was rewritten in."""
-        return self.whole.original() if self.whole else self._get(None, [])
+        return self.whole.original() if self.whole else self._get(None, [], True)
 
     def of(self, plan: Plan) -> Variants:
         """Those of another plan for the same graph."""
         return Variants(self.graph, self.capture, plan, self.config, self.whole or self)
 
-    def get(self, phase: Phase, state: Sequence[torch.Tensor]) -> Callable[..., Any]:
-        """The callable for `phase`; `state` are the tensors appended to its inputs."""
-        return self._get(phase, state)
+    def get(self, phase: Phase, state: Sequence[torch.Tensor], renew: bool = True) -> Callable[..., Any]:
+        """The callable for `phase`; `state` are the tensors appended to its inputs. `renew` as in `rewrite`."""
+        return self._get(phase, state, renew)
 
-    def _get(self, phase: Phase | None, state: Sequence[torch.Tensor]) -> Callable[..., Any]:
-        if phase in self._made:
-            return self._made[phase]
+    def _get(self, phase: Phase | None, state: Sequence[torch.Tensor], renew: bool) -> Callable[..., Any]:
+        if (phase, renew) in self._made:
+            return self._made[phase, renew]
         with self._lock:  # models that share the graph may call it from several threads
-            if phase not in self._made:
+            if (phase, renew) not in self._made:
                 _log.debug("building the %s variant", phase or "unchanged")
                 with tracing(self.capture.context), torch.no_grad():
-                    self._made[phase] = self._build(phase, state)
-            return self._made[phase]
+                    self._made[phase, renew] = self._build(phase, state, renew)
+            return self._made[phase, renew]
 
-    def _build(self, phase: Phase | None, state: Sequence[torch.Tensor]) -> Callable[..., Any]:
+    def _build(self, phase: Phase | None, state: Sequence[torch.Tensor], renew: bool) -> Callable[..., Any]:
         if phase is None:
             return lower(self.graph, self.capture.fakes, self.config)
-        module = rewrite(self.capture, self.plan, self.config, phase)
+        module = rewrite(self.capture, self.plan, self.config, phase, renew)
         fake_mode = self.capture.context.fake_mode
         assert fake_mode is not None
         fakes = [fake_mode.from_tensor(tensor, static_shapes=True) for tensor in state]
         # Only our ops look at the caches, whose sizes follow the call's: where these change, they are not asserted.
-        follows = self.capture.dynamic or self.plan.probe is not None
+        sized_by_layer = self.config.attention.layers or self.config.mlp.layers  # one graph may serve several of them
+        follows = self.capture.dynamic or self.plan.probe is not None or sized_by_layer
         patches = {"size_asserts": False} if follows else {}
         return lower(module, [*self.capture.fakes, *fakes], self.config, **patches)

@@ -9,6 +9,7 @@ from chipmunk_fx.schedule.policies import (
     Policy,
     Skipping,
     Steady,
+    Whole,
     beyond,
     policy_from,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "Skipping",
     "Steady",
     "Timeline",
+    "Whole",
     "beyond",
     "policy_from",
     "strip",

@@ -1,8 +1,9 @@
 """Which step is a refresh, which is sparse, which is skipped: pure functions of the step index.
 
-A policy answers `phase(step, last_refresh, drift)`, where `last_refresh` is the step at which the branch in question
-last filled its caches in this generation, None if it has not, and `drift` is what its computed steps have shown. A new
-schedule is a class here and an entry in POLICIES.
+A policy answers `phase(step, last_refresh, drift, last_computed)`: `last_refresh` is the step at which the branch in
+question last filled its caches in this generation, None if it has not, `drift` what its computed steps have shown, and
+`last_computed` the last of those that left what a skipped step can add again. A new schedule is a class here and an
+entry in POLICIES.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ class Drift:
 
 
 class Policy(Protocol):
-    def phase(self, step: int, last_refresh: int | None, drift: Drift | None = None) -> Phase: ...
+    def phase(
+        self, step: int, last_refresh: int | None, drift: Drift | None = None, last_computed: int | None = None
+    ) -> Phase: ...
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,9 @@ class Interval:
 
     every: int
 
-    def phase(self, step: int, last_refresh: int | None, drift: Drift | None = None) -> Phase:
+    def phase(
+        self, step: int, last_refresh: int | None, drift: Drift | None = None, last_computed: int | None = None
+    ) -> Phase:
         # Not `step % every`: a branch that was not called at its refresh step makes up for it when it is called next.
         due = last_refresh is None or step // self.every > last_refresh // self.every
         return Phase.REFRESH if due else Phase.SPARSE
@@ -49,7 +54,9 @@ class Explicit:
 
     steps: tuple[int, ...]
 
-    def phase(self, step: int, last_refresh: int | None, drift: Drift | None = None) -> Phase:
+    def phase(
+        self, step: int, last_refresh: int | None, drift: Drift | None = None, last_computed: int | None = None
+    ) -> Phase:
         due = last_refresh is None or any(last_refresh < listed <= step for listed in self.steps)
         return Phase.REFRESH if due else Phase.SPARSE
 
@@ -61,10 +68,25 @@ class Skipping:
     policy: Policy
     steps: tuple[int, ...]
 
-    def phase(self, step: int, last_refresh: int | None, drift: Drift | None = None) -> Phase:
-        if last_refresh is not None and step in self.steps:
+    def phase(
+        self, step: int, last_refresh: int | None, drift: Drift | None = None, last_computed: int | None = None
+    ) -> Phase:
+        if step in self.steps and not (last_refresh is None and last_computed is None):
             return Phase.SKIP
-        return self.policy.phase(step, last_refresh, drift)
+        return self.policy.phase(step, last_refresh, drift, last_computed)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """`policy`, with the listed steps computed as the model was written: cheaper than refreshes, and no caches come of them."""
+
+    policy: Policy
+    steps: tuple[int, ...]
+
+    def phase(
+        self, step: int, last_refresh: int | None, drift: Drift | None = None, last_computed: int | None = None
+    ) -> Phase:
+        return Phase.DENSE if step in self.steps else self.policy.phase(step, last_refresh, drift, last_computed)
 
 
 @dataclass(frozen=True)
@@ -77,12 +99,14 @@ class Steady:
     policy: Policy
     threshold: float
 
-    def phase(self, step: int, last_refresh: int | None, drift: Drift | None = None) -> Phase:
-        if last_refresh is not None and drift is not None:
+    def phase(
+        self, step: int, last_refresh: int | None, drift: Drift | None = None, last_computed: int | None = None
+    ) -> Phase:
+        if drift is not None:
             expected = drift.change / drift.apart * (step - drift.last)
             if expected < self.threshold:
                 return Phase.SKIP
-        return self.policy.phase(step, last_refresh, drift)
+        return self.policy.phase(step, last_refresh, drift, last_computed)
 
 
 POLICIES: Mapping[str, type] = MappingProxyType({"interval": Interval, "explicit": Explicit})
@@ -96,6 +120,8 @@ class ScheduleValues(Protocol):
     @property
     def refresh_steps(self) -> tuple[int, ...] | None: ...
     @property
+    def dense_steps(self) -> tuple[int, ...] | None: ...
+    @property
     def skip_steps(self) -> tuple[int, ...] | None: ...
     @property
     def skip_threshold(self) -> float | None: ...
@@ -106,6 +132,8 @@ def policy_from(schedule: ScheduleValues) -> Policy:
     policy: Policy = Interval(schedule.refresh_every)
     if schedule.refresh_steps is not None:
         policy = Explicit(tuple(schedule.refresh_steps))
+    if schedule.dense_steps:
+        policy = Whole(policy, tuple(schedule.dense_steps))
     if schedule.skip_threshold is not None:
         policy = Steady(policy, schedule.skip_threshold)
     return Skipping(policy, tuple(schedule.skip_steps)) if schedule.skip_steps else policy

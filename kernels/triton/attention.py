@@ -19,7 +19,7 @@ MASS_BYTES = 1 << 30  # of column masses held at once
 def refresh(
     *, q: Tensor, k: Tensor, v: Tensor, order: Tensor | None, always: Tensor | None, valid: Tensor | None, clock: Tensor,
     rest: Tensor, share: Tensor, lists: Tensor, scale: float, group_rows: int, random_density: float, power: float,
-    mass_stride: int, seed: int, site: int, sdpa: str, over_columns: Callable[..., None] = attend_columns,
+    mass_stride: int, renew: bool, seed: int, site: int, sdpa: str, over_columns: Callable[..., None] = attend_columns,
 ) -> Tensor:  # fmt: skip
     """As `chipmunk_fx.ops.attention.attention_refresh`. over_columns: called like `attend_columns`."""
     with on_device_of(q):
@@ -28,7 +28,7 @@ def refresh(
         out = tokens_first(dense)
         lse = lse.contiguous()
         total, columns = k.shape[2], lists.shape[3]
-        if columns < total:
+        if renew and columns < total:
             drawn = random_count(total, random_density, columns)
             for heads, groups in _chunks(lists, total):
                 masses = column_masses(
@@ -41,7 +41,7 @@ def refresh(
                     first=heads.start * lists.shape[2] + groups.start, always=always, valid=valid,
                     rows_a_batch=lists.shape[1] * lists.shape[2],
                 )  # fmt: skip
-        else:
+        elif renew:
             every = torch.arange(total, dtype=torch.int32, device=q.device)
             if valid is not None:
                 every = every.masked_fill(~valid, total).sort(-1).values[:, None, None]

@@ -4,16 +4,22 @@ Each law is a function of the name of a model in the zoo. Laws 2 to 5 also asser
 half of the columns and neurons were computed on sparse steps.
 """
 
+import re
 from copy import deepcopy
 from statistics import mean, median_low
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._inductor.utils import fresh_cache, run_and_get_code
 
 import chipmunk_fx
 from tests.harness.tolerance import assert_near, assert_within_twice, relative
 from tests.harness.zoo import Inputs, cast, enlarged, facts, first_tensor, step_inputs
+
+_IN_A_BLOCK = re.compile(r"blocks\.\d+\.")
+_PRODUCT = re.compile(r"(?:addmm|\bmm|bmm|_linear_pointwise|_mkl_linear)\(")
+_ATTENTION = re.compile(r"scaled_dot_product|chipmunk\.(?:attention|mlp)")
 
 STEPS = 5
 REFRESH_EVERY = 3
@@ -189,6 +195,51 @@ def check_skipped_steps(name: str, lowering: str = "eager") -> None:
     with torch.no_grad():
         moved = first_tensor(model(**step_inputs(name, inputs, 10, SCHEDULE_LENGTH, 0.3)))
     assert relative(moved, dense[0]) > 1e-3, "the model does not depend on what moves"
+
+
+def check_nothing_of_the_blocks_is_generated(name: str) -> None:
+    """Inductor's code for a skipped step has the products that stand outside of the blocks, and no attention at all."""
+    model, inputs = enlarged(name)
+    steps = [step_inputs(name, inputs, 0, SCHEDULE_LENGTH)] * 2
+    off = {"attention__enabled": False, "mlp__enabled": False, "schedule__skip_steps": [1]}
+    skipping = compiled(model, "inductor", 1.0, facts(name)["one_graph"], **off)
+    with fresh_cache():
+        _, (computed, skipped) = run_and_get_code(lambda: outputs(skipping, steps))
+    assert chipmunk_fx.summary(skipping).phases == {0: ["dense", "skip"]}
+    calls = _linear_calls(model, inputs)
+    inside = [path for path in calls if _IN_A_BLOCK.search(path)]
+    assert len(inside) > 3 and len(_PRODUCT.findall(computed)) >= len(calls)
+    assert 0 < len(_PRODUCT.findall(skipped)) <= len(calls) - len(inside)
+    assert _ATTENTION.search(computed) and not _ATTENTION.search(skipped)
+    assert "region_store" in computed and "region_add" in skipped
+
+
+def check_no_step_is_skipped(name: str) -> None:
+    """A model whose blocks cannot be told from what is around them is left whole, and `explain` says why."""
+    model, inputs = enlarged(name)
+    report = chipmunk_fx.explain(model, **inputs, config={"schedule.skip_steps": [1]})
+    reasons = [note for note in report.notes if note.startswith("no step can be skipped: ")]
+    assert reasons and not any("blocks that can be skipped" in note for note in report.notes)
+    assert all(len(note) > len("no step can be skipped: ") + 20 for note in reasons)
+    steps = moving(name, inputs, drift=0.3)
+    ours = compiled(
+        model, "eager", 1.0, attention__random_density=0.0, mlp__random_density=0.0, schedule__skip_steps=[1]
+    )
+    assert_near(outputs(ours, steps), outputs(model, steps))
+
+
+def _linear_calls(model: nn.Module, inputs: Inputs) -> list[str]:
+    """The path of the module of every call of a linear."""
+    calls: list[str] = []
+    hooks = [
+        module.register_forward_hook(lambda *_, path=path: calls.append(path))
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    outputs(model, [inputs])
+    for hook in hooks:
+        hook.remove()
+    return calls
 
 
 def _inputs_of(module: nn.Module, model: nn.Module, steps: list[Inputs]) -> list[tuple[tuple, dict]]:

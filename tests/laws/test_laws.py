@@ -78,6 +78,16 @@ def test_skipped_steps(name: str):
     laws.check_skipped_steps(name)
 
 
+@pytest.mark.parametrize("name", ["Flux", pytest.param("HunyuanVideo", marks=pytest.mark.full), "H-fused-sdpa/gelu"])
+def test_nothing_of_the_blocks_is_generated(name: str):
+    laws.check_nothing_of_the_blocks_is_generated(name)
+
+
+@pytest.mark.parametrize("name", [name for name in names() if not facts(name)["skippable"]])
+def test_no_step_is_skipped(name: str):
+    laws.check_no_step_is_skipped(name)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("name", LEFT_ALONE)
 def test_left_alone(name: str):

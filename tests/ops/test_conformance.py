@@ -98,10 +98,22 @@ def test_attention_refresh(implementation: str, dtype: torch.dtype, case: Attent
     out = run(implementation, "attention_refresh", values)
     (plain_out, plain_lse), (exact_out, exact_lse) = oracle.attention(values), oracle.attention(exact)
     within(out, plain_out, exact_out)
-    present = exact_lse.isfinite()
     drawn = random_count(case.keys, case.random_density, case.columns)
     masses = oracle.masses(exact), oracle.masses(values)
     assert_selected(values["lists"], *masses, drawn, values["always"], values["valid"])
+    assert_remainder(case, values, exact, (plain_out, plain_lse), (exact_out, exact_lse))
+
+
+def assert_remainder(
+    case: AttentionCase,
+    values: dict[str, Any],
+    exact: dict[str, Any],
+    plain: tuple[Tensor, Tensor],
+    truth: tuple[Tensor, Tensor],
+) -> None:
+    """rest and share are what the result leaves beside the lists; `plain`, `truth`: attention in the dtype and in fp64."""
+    (plain_out, plain_lse), (exact_out, exact_lse) = plain, truth
+    present = exact_lse.isfinite()
     plain_rest, plain_share = oracle.remainder(values, values["lists"])
     rest, share = oracle.remainder(exact, values["lists"])
     # differences of two results, each as exact as the dense one
@@ -109,6 +121,23 @@ def test_attention_refresh(implementation: str, dtype: torch.dtype, case: Attent
     assert largest_error(values["share"], share) <= allowed
     allowed = tolerance(plain_rest, rest) + tolerance(plain_out, exact_out)
     assert largest_error(values["rest"], rest) <= allowed
+
+
+@implementations_and_dtypes
+@pytest.mark.parametrize("case", [ATTENTION_CASES[i] for i in (0, 3, 6, 11)], ids=repr)
+def test_attention_refresh_that_keeps_its_lists(implementation: str, dtype: torch.dtype, case: AttentionCase):
+    values = case.values(dtype, DEVICE)
+    run("reference", "attention_refresh", values)
+    before = values["lists"].clone()
+    values |= case.projections(dtype, DEVICE, seed=1) | {"renew": False}
+    for name in ("rest", "share"):
+        values[name].fill_(torch.nan)
+    exact = oracle.wide(values)
+    out = run(implementation, "attention_refresh", values)
+    assert torch.equal(values["lists"], before)
+    (plain_out, plain_lse), (exact_out, exact_lse) = oracle.attention(values), oracle.attention(exact)
+    within(out, plain_out, exact_out)
+    assert_remainder(case, values, exact, (plain_out, plain_lse), (exact_out, exact_lse))
 
 
 @implementations_and_dtypes

@@ -166,13 +166,13 @@ def failing(graph: Any, phase: Phase, error: Exception, compiling: bool) -> None
     def raising(*_: Any) -> Any:
         raise error
 
-    def built(wanted: Phase | None, state: Any) -> Any:
+    def built(wanted: Phase | None, state: Any, renew: bool) -> Any:
         if wanted is not phase:
-            return build(wanted, state)
+            return build(wanted, state, renew)
         return raising() if compiling else raising
 
     variants._build = built
-    variants._made.pop(phase, None)
+    variants._made.pop((phase, True), None)
 
 
 @pytest.mark.parametrize("compiling", [True, False])

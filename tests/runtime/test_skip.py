@@ -214,3 +214,25 @@ def test_the_change_of_what_is_added():
     assert change.item() == pytest.approx(0.25, rel=1e-5)
     torch.ops.chipmunk.region_store(start, stop, kept, None)
     assert torch.equal(kept, stop - start)
+
+
+def test_dense_steps_leave_residuals_and_no_caches():
+    """Skipped after a dense step: what that one added. Sparse: on top of the last refresh, as if it had not been."""
+    inputs, fixed = calls(TIMES), {"attention__random_density": 0.0, "mlp__random_density": 0.0}
+    ours = compiled(TinyDiT(depth=2), schedule__dense_steps=[0, 3], schedule__skip_steps=[1], **fixed)
+    got, dense = run(ours, inputs), run(TinyDiT(depth=2), inputs)
+    assert phases(ours) == {0: ["dense", "skip", "refresh", "dense", "sparse"]}
+    assert_same([got[i] for i in (0, 2, 3)], [dense[i] for i in (0, 2, 3)])
+    alone = exactly(TinyDiT(depth=2), schedule__skip_steps=[1], **ALONE)
+    assert_same(got[1:2], run(alone, inputs)[1:2])
+    other = compiled(TinyDiT(depth=2), **fixed)
+    assert identical(got[4:], run(other, [inputs[2], inputs[4]])[1:])
+    assert not torch.allclose(got[4], dense[4], atol=1e-5)
+
+
+def test_dense_steps_without_skipped_ones():
+    ours = compiled(TinyDiT(depth=2), schedule__dense_steps=[0, 1])
+    got, dense = run(ours, calls(TIMES)), run(TinyDiT(depth=2), calls(TIMES))
+    assert phases(ours) == {0: ["dense", "dense", "refresh", "sparse", "sparse"]}
+    assert_same(got[:3], dense[:3])
+    assert chipmunk_fx.summary(ours).fallbacks == ()

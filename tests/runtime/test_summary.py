@@ -23,11 +23,12 @@ def plan():
 def test_operations_of_a_site(plan):
     attention, mlp = plan.sites
     dense = 4 * 2 * 72 * 72 * 16
-    assert site_flops(attention, Phase.DENSE, 0.25, 4) == dense
-    assert site_flops(attention, Phase.SPARSE, 0.25, 4) == dense / 4
-    assert site_flops(attention, Phase.REFRESH, 0.25, 4) == dense * (1 + 1 / 8 + 1 / 4)
+    assert site_flops(attention, Phase.DENSE, 0.25, 1 / 4) == dense
+    assert site_flops(attention, Phase.SPARSE, 0.25, 1 / 4) == dense / 4
+    assert site_flops(attention, Phase.REFRESH, 0.25, 1 / 4) == dense * (1 + 1 / 8 + 1 / 4)
+    assert site_flops(attention, Phase.REFRESH, 0.25, 0) == dense * (1 + 1 / 4)
     dense = 2 * 72 * 128 * (32 + 32)
-    assert [site_flops(mlp, phase, 0.5, 4) for phase in (Phase.DENSE, Phase.REFRESH, Phase.SPARSE)] == [
+    assert [site_flops(mlp, phase, 0.5, 1 / 4) for phase in (Phase.DENSE, Phase.REFRESH, Phase.SPARSE)] == [
         dense,
         dense,
         dense / 2,

@@ -7,8 +7,8 @@ from chipmunk_fx.config import AttentionConfig
 from chipmunk_fx.graph.geometry import Layout
 from chipmunk_fx.runtime.tables import attention_tables, raster_rows, row_order
 
-SQUARE = Layout((1, 16, 16), None, 0)
-VIDEO = Layout((4, 12, 16), None, 0)
+SQUARE = Layout(((1, 16, 16),), None, 0)
+VIDEO = Layout(((4, 12, 16),), None, 0)
 
 
 def tables(layout: Layout | None, rows: int = 16, raster: bool = False, count: int | None = None, **options):
@@ -19,7 +19,7 @@ def tables(layout: Layout | None, rows: int = 16, raster: bool = False, count: i
 @pytest.mark.parametrize("grid", [(1, 16, 16), (1, 7, 9), (1, 1, 5), (3, 5, 7), (4, 12, 16), (13, 2, 11)])
 @pytest.mark.parametrize(("side", "text"), [(None, 0), ("first", 5), ("last", 5)])
 def test_an_order_names_every_row_once(grid, side, text):
-    layout = Layout(grid, side, text)
+    layout = Layout((grid,), side, text)
     order = row_order(layout, raster=False)
     assert sorted(order.tolist()) == list(range(layout.image + text))
     words = range(text) if side == "first" else range(layout.image, layout.image + text)
@@ -44,11 +44,11 @@ def test_a_group_of_a_video_is_a_voxel():
 
 def test_raster_keeps_the_order_but_for_text():
     assert row_order(SQUARE, raster=True).tolist() == list(range(256)) == raster_rows(256).tolist()
-    assert row_order(Layout((1, 2, 2), "first", 2), raster=True).tolist() == [2, 3, 4, 5, 0, 1]
+    assert row_order(Layout(((1, 2, 2),), "first", 2), raster=True).tolist() == [2, 3, 4, 5, 0, 1]
 
 
 def test_text_columns_are_always_on():
-    first, last = (tables(Layout((1, 4, 4), side, 3)) for side in ("first", "last"))
+    first, last = (tables(Layout(((1, 4, 4),), side, 3)) for side in ("first", "last"))
     assert first.always.nonzero()[:, 1].tolist() == [0, 1, 2] and first.always.shape == (1, 19)
     assert last.always.nonzero()[:, 1].tolist() == [16, 17, 18]
     assert first.always_count == 3 and tables(SQUARE).always_count == 0
@@ -56,7 +56,7 @@ def test_text_columns_are_always_on():
 
 
 def test_text_rows_may_be_left_out():
-    layout = Layout((1, 4, 4), "first", 3)
+    layout = Layout(((1, 4, 4),), "first", 3)
     assert sorted(tables(layout, text_rows="dense").order.tolist()) == list(range(3, 19))
     assert len(tables(layout).order) == 19
 
@@ -89,7 +89,7 @@ def test_a_cube_of_voxels_around_a_group():
 
 
 def test_a_cube_leaves_text_to_itself():
-    layout = Layout((1, 16, 16), "first", 16)
+    layout = Layout(((1, 16, 16),), "first", 16)
     made = tables(layout, rows=16, local_voxels=1)
     assert made.always[:, :16].all()  # text columns, for every group
     assert made.always[-1].sum() == 16  # the group of text rows has no place in the picture
@@ -97,5 +97,27 @@ def test_a_cube_leaves_text_to_itself():
 
 
 def test_keys_of_another_sequence_have_no_windows():
-    made = attention_tables(Layout((1, 4, 4), None, 0), 16, 24, 16, AttentionConfig(local_window=0.5), False)
+    made = attention_tables(Layout(((1, 4, 4),), None, 0), 16, 24, 16, AttentionConfig(local_window=0.5), False)
     assert made.always.shape[-1] == 24 and made.always_count == 0
+
+
+PICTURES = Layout(((1, 16, 16), (1, 8, 24)), None, 0)
+
+
+@pytest.mark.parametrize(("side", "text"), [(None, 0), ("first", 5), ("last", 5)])
+def test_pictures_are_ordered_one_by_one(side, text):
+    """Each as it is alone, behind the others; text after all of them."""
+    layout = Layout(PICTURES.grids, side, text)
+    alone = [row_order(Layout((grid,), None, 0), raster=False) for grid in layout.grids]
+    offset = text if side == "first" else 0
+    words = torch.arange(text) + (0 if side == "first" else layout.image)
+    assert torch.equal(row_order(layout, raster=False), torch.cat([alone[0] + offset, alone[1] + offset + 256, words]))
+    assert row_order(layout, raster=True)[: layout.image].tolist() == list(range(offset, offset + layout.image))
+
+
+def test_a_cube_stays_in_its_picture():
+    made = tables(PICTURES, rows=64, local_voxels=1)
+    assert made.always.sum(1).tolist() == [64] * 7
+    for group, row in zip(made.order.long().split(64), made.always, strict=True):
+        assert row[group].all()
+    assert tables(PICTURES, rows=64, local_voxels=3).always[4:, :256].sum() == 0

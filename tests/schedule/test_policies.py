@@ -3,13 +3,14 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chipmunk_fx.schedule import POLICIES, Explicit, Interval, Phase, Skipping, beyond, policy_from
+from chipmunk_fx.schedule import POLICIES, Explicit, Interval, Phase, Skipping, Whole, beyond, policy_from
 
 
 @dataclass(frozen=True)
 class Values:
     refresh_every: int = 10
     refresh_steps: tuple[int, ...] | None = None
+    dense_steps: tuple[int, ...] | None = None
     skip_steps: tuple[int, ...] | None = None
     skip_threshold: float | None = None
 
@@ -79,6 +80,16 @@ def test_policy_from_prefers_the_list():
     assert policy_from(Values(skip_steps=(2,))) == Skipping(Interval(10), (2,))
     assert policy_from(Values(skip_steps=())) == Interval(10)
     assert set(POLICIES.values()) == {Interval, Explicit}
+
+
+def test_dense_steps_come_before_and_between():
+    policy = policy_from(Values(dense_steps=(0, 1, 4)))
+    assert policy == Whole(Interval(10), (0, 1, 4))
+    assert phases(policy, range(6)) == ["dense", "dense", "refresh", "sparse", "dense", "sparse"]
+    # a refresh that falls on one is made up for; a dense step leaves what a skipped one adds again
+    assert phases(Whole(Interval(2), (2,)), range(4)) == ["refresh", "sparse", "dense", "refresh"]
+    skipping = policy_from(Values(dense_steps=(0,), skip_steps=(1,)))
+    assert skipping.phase(1, None) is Phase.REFRESH and skipping.phase(1, None, None, 0) is Phase.SKIP
 
 
 def test_policies_are_values():
