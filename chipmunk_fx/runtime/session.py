@@ -119,7 +119,9 @@ class Session:
             track.prepared.clear()
             self.held = self.bytes
             return self._fall_back(track, position, str(over)), None, True
-        # caches are new where a parameter was replaced; lists are of no use where other keys are padding
+        if not whole:  # caches are new where a parameter was replaced
+            branch.last_refresh = branch.last_computed = None
+        # lists are of no use where other keys are padding
         listed = whole and branch.last_refresh is not None and known.same(branch.known)
         fresh = not whole or (phase is Phase.SPARSE and not listed)
         if fresh and phase in (Phase.SPARSE, Phase.SKIP):
