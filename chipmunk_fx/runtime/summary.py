@@ -57,8 +57,8 @@ class Summary:
     flops_ratio: float
     cache_bytes: int
     fallbacks: tuple[Fallback, ...]
-    listed: tuple[int, ...] = ()
     note: str = ""
+    listed: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         if not self.phases:
@@ -124,7 +124,7 @@ def summarize(sessions: Sequence[Session], key: Any = None, named: bool = False)
         sum(spent) / sum(dense) if sum(dense) else 1.0,
         sum(track.bytes + session.shared_held for session, track in tracks if track.bytes),
         tuple(f for _, track in tracks for f in track.fallbacks),
-        _listed(first),
+        listed=_listed(first),
     )
 
 
