@@ -154,15 +154,16 @@ def _build_all(graph: Graph, inputs: Sequence[Any]) -> None:
     scratch = Session(graph.config, lambda place: sys.maxsize, 0, Notices())
     state = scratch.example_state(graph, inputs)
     graph.variants.original()
-    for phase in variants_of(graph.plan):
+    for phase in variants_of(graph.plan, graph.config):
         for renew in (True, False) if phase is Phase.REFRESH and graph.keeps_lists else (True,):
             graph.variants.get(phase, state[: graph.counts[phase]], renew)
 
 
-def variants_of(plan: Plan) -> list[Phase]:
+def variants_of(plan: Plan, config: Config) -> list[Phase]:
     """The phases that a plan has graphs of its own for."""
     phases = [Phase.REFRESH, Phase.SPARSE] if plan.rewritten else []
-    dense = [Phase.DENSE] if plan.masks or plan.stores(Phase.DENSE) else []
+    computed = plan.stores(Phase.DENSE) and (config.schedule.dense_steps or not plan.rewritten)
+    dense = [Phase.DENSE] if computed or plan.masks else []
     return [*dense, *phases, *([Phase.SKIP] if plan.streams else [])]
 
 

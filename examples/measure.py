@@ -127,12 +127,13 @@ def steps_to_see_all(config: chipmunk_fx.Config, steps: int) -> int:
     """The length, at most `steps`, of the shortest generation that has every phase that one of `steps` steps has."""
     if config.schedule.skip_threshold is not None:
         return steps  # what is skipped depends on the picture
-    policy, last_refresh = policy_from(config.schedule), None
+    policy, last_refresh, last_computed = policy_from(config.schedule), None, None
     first: dict[Phase, int] = {}
     for step in range(steps):
-        phase = policy.phase(step, last_refresh)
+        phase = policy.phase(step, last_refresh, None, last_computed)
         first.setdefault(phase, step)
         last_refresh = step if phase is Phase.REFRESH else last_refresh
+        last_computed = last_computed if phase is Phase.SKIP else step
     return max(first.values()) + 1
 
 

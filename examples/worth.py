@@ -2,11 +2,12 @@
 
     python examples/worth.py                                   # every setting, eight pictures at once
     python examples/worth.py --only defaults "skip alone"      # some of them
-    python examples/worth.py --seconds defaults "skip alone"   # and how long a step takes, one picture at a time
+    python examples/worth.py --seconds defaults "skip alone"   # and how long a step of each phase takes, one picture at a time
 
 The pictures are made op by op, with every site sparse (gate "off"), so that the table is about the method and not about
-one machine. `--seconds` compiles with Inductor and the default gate instead and takes the median step of each phase.
-Lines of JSON are added to the output file: settings measured elsewhere join the table, and the last figure counts.
+one machine. `--seconds` compiles the same with Inductor and takes the median step of each phase; what a picture takes is put
+together from these and from the phases of its steps. Lines of JSON are added to the output file: settings measured
+elsewhere join the table, and the last figure counts.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from common import psnr
 from flux import BUNDLED, Photographs
-from measure import run_dense, run_sparse
+from measure import Run, run_dense, run_sparse
 from photos import NAMES
 from tabulate import tabulate
 from torch import Tensor
@@ -33,6 +34,8 @@ STEPS, PICTURES = 50, 8
 PUBLISHED = [7, 11, 13, 14, 15, 17, 18, 19, 21, 22, 23, 25, 26, 27, 29, 31, 33, 34, 35, 37, 38, 39, 41, 42, 43]
 ALONE = {"attention.enabled": False, "mlp.enabled": False}
 FLUX = {"preset": "flux"}
+DENSE_MLP = {"mlp.enabled": False}
+LISTS = {"schedule.refresh_steps": "R", "schedule.skip_steps": ".", "schedule.dense_steps": "D"}
 THRESHOLDS = (0.03, 0.05, 0.08, 0.1, 0.12, 0.2)
 FRONT = {"schedule.refresh_steps": [0, 1, 2, 3, 4, 5, 6, 8, 12, 20, 30, 40]}
 
@@ -44,6 +47,13 @@ def skipping(steps: Sequence[int], **other: Any) -> dict[str, Any]:
 def spread(count: int) -> list[int]:
     """So many of the 36 steps from 8 to 43, evenly apart."""
     return sorted({8 + int((k + 0.5) * 36 / count) for k in range(count)})
+
+
+def between(pattern: str, **other: Any) -> dict[str, Any]:
+    """`pattern` (R refresh, s sparse, . skipped, D dense) over and over between 8 dense steps and 6."""
+    steps = 8 * "D" + (36 * pattern)[:36] + 6 * "D"
+    lists = {name: [i for i, letter in enumerate(steps) if letter == of] for name, of in LISTS.items()}
+    return {**lists, **other}
 
 
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
@@ -71,6 +81,8 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "defaults, skip threshold 0.12": {"schedule.skip_threshold": 0.12},
     "more refreshes at the front": FRONT,
     "the same, skip threshold 0.12": {**FRONT, "schedule.skip_threshold": 0.12},
+    **{f"{pattern} between dense steps": between(pattern, **DENSE_MLP) for pattern in ("R.s.", "R..s..", "R.s.s.s.")},
+    **{f"{pattern} between dense steps, alone": between(pattern, **ALONE) for pattern in ("D.", "D..", "D...")},
 }
 
 
@@ -116,28 +128,44 @@ def quality(sampler: Photographs, names: Iterable[str]) -> Iterable[dict[str, An
             "least": min(decibels),
             "operations": statistics.fmean(summary.flops_ratio for summary in summaries),
             "skipped": statistics.fmean(summary.phases.get(0, []).count(Phase.SKIP) for summary in summaries),
+            "steps": phases_of(summaries),
         }
 
 
+def phases_of(summaries: Sequence[Summary]) -> dict[str, float]:
+    """Steps of each phase in a picture, the mean over several."""
+    total = sum((Counter(summary.phases.get(0, [])) for summary in summaries), Counter[str]())
+    return {phase: count / len(summaries) for phase, count in total.items()}
+
+
 def seconds(sampler: Photographs, names: Sequence[str]) -> Iterable[dict[str, Any]]:
-    """One row a setting: seconds of all steps of one picture, each counted as the median step of its phase."""
+    """One row a setting: the median milliseconds of a step of each phase, and how many steps of each there were."""
     sampler.names = sampler.names[:2]
-    dense = run_dense(sampler, STEPS, sampler.device, "inductor").median("dense")
-    yield {"name": "dense", "seconds": STEPS * (dense or 0)}
+    dense = run_dense(sampler, STEPS, sampler.device, "inductor")
+    yield {"name": "dense", "ms": milliseconds(dense), "timed": {"dense": STEPS}}
     for name in names:
         torch._dynamo.reset()
-        run, summary = run_sparse(sampler, STEPS, sampler.device, SETTINGS[name])
-        counts = Counter(summary.phases[0])
-        yield {"name": name, "seconds": sum(count * (run.median(phase) or 0) for phase, count in counts.items())}
+        run, summary = run_sparse(sampler, STEPS, sampler.device, {"gate": "off", **SETTINGS[name]})
+        yield {"name": name, "ms": milliseconds(run), "timed": phases_of([summary])}
+
+
+def milliseconds(run: Run) -> dict[str, float]:
+    return {phase: 1000 * (run.median(phase) or 0) for phase in dict(run.steps)}
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """What was measured of each setting, in order of first measurement."""
+    """What was measured of each setting, in order of first measurement; `seconds` of a picture where steps were timed."""
     rows: dict[str, dict[str, Any]] = {}
     for line in path.read_text().splitlines():
         row = json.loads(line)
         rows[row["name"]] = rows.get(row["name"], {}) | row
-    return list(rows.values())
+    return [row | taken(row) for row in rows.values()]
+
+
+def taken(row: Mapping[str, Any]) -> dict[str, float]:
+    """Seconds of a picture's steps: those of the pictures that were compared, each as long as the median of its phase."""
+    ms, steps = row.get("ms"), row.get("steps", row.get("timed", {}))
+    return {"seconds": sum(count * ms[phase] for phase, count in steps.items()) / 1000} if ms else {}
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -147,17 +175,19 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """PSNR against operations."""
+    """PSNR against seconds a picture where all rows were timed, else against operations."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for row in (row for row in rows if "psnr" in row):
+    shown = [row for row in rows if "psnr" in row]
+    cost, unit = ("seconds", "s") if all("seconds" in row for row in shown) else ("operations", "share of dense")
+    for row in shown:
         colour = "tab:orange" if "alone" in row["name"] else "tab:blue"  # nothing sparse, something sparse
         marker = "^" if "threshold" in row["name"] else "s" if row["skipped"] else "o"
-        axes.plot(row["operations"], row["psnr"], marker=marker, color=colour)
-        axes.annotate(row["name"], (row["operations"], row["psnr"]), xytext=(4, 3), textcoords="offset points", size=6)
-    axes.set_xlabel("operations, share of dense")
+        axes.plot(row[cost], row["psnr"], marker=marker, color=colour)
+        axes.annotate(row["name"], (row[cost], row["psnr"]), xytext=(4, 3), textcoords="offset points", size=6)
+    axes.set_xlabel(f"{cost} a picture, {unit}")
     axes.set_ylabel("PSNR to dense, dB")
     axes.grid(alpha=0.3)
     figure.savefig(path)
@@ -178,7 +208,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--size", type=int, default=256, help="pixels along an edge; default: 256")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is one")
     add("--out", type=Path, default=Path("build/worth.jsonl"), metavar="FILE", help="default: build/worth.jsonl")
-    add("--plot", type=Path, metavar="FILE", help="also draw PSNR against operations")
+    add("--plot", type=Path, metavar="FILE", help="also draw PSNR against seconds or operations")
     return parser
 
 

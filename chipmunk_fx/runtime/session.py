@@ -138,7 +138,9 @@ class Session:
     ) -> tuple[Phase, list[torch.Tensor], bool]:  # fmt: skip
         """The phase that the caches allow, its tensors, and whether it chooses new lists."""
         state, whole = self._state(graph, track, branch, values, known)
-        # caches are new where a parameter was replaced; lists are of no use where other keys are padding
+        if not whole:  # caches are new where a parameter was replaced
+            branch.last_refresh = branch.last_computed = None
+        # lists are of no use where other keys are padding
         listed = whole and branch.last_refresh is not None and known.same(branch.known)
         fresh = not whole or (phase is Phase.SPARSE and not listed)
         if fresh and phase in (Phase.SPARSE, Phase.SKIP):

@@ -65,8 +65,8 @@ class Summary:
     flops_ratio: float
     cache_bytes: int
     fallbacks: tuple[Fallback, ...]
-    listed: tuple[int, ...] = ()
     note: str = ""
+    listed: tuple[int, ...] = ()
     host_bytes: int = 0
     staging_bytes: int = 0
 
@@ -142,7 +142,7 @@ def summarize(sessions: Sequence[Session], key: Any = None, named: bool = False)
         sum(spent) / sum(dense) if sum(dense) else 1.0,
         kept.total,
         tuple(f for _, track in tracks for f in track.fallbacks),
-        _listed(first),
+        listed=_listed(first),
         host_bytes=kept.host,
         staging_bytes=sum(cell.bytes for session, _ in tracks for cell in session.store.stage.values()),
     )

@@ -45,10 +45,30 @@ def test_settings_are_compared_and_drawn(worth: Any, tmp_path: Path, capsys: pyt
 def test_figures_of_several_runs_join(worth: Any, tmp_path: Path):
     lines = [
         {"name": "a", "psnr": 30.0},
-        {"name": "dense", "seconds": 9.0},
-        {"name": "a", "seconds": 5.0, "psnr": 31.0},
+        {"name": "dense", "ms": {"dense": 180.0}, "timed": {"dense": 50}},
+        {"name": "a", "ms": {"refresh": 300.0, "sparse": 100.0}, "timed": {"refresh": 1, "sparse": 1}, "psnr": 31.0},
+        {"name": "a", "operations": 0.5, "skipped": 0, "steps": {"refresh": 5, "sparse": 35}},
     ]
     (tmp_path / "worth.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     rows = worth.read(tmp_path / "worth.jsonl")
-    assert rows == [{"name": "a", "psnr": 31.0, "seconds": 5.0}, {"name": "dense", "seconds": 9.0}]
-    assert "31.0" in worth.table(rows)
+    assert [(row["name"], row["seconds"]) for row in rows] == [("a", pytest.approx(5.0)), ("dense", pytest.approx(9.0))]
+    assert rows[0]["psnr"] == 31.0 and "31.0" in worth.table(rows)
+    worth.plot(rows, tmp_path / "worth.svg")
+    assert "seconds a picture, s" in (tmp_path / "worth.svg").read_text()
+    worth.plot([*rows, {"name": "b", "psnr": 30.0, "operations": 0.4, "skipped": 3}], tmp_path / "worth.svg")
+    assert "operations a picture, share of dense" in (tmp_path / "worth.svg").read_text()
+
+
+def test_steps_are_timed_by_phase(worth: Any, tmp_path: Path):
+    worth.SETTINGS = {"one skipped": worth.skipping([2])}
+    out = tmp_path / "worth.jsonl"
+    worth.main(["--device", "cpu", "--size", "32", "--out", str(out), "--seconds", "one skipped"])
+    dense, row = map(json.loads, out.read_text().splitlines())
+    assert dense["name"] == "dense" and dense["ms"].keys() == {"dense"}
+    assert row["timed"] == {"refresh": 1, "sparse": 3, "skip": 1} and all(ms > 0 for ms in row["ms"].values())
+
+
+def test_patterns_between_dense_steps(worth: Any):
+    lists = worth.between("R.s.")
+    assert [len(steps) for steps in lists.values()] == [9, 18, 14]
+    assert lists["schedule.refresh_steps"][:2] == [8, 12] and lists["schedule.skip_steps"][:3] == [9, 11, 13]

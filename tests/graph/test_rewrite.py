@@ -89,6 +89,7 @@ def test_settings_are_constants_of_the_ops(seen: Seen):
         "random_density": 0.01,
         "power": 0.0,
         "mass_stride": 2,
+        "renew": True,
         "seed": 7,
         "site": 0,
         "sdpa": "",

@@ -236,3 +236,15 @@ def test_dense_steps_without_skipped_ones():
     assert phases(ours) == {0: ["dense", "dense", "refresh", "sparse", "sparse"]}
     assert_same(got[:3], dense[:3])
     assert chipmunk_fx.summary(ours).fallbacks == ()
+
+
+def test_a_parameter_replaced_before_a_dense_step():
+    """The caches are new there; the sparse step that was due has nothing to build on."""
+    model, inputs = TinyDiT(depth=2), calls(TIMES)
+    ours = compiled(model, schedule__dense_steps=[2], schedule__skip_steps=[4])
+    run(ours, inputs[:2])
+    qkv = model.blocks[1].qkv
+    qkv.weight = nn.Parameter(qkv.weight.detach() + 0.1)
+    got = run(ours, inputs[2:4])
+    assert phases(ours) == {0: ["refresh", "sparse", "dense", "refresh"]}
+    assert_same(got, run(model, inputs[2:4]))
