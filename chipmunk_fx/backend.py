@@ -24,7 +24,7 @@ from chipmunk_fx.graph.inputs import classify
 from chipmunk_fx.graph.match import find
 from chipmunk_fx.graph.pattern import AttentionOperands
 from chipmunk_fx.graph.plan import Plan, make_plan
-from chipmunk_fx.graph.sizes import is_data_dependent
+from chipmunk_fx.graph.sizes import concrete, is_data_dependent
 from chipmunk_fx.log import Notices, logger
 from chipmunk_fx.patterns import ALL
 from chipmunk_fx.runtime import registry
@@ -67,7 +67,7 @@ def needs_gradients(inputs: Sequence[Any]) -> bool:
 
 def analyse(graph_module: fx.GraphModule, inputs: Sequence[Any], config: Config) -> tuple[Capture, Plan]:
     """Capture, match and plan; edits and compiles nothing. Raises `Uncapturable`."""
-    captured = capture(graph_module, inputs)
+    captured, inputs = capture(graph_module, inputs), concrete(inputs)
     candidates = find(captured.module, ALL)
     roles = classify(captured)
     rows = [c.operands.q.shape[2] for c in candidates if isinstance(c.operands, AttentionOperands)]
@@ -152,7 +152,7 @@ def _dense(graph: Graph, values: Sequence[Any], notices: Notices) -> Any:
 def _build_all(graph: Graph, inputs: Sequence[Any]) -> None:
     """All variants now: guards that a variant built later would add are not enforced under dynamic shapes."""
     scratch = Session(graph.config, lambda place: sys.maxsize, 0, Notices())
-    state = scratch.example_state(graph, inputs)
+    state = scratch.example_state(graph, concrete(inputs))
     graph.variants.original()
     for phase in variants_of(graph.plan, graph.config):
         for renew in (True, False) if phase is Phase.REFRESH and graph.keeps_lists else (True,):

@@ -18,6 +18,11 @@ def hint(size: Size) -> int:
     return int(size.node.hint) if size.node.has_hint() else 1
 
 
+def concrete(values: Iterable[Any]) -> list[Any]:
+    """Inputs of a graph with what symbols among them are seen to be; adds no guard."""
+    return [hint(value) if isinstance(value, torch.SymInt) else value for value in values]
+
+
 def hints(sizes: Iterable[Size]) -> tuple[int, ...]:
     return tuple(hint(size) for size in sizes)
 

@@ -17,7 +17,7 @@ from chipmunk_fx.graph.state import state_inputs
 from chipmunk_fx.runtime.variants import Variants
 from chipmunk_fx.schedule.phase import Phase
 
-_PASSED = 2  # sessions that were lost after one call before a third is not begun
+_PASSED = 3  # sessions in a row that were lost after one call, before caches are no longer tried
 
 
 class Graph:
