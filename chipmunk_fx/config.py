@@ -48,8 +48,10 @@ class SiteSection(Section):
 
     def of_layer(self, layer: int | None) -> float | Literal["dense"] | None:
         """What `layers` says of a block, None where it names it not."""
-        said = (value for first, last, value in self.layers if layer is not None and first <= layer <= last)
-        return next(said, None)
+        for first, last, said in self.layers:
+            if layer is not None and first <= layer <= last:
+                return said
+        return None
 
     def is_dense(self, layer: int | None) -> bool:
         """Whether a block stays dense by `layers` or, where these do not name it, by `dense_layers`."""

@@ -168,10 +168,12 @@ def layers() -> Rule:
     density = word_or("dense", share(zero=False))
 
     def parse(value: Any) -> tuple[tuple[int, int, Any], ...]:
+        if value is None:
+            return ()
         if isinstance(value, Mapping):
             ranges = [(*_blocks(key), density.parse(chosen)) for key, chosen in value.items()]
         else:
-            _require(isinstance(value, Sequence) and not isinstance(value, str | bytes))
+            _require(isinstance(value, list | tuple) and all(isinstance(one, list | tuple) for one in value))
             ranges = [(_integer(first), _integer(last), density.parse(chosen)) for first, last, chosen in value]
         ranges.sort(key=lambda one: one[:2])
         _require(all(0 <= first <= last for first, last, _ in ranges))
@@ -182,8 +184,8 @@ def layers() -> Rule:
         return {str(first) if first == last else f"{first}-{last}": chosen for first, last, chosen in value}
 
     allowed = (
-        'a mapping from blocks, each of them once, as "3" or "10-20" (they count from 0), to "dense" or a density above 0 '
-        "and at most 1"
+        'null (none) or a mapping from blocks, each of them once, as "3" or "10-20" (they count from 0), to "dense" or a '
+        "density above 0 and at most 1"
     )
     return Rule(allowed, parse, plain=plain)
 

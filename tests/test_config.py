@@ -111,6 +111,7 @@ def test_defaults_are_those_of_the_table():
         ("mlp.group_rows", 192, 192),
         ("mlp.dense_layers", 0, 0),
         ("attention.layers", {}, ()),
+        ("attention.layers", None, ()),
         ("attention.layers", {"10-20": 0.1, 3: "dense"}, ((3, 3, "dense"), (10, 20, 0.1))),
         ("mlp.layers", {"7": 1}, ((7, 7, 1.0),)),
         ("mlp.layers", ((7, 9, 0.5),), ((7, 9, 0.5),)),
@@ -170,7 +171,7 @@ def test_values_that_are_allowed(key, given, kept):
         ("mlp.dense_layers", [-1, True]),
         (
             "attention.layers",
-            [3, "3", ["dense"], None, {"a": 0.1}, {-1: 0.1}, {True: 0.1}, {"5-3": 0.1}, {"3-": "dens"}],
+            [3, "3", ["dense"], [3], {"a": 0.1}, {-1: 0.1}, {True: 0.1}, {"5-3": 0.1}, {"3-": "dens"}],
         ),
         ("mlp.layers", [{3: 0}, {3: 1.5}, {3: "sparse"}, {3: None}, {3: 0.1, "2-4": 0.2}, {"1-": 0.1, 1: 0.1}]),
         ("schedule.refresh_every", [0, -1, 2.5, None]),
