@@ -285,7 +285,8 @@ class _Writer:
             return ()
         names = slot_names(site)
         if self.phase is Phase.REFRESH:
-            return () if reads else names
+            kept = ("lists",) if site.kind == "attention" and not self.renew else ()
+            return kept if reads else names
         written = () if site.kind == "attention" else tuple(name for name in names if name != "by_neuron")
         return names if reads else written
 

@@ -40,6 +40,14 @@ def test_all_caches_on_the_host_change_no_bit(on_device, lowering: str):
     assert "in host memory by way of" in str(summary)
 
 
+def test_lists_that_refreshes_keep_come_back_from_the_host():
+    options: dict[str, Any] = {"attention__renew_lists": False, "schedule__refresh_every": 2}
+    expected, beside = results(**options)
+    done, summary = results(memory__offload="all", **options)
+    assert identical(done, expected) and not identical(done, results(schedule__refresh_every=2)[0])
+    assert summary.listed == beside.listed == (0,)
+
+
 @pytest.mark.parametrize("part", [0.0, 0.5, 1.0])
 def test_what_does_not_fit_goes_to_the_host(on_device, part: float):
     expected, beside = on_device
