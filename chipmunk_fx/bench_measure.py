@@ -153,7 +153,7 @@ def _measure(
             for phase, value in zip(seen.phases or way.phases, seconds, strict=True):
                 ms.setdefault(phase, []).append(1e3 * value)
         medians = {phase: statistics.median(values) for phase, values in ms.items()}
-        counted = _counted(way, request.steps)
+        counted = steps_by_phase(way, request.steps)
         total, how = _composed(medians, counted), "composed"
         if request.whole:
             model = _compiled(built, way.backend, way.options)
@@ -191,17 +191,18 @@ def _generation(
     return seconds
 
 
-def _counted(way: Way, steps: int) -> Counter[str]:
+def steps_by_phase(way: Way, steps: int) -> Counter[str]:
     """How many steps of each phase a generation of `steps` steps has."""
     if way.backend != "chipmunk":
         return Counter({str(Phase.DENSE): steps})
     schedule: ScheduleConfig = Config.from_options(way.options).schedule
     sparse = Phase.REFRESH in way.phases
-    policy, last, counted = policy_from(schedule), None, Counter[str]()
+    policy, counted = policy_from(schedule), Counter[str]()
+    refreshed = computed = None
     for step in range(steps):
-        phase = policy.phase(step, last)
-        if phase is Phase.REFRESH or last is None:
-            last = step
+        phase = policy.phase(step, refreshed, last_computed=computed)
+        refreshed = step if phase is Phase.REFRESH else refreshed
+        computed = computed if phase is Phase.SKIP else step
         counted[str(phase if sparse or phase is Phase.SKIP else Phase.DENSE)] += 1
     return counted
 

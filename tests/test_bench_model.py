@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from chipmunk_fx import bench_model, bench_subjects
-from chipmunk_fx.bench_measure import SKIPPED, Figures, Request, measure
+from chipmunk_fx.bench_measure import SKIPPED, Figures, Request, Way, measure, steps_by_phase
 from chipmunk_fx.bench_subjects import SUBJECTS, Subject, build, ignore_masks, own
 from chipmunk_fx.errors import BenchError, ConfigError, UsageError
 from tests.runtime.models import SPARSE, TinyDiT, noise, one_thread, words
@@ -166,3 +166,11 @@ def test_what_cannot_be_measured_is_told():
         run("any:thing", "--option", "attention.denisty=0.1")
     with pytest.raises(BenchError, match="nothing of this model is understood"):
         run("any:thing", factory=lambda: (nn.Linear(4, 4), {"input": torch.ones(1, 4)}))
+
+
+def test_steps_are_counted_as_they_would_be_run():
+    settings = {"schedule.dense_steps": [0, 1, 6], "schedule.refresh_steps": [2, 5], "schedule.skip_steps": [1, 4]}
+    sparse = Way("sparse + skip", "chipmunk", settings, ("dense", "refresh", "sparse", "skip"))
+    assert steps_by_phase(sparse, 8) == {"dense": 2, "skip": 2, "refresh": 2, "sparse": 2}
+    assert steps_by_phase(Way("skip alone", "chipmunk", settings, ("dense", "skip")), 8) == {"dense": 6, "skip": 2}
+    assert steps_by_phase(Way("dense", "inductor", {}, ("dense",)), 8) == {"dense": 8}
