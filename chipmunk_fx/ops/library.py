@@ -65,6 +65,7 @@ REFERENCE: MappingProxyType[str, Callable[..., Any]] = MappingProxyType(
         "mlp_sparse": mlp_sparse,
     }
 )
+ON_STREAMS = ("cache_fetch", "cache_store")  # leave work on other streams behind, which no CUDA graph may
 
 
 Choose = Callable[[str, Mapping[str, Any]], Callable[..., Tensor]]
@@ -134,7 +135,8 @@ def _define() -> torch.library.Library:
     library = torch.library.Library(NAMESPACE, "DEF")
     for name, schema in SCHEMAS.items():
         # exact strides: inputs arrive as the model laid them out, so that Inductor neither pads nor copies them
-        library.define(name + schema, tags=torch.Tag.needs_exact_strides)
+        tags = (torch.Tag.needs_exact_strides, *((torch.Tag.cudagraph_unsafe,) if name in ON_STREAMS else ()))
+        library.define(name + schema, tags=tags)
         library.impl(name, implementation(name, lambda op, _: REFERENCE[op]), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", FAKES.get(name) or FAKES[name.split("_")[0]], lib=library)
     return library

@@ -160,3 +160,9 @@ def test_every_device_has_an_implementation(op: str):
     for key in ("CPU", "CUDA"):
         assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"chipmunk::{op}", key)
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"chipmunk::{op}", "CUDA")
+
+
+def test_no_cuda_graph_is_recorded_around_copies_on_other_streams():
+    ops = torch.ops.chipmunk
+    unsafe = {op for op in REFERENCE if torch.Tag.cudagraph_unsafe in getattr(ops, op).default.tags}
+    assert unsafe == {"cache_fetch", "cache_store"}
