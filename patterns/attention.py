@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from chipmunk_fx.graph.capture import SDPA_CHOICE
 from chipmunk_fx.graph.language import Call, Found, Var
-from chipmunk_fx.graph.masks import padding_refusal
+from chipmunk_fx.graph.masks import padding_refusal, unfolded
 from chipmunk_fx.graph.pattern import Accepted, AttentionOperands, Example, Laid, Pattern, Refused
 from chipmunk_fx.graph.walk import roots, shape
 
@@ -43,9 +43,10 @@ def judge(found: Found) -> Accepted | Refused:
     if reason:
         return Refused(form, reason)
     scale, mask = found.bound["scale"], found.bound["mask"]
+    mask = mask and unfolded(mask)
     scale = shape(q)[-1] ** -0.5 if scale is None else float(scale)
     sdpa = found.nodes[0].meta.get("custom", {}).get(SDPA_CHOICE, "")
-    return Accepted(form, AttentionOperands(*operands, scale, None, mask, sdpa=sdpa), mask and padding_refusal(mask))
+    return Accepted(form, AttentionOperands(*operands, scale, None, mask, sdpa=sdpa), mask and padding_refusal(mask, found.nodes[0]))
 
 
 def attention_kind(q: fx.Node, k: fx.Node) -> tuple[str, str | None]:

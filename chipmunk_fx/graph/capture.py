@@ -18,6 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from chipmunk_fx.graph.opening import open_up
+
 _UNCAST = ("to", "float", "view", "reshape", "transpose", "permute")  # methods that autocast leaves alone
 _KERNELS = 5  # that a context puts back when it is left: all
 SDPA_CHOICE = "chipmunk_sdpa"  # in a node's meta["custom"]: names of the attention kernels that the user allows there
@@ -59,6 +61,7 @@ def capture(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Capt
     context = TracingContext.get()
     fakes = [_fake(value, context) for value in example_inputs]
     source = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
+    open_up(source)
     _refuse_opaque(source)
     _drop_autocast(source)
     _detach_data(source)
