@@ -265,6 +265,16 @@ def examples() -> Sequence[Example]:
         "einsum with dots": _einsum("...id,...jd->...ij", "...ij,...jd->...id"),
         "einsum, then matmul": lambda q, k, v: torch.einsum("bhid,bhjd->bhij", q, k).softmax(-1) @ v,
     }
+    hidden = torch.arange(24) > 16
+    calls |= {
+        "padding filled in place": lambda q, k, v: (
+            (q @ k.mT).masked_fill_(hidden[None, None, None].expand(2, 1, 1, 24), -1e9).softmax(-1) @ v
+        ),
+        "padding chosen": lambda q, k, v: (
+            torch.where(~hidden[None, None, None].expand(2, 1, 1, 24), q @ k.mT, -torch.inf).softmax(-1) @ v
+        ),
+        "scaled in place": lambda q, k, v: (q @ k.mT).mul_(0.3).softmax(-1) @ v,
+    }
     return [
         *(Example(name, lambda call=call: (SelfAttention(call), _x())) for name, call in calls.items()),
         Example("nn.MultiheadAttention", lambda: (_Module(), _x())),
