@@ -51,25 +51,29 @@ class ParallelBlock(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.norm, self.attention, self.mlp = nn.LayerNorm(WIDTH), FusedAttention(WIDTH, HEADS), ReluSquaredMlp(WIDTH)
+        self.dropout = nn.Dropout(0.1)
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm(x)
-        return x + self.attention(normed) + self.mlp(normed)
+        return self.dropout(x + self.attention(normed) + self.mlp(normed))
 
 
 class Stack(Frame):
-    """`shared`: one block three times. `saved`: each block under a checkpoint, in evaluation too."""
+    """`shared`: one block three times. `saved`: each block under a checkpoint, in evaluation too. `broken`: a graph a block."""
 
-    def __init__(self, shared: bool = False, saved: bool = False) -> None:
+    def __init__(self, shared: bool = False, saved: bool = False, broken: bool = False) -> None:
         super().__init__()
-        self.saved = saved
+        self.saved, self.broken = saved, broken
         one = ParallelBlock()
         self.blocks = nn.ModuleList([one] * 3 if shared else [one, ParallelBlock()])
+        self.dropout = nn.Dropout(0.1)
 
     def run(self, x: Tensor, time: Tensor, label: Tensor) -> Tensor:
-        x = x + time + label
+        x = self.dropout(x + time + label)
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if self.saved else block(x)
+            if self.broken:
+                torch._dynamo.graph_break()
         return x
 
 
@@ -183,6 +187,7 @@ WHOLE: dict[str, Unlisted] = {
     "parallel": Unlisted(Stack),
     "one block three times": Unlisted(partial(Stack, shared=True), attention=3, mlp=3),
     "checkpoints": Unlisted(partial(Stack, saved=True)),
+    "pieces": Unlisted(partial(Stack, broken=True), whole=False),
     "fourier time": Unlisted(FourierTime),
     "encoder, norm first": Unlisted(partial(Encoder, norm_first=True, activation=F.gelu)),
     "encoder, norm last": Unlisted(Encoder),

@@ -69,6 +69,45 @@ def test_standing_still(name: str):
     assert all(output.isfinite().all() for output in outputs(ours, moving(0.3)))
 
 
+SKIPPED = [
+    "parallel",
+    "encoder, norm last",
+    "padding written",
+    "long skips",
+    "one block three times",
+    "tokens first, padded",
+]
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "parallel" else pytest.mark.full) for n in SKIPPED])
+def test_a_skipped_step_is_dense_where_inputs_repeat(name: str):
+    """Dropouts of the residual stream, which drop nothing, are on the way of what the blocks add."""
+    model, steps = built(STYLES[name]), moving(0.0)[:3]
+    off = {"attention__enabled": False, "mlp__enabled": False, "schedule__skip_steps": [1, 2]}
+    ours = compiled(model, "eager", 1.0, True, **off)
+    assert_near(outputs(ours, steps), outputs(model, steps))
+    assert chipmunk_fx.summary(ours).phases == {0: ["dense", "skip", "skip"]}
+
+
+def test_blocks_that_are_compiled_one_by_one():
+    model, steps = built(STYLES["parallel"]), moving(0.3)
+    dense = outputs(model, steps)
+    for block in model.blocks:
+        options = {
+            "attention.density": 1.0,
+            "mlp.density": 1.0,
+            "attention.random_density": 0.0,
+            "mlp.random_density": 0.0,
+        }
+        options |= {"attention.group_rows": 16, "mlp.group_rows": 16, "gate": "off", "lowering": "eager"}
+        options |= {"attention.dense_layers": 0, "mlp.dense_layers": 0, "schedule.refresh_every": 3}
+        block.compile(
+            backend="chipmunk", fullgraph=True, options=options | {"schedule.steps": STEPS, "schedule.branches": 1}
+        )
+    assert_near(outputs(model, steps), dense)
+    assert [site.phases for site in rewritten(model)] == [{0: PHASES}] * 4
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("whole", [True, False])
 def test_under_autocast_a_sparse_model_is_as_near_as_a_dense_one(whole: bool):
