@@ -328,7 +328,7 @@ ATTENTIONS: dict[str, Unlisted] = {
     "bias of q and v": Unlisted(dit(SeparateBiasAttention)),
     "one attention a sample": Unlisted(dit(SampleLoopAttention), attention=2 * DEPTH),
     "rows in halves": Unlisted(dit(QueryChunkAttention), attention=2 * DEPTH),
-    "sinks": Unlisted(dit(SinkAttention), attention=0),
+    "sinks": Unlisted(dit(SinkAttention), attention=0, reason="go to aten.slice.Tensor"),
     "padding": Unlisted(masked(padding)),
     "padding added": Unlisted(masked(added(padding))),
     "padding added, written out": Unlisted(masked(added(padding), explicit=True)),
@@ -339,7 +339,7 @@ ATTENTIONS: dict[str, Unlisted] = {
     "windows": Unlisted(dit(WindowAttention)),
     "cosine": Unlisted(dit(CosineAttention), attention=0, reason="scale is computed"),
     "weights thrown away": Unlisted(dit(WeightsAttention)),
-    "convolutions": Unlisted(dit(ConvolutionAttention), attention=0),
+    "convolutions": Unlisted(dit(ConvolutionAttention), attention=0, reason="weights first"),
 }
 MLPS: dict[str, Unlisted] = {
     "geglu": Unlisted(dit(mlp=GegluMlp)),
