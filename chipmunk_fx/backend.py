@@ -216,5 +216,13 @@ def _inspect(graph_module: fx.GraphModule, inputs: Sequence[Any], config: Config
     try:
         captured, plan = analyse(graph_module, inputs, config)
     except Uncapturable as reason:
-        return Report((), None, None, (), "unknown", 0.0, (f"a graph stays as it is: {reason}",))
+        return _left(str(reason))
+    except ChipmunkError:
+        raise
+    except Exception as error:  # as in `_compile`
+        return _left(f"its analysis failed ({type(error).__name__}: {error})")
     return _report(captured, plan, config)
+
+
+def _left(reason: str) -> Report:
+    return Report((), None, None, (), "unknown", 0.0, (f"a graph stays as it is: {reason}",))

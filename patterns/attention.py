@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from chipmunk_fx.graph.capture import SDPA_CHOICE
 from chipmunk_fx.graph.language import Call, Found, Var
-from chipmunk_fx.graph.masks import padding_refusal
+from chipmunk_fx.graph.masks import padding_refusal, unfolded
 from chipmunk_fx.graph.pattern import Accepted, AttentionOperands, Example, Laid, Pattern, Refused
 from chipmunk_fx.graph.walk import roots, shape
 
@@ -43,9 +43,12 @@ def judge(found: Found) -> Accepted | Refused:
     if reason:
         return Refused(form, reason)
     scale, mask = found.bound["scale"], found.bound["mask"]
+    mask = mask and unfolded(mask)
     scale = shape(q)[-1] ** -0.5 if scale is None else float(scale)
     sdpa = found.nodes[0].meta.get("custom", {}).get(SDPA_CHOICE, "")
-    return Accepted(form, AttentionOperands(*operands, scale, None, mask, sdpa=sdpa), mask and padding_refusal(mask))
+    return Accepted(
+        form, AttentionOperands(*operands, scale, None, mask, sdpa=sdpa), mask and padding_refusal(mask, found.nodes[0])
+    )
 
 
 def attention_kind(q: fx.Node, k: fx.Node) -> tuple[str, str | None]:
@@ -125,6 +128,21 @@ class _ImageQueries(_Joint):
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
+class _Registers(SelfAttention):
+    """Learnt tokens among the keys, joined to the image's before the projection."""
+
+    def __init__(self) -> None:
+        super().__init__(F.scaled_dot_product_attention)
+        self.registers = nn.Parameter(torch.randn(1, 4, 16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        both = torch.cat([self.registers.expand(len(x), -1, -1), x], dim=1)
+        q, k, v = (
+            layer(t).unflatten(-1, (2, 8)).transpose(1, 2) for layer, t in ((self.q, x), (self.k, both), (self.v, both))
+        )
+        return self.call(q, k, v).transpose(1, 2).flatten(2)
+
+
 class _Padded(SelfAttention):
     def __init__(self) -> None:
         super().__init__(F.scaled_dot_product_attention)
@@ -151,6 +169,7 @@ def examples() -> Sequence[Example]:
         Example("scale", lambda: (SelfAttention(lambda q, k, v: sdpa(q, k, v, scale=0.5)), (_x(),))),
         Example("joint", lambda: (_Joint(), (_x(), _x(8)))),
         Example("image queries", lambda: (_ImageQueries(), (_x(), _x(8)))),
+        Example("learnt tokens among the keys", lambda: (_Registers(), (_x(),))),
         Example(
             "grouped heads",
             lambda: (SelfAttention(lambda q, k, v: sdpa(q, k[:, :1], v[:, :1], enable_gqa=True)), (_x(),)),

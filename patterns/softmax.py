@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from chipmunk_fx.graph.calls import dtype
 from chipmunk_fx.graph.language import Call, Each, Expression, Found, Literal, OneOf, Var
-from chipmunk_fx.graph.masks import padding_refusal
+from chipmunk_fx.graph.masks import padding_refusal, unfolded
 from chipmunk_fx.graph.pattern import Accepted, AttentionOperands, Example, Laid, Pattern, Refused, open_end
 from chipmunk_fx.graph.walk import rank
 from chipmunk_fx.patterns.activations import cast
@@ -43,8 +43,8 @@ def scores(q: Expression, k: Expression) -> OneOf:
     return OneOf(
         "scaling",
         {
-            "times": Call((aten.mul.Tensor, aten.mul.Scalar), scaled),
-            "over": Call((aten.div.Tensor, aten.div.Scalar), scaled),
+            "times": Call((aten.mul.Tensor, aten.mul.Scalar, aten.mul_.Tensor, aten.mul_.Scalar), scaled),
+            "over": Call((aten.div.Tensor, aten.div.Scalar, aten.div_.Tensor, aten.div_.Scalar), scaled),
             "none": plain,
         },
     )
@@ -53,11 +53,13 @@ def scores(q: Expression, k: Expression) -> OneOf:
 def masked(scores: Expression) -> OneOf:
     """Scores with a mask of numbers added, or filled where a boolean one says so, or as they are."""
     low = Literal(lambda value: isinstance(value, (int, float)) and value <= -9e3, "a value that hides scores (-inf)")
+    sums, fills = (aten.add.Tensor, aten.add_.Tensor), (aten.masked_fill.Scalar, aten.masked_fill_.Scalar)
     return OneOf(
         "masking",
         {
-            "added": Call((aten.add.Tensor,), {"self": scores, "other": Var("mask")}, commutes=("self", "other")),
-            "filled": Call((aten.masked_fill.Scalar,), {"self": scores, "mask": Var("mask"), "value": low}),
+            "added": Call(sums, {"self": scores, "other": Var("mask")}, commutes=("self", "other")),
+            "filled": Call(fills, {"self": scores, "mask": Var("mask"), "value": low}),
+            "chosen": Call((aten.where.ScalarOther,), {"condition": Var("mask"), "self": scores, "other": low}),
             "none": scores,
         },
     )
@@ -91,9 +93,9 @@ def judge(found: Found) -> Accepted | Refused:
     reason = reason or problem or operand_shapes(q, k, v) or _rounding(found) or open_end(found)
     if reason:
         return Refused(form, reason)
-    hides = bound["masking"] == "filled"
+    hides, mask = bound["masking"] == "filled", mask and unfolded(mask)
     operands = AttentionOperands(q, k, v, scale, layout.out, mask, hides)
-    return Accepted(form, operands, mask and padding_refusal(mask))
+    return Accepted(form, operands, mask and padding_refusal(mask, found.nodes[0]))
 
 
 _SUPPORTED = "[batch, heads, tokens, width] and [heads, tokens, width] are supported"
@@ -262,6 +264,16 @@ def examples() -> Sequence[Example]:
         "einsum, heads in the batch": _folded(_einsum("bid,bjd->bij", "bij,bjd->bid")),
         "einsum with dots": _einsum("...id,...jd->...ij", "...ij,...jd->...id"),
         "einsum, then matmul": lambda q, k, v: torch.einsum("bhid,bhjd->bhij", q, k).softmax(-1) @ v,
+    }
+    hidden = torch.arange(24) > 16
+    calls |= {
+        "padding filled in place": lambda q, k, v: (
+            (q @ k.mT).masked_fill_(hidden[None, None, None].expand(2, 1, 1, 24), -1e9).softmax(-1) @ v
+        ),
+        "padding chosen": lambda q, k, v: (
+            torch.where(~hidden[None, None, None].expand(2, 1, 1, 24), q @ k.mT, -torch.inf).softmax(-1) @ v
+        ),
+        "scaled in place": lambda q, k, v: (q @ k.mT).mul_(0.3).softmax(-1) @ v,
     }
     return [
         *(Example(name, lambda call=call: (SelfAttention(call), _x())) for name, call in calls.items()),

@@ -23,7 +23,10 @@ def stream_refusal(x: fx.Node) -> str | None:
     if rank(x) >= 3 and _rows(x, 1) == 1 and not _tokens_first(x):
         return f"input {_sizes(x)} has one row a sample: a conditioning vector, or no tokens to group"
     if rank(x) < 3 and not _folded(x):
-        return f"input {_sizes(x)} is a conditioning vector; [batch, ..., tokens, width] is supported"
+        return (
+            f"input {_sizes(x)} is a conditioning vector, or rows picked out of a sequence (a routed expert); "
+            "[batch, ..., tokens, width] is supported"
+        )
     return None
 
 

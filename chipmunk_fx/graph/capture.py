@@ -9,6 +9,7 @@ import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,6 +19,26 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from chipmunk_fx.graph.opening import open_up
+
+aten = torch.ops.aten
+
+_SYNONYMS = MappingProxyType(
+    {
+        aten.view.default: aten.reshape.default,
+        aten.concat.default: aten.cat.default,
+        aten.concatenate.default: aten.cat.default,
+        aten.swapaxes.default: aten.transpose.int,
+        aten.swapdims.default: aten.transpose.int,
+        aten.moveaxis.int: aten.movedim.int,
+        aten.moveaxis.intlist: aten.movedim.intlist,
+        aten.multiply.Tensor: aten.mul.Tensor,
+        aten.divide.Tensor: aten.div.Tensor,
+        aten.true_divide.Tensor: aten.div.Tensor,
+        aten.subtract.Tensor: aten.sub.Tensor,
+        aten.special_expit.default: aten.sigmoid.default,
+    }
+)
 _UNCAST = ("to", "float", "view", "reshape", "transpose", "permute")  # methods that autocast leaves alone
 _KERNELS = 5  # that a context puts back when it is left: all
 _OF_DYNAMO = ("dynamo_compile_id",)  # a graph without it has no static inputs for AOTAutograd, hence no CUDA graphs
@@ -60,6 +81,7 @@ def capture(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Capt
     context = TracingContext.get()
     fakes = [_fake(value, context) for value in example_inputs]
     source = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
+    open_up(source)
     _refuse_opaque(source)
     _drop_autocast(source)
     _detach_data(source)
@@ -75,7 +97,7 @@ def capture(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Capt
         raise Uncapturable(f"re-tracing failed: {type(error).__name__}: {error}") from error
     if any(isinstance(_attribute(traced, n), FakeTensor) for n in traced.graph.nodes if n.op == "get_attr"):
         raise Uncapturable("the re-trace captured a tensor made inside the graph as a constant")
-    _relax_views(traced)
+    _one_spelling(traced)
     inputs = _describe(graph_module, traced, fakes)
     dynamic = any(isinstance(f, torch.SymInt) or _has_symbols(f) for f in fakes)
     return Capture(traced, inputs, context, dynamic)
@@ -182,11 +204,14 @@ def _detach_data(module: fx.GraphModule) -> None:
     module.recompile()
 
 
-def _relax_views(module: fx.GraphModule) -> None:
-    """`view` holds for the layout that was traced; a rewritten site may have another, for which `reshape` copies."""
+def _one_spelling(module: fx.GraphModule) -> None:
+    """ATen's second names for one op become the first.
+
+    `view` becomes `reshape`: it holds for the layout that was traced, and a rewritten site may have another.
+    """
     for node in module.graph.nodes:
-        if node.target is torch.ops.aten.view.default:
-            node.target = torch.ops.aten.reshape.default
+        if node.target in _SYNONYMS and not node.kwargs:
+            node.target = _SYNONYMS[node.target]
     module.recompile()
 
 

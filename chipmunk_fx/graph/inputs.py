@@ -17,7 +17,10 @@ aten = torch.ops.aten
 
 _WAVES = (aten.sin.default, aten.cos.default)
 # From a sinusoid to its projection: joined, laid out, cast. A product with q or k (rotary embedding) is not on this way.
-_EMBEDDING = (*VIEWS, aten.cat.default, aten.stack.default, aten.slice.Tensor, aten.select.int, aten.mul.Tensor)
+_EMBEDDING = (
+    *(*VIEWS, aten.cat.default, aten.stack.default, aten.slice.Tensor, aten.select.int, aten.mul.Tensor),
+    *(aten.repeat.default, aten.repeat_interleave.self_int),
+)
 _TIME_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "noise_level")
 _NOT_TIME = ("guidance", "size", "meta", "ratio", "resolution", "fps")
 _LATENT_NAMES = ("hidden_states", "x", "latents", "sample", "img", "latent", "z")

@@ -15,11 +15,15 @@ import torch
 from torch import fx
 
 from chipmunk_fx.graph.sizes import unbacked
-from chipmunk_fx.graph.walk import PROJECTIONS, ancestors, mutated_between
+from chipmunk_fx.graph.walk import PROJECTIONS, ancestors, shape, storage, written
 
 aten = torch.ops.aten
 
 _SIZES = (aten.sym_size.int, aten.sym_size.default)
+_FOLDS = (
+    *(aten.reshape.default, aten.view.default, aten._unsafe_view.default),
+    *(aten.flatten.using_ints, aten.unflatten.int, aten.contiguous.default, aten.clone.default),
+)
 _COSTLY = (
     *PROJECTIONS,
     aten.matmul.default,
@@ -62,8 +66,20 @@ class Probe:
         return tuple(masks), {symbol: int(t if dim is None else t.shape[dim]) for (symbol, dim), t in told}
 
 
-def padding_refusal(mask: fx.Node) -> str | None:
-    """Why an attention mask [B, H, N, M] is more than key padding, or its values not known beforehand; None for neither."""
+def unfolded(mask: fx.Node) -> fx.Node:
+    """The mask before reshapes in a row that end in the shape they began with: batch and heads folded and unfolded."""
+    node = found = mask
+    while node.target in _FOLDS:
+        node = node.all_input_nodes[0]
+        found = node if shape(node) == shape(mask) else found
+    return found
+
+
+def padding_refusal(mask: fx.Node, anchor: fx.Node) -> str | None:
+    """Why an attention mask [B, H, N, M] is more than key padding, or not known beforehand; None for neither.
+
+    `anchor`: the attention.
+    """
     value = mask.meta["val"]
     sizes = f"attention mask {tuple(value.shape)} {value.dtype}"
     if value.dim() not in (2, 4) or value.shape[-1] == 1:
@@ -73,6 +89,8 @@ def padding_refusal(mask: fx.Node) -> str | None:
         return f"{sizes} differs from row to row or head to head; key padding is supported"
     if reason := probe_refusal(mask):
         return f"{sizes}: {reason}"
+    if writer := next((n for n in _behind(mask) if n > anchor), None):
+        return f"{sizes}: {writer} writes to it after the attention"
     return None
 
 
@@ -83,8 +101,9 @@ def probe_refusal(node: fx.Node) -> str | None:
         return f"its values come out of {costly}"
     if constant := next((n for n in behind if n.op not in ("placeholder", "call_function", "get_attr")), None):
         return f"its values come out of {constant}"
-    if writer := mutated_between(min(behind), node, [n for n in behind if n is not node]):
-        return f"{writer} writes in place on the way to it"
+    given = {storage(n) for n in behind if n.op != "call_function"}
+    if writer := next((n for n in behind if any(storage(target) in given for target in written(n))), None):
+        return f"{writer} writes in place to an input on the way to it"
     return None
 
 
@@ -119,5 +138,24 @@ def tellers_of(module: fx.GraphModule) -> dict[Any, tuple[fx.Node, int | None]]:
 
 
 def _behind(node: fx.Node) -> list[fx.Node]:
-    """What computes `node`, as far as the first costly op on each way."""
-    return ancestors(node, lambda n: n.target in _COSTLY)
+    """What computes `node`, as far as the first costly op on each way, and what writes to any of it in place."""
+    found = dict.fromkeys(ancestors(node, lambda n: n.target in _COSTLY))
+    fresh = list(found)
+    while writers := [writer for writer in _writers(fresh) if writer not in found]:
+        fresh = [n for writer in writers for n in ancestors(writer, lambda n: n.target in _COSTLY) if n not in found]
+        found.update(dict.fromkeys(fresh))
+    return list(found)
+
+
+def _writers(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    """The ops that write in place to memory of `nodes`, or by way of a view of it."""
+    queue, seen, writers = list(nodes), set(), []
+    while queue:
+        node = queue.pop()
+        for user in (u for u in node.users if u not in seen and storage(node) is not None):
+            if any(storage(target) == storage(node) for target in written(user)):
+                writers.append(user)
+            if storage(user) == storage(node):
+                seen.add(user)
+                queue.append(user)
+    return writers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from chipmunk_fx.graph.capture import dotted
 from chipmunk_fx.graph.language import Mismatch, match
 from chipmunk_fx.graph.opaque import opaque_attention
 from chipmunk_fx.graph.pattern import Accepted, AttentionOperands, MlpOperands, Pattern, Refused
+from chipmunk_fx.graph.weights import unread_weights
 
 _TORCH_FILES = ("/torch/", "<eval_with_key>")
 
@@ -59,7 +60,16 @@ def find(module: fx.GraphModule, patterns: Sequence[Pattern]) -> list[Candidate]
             found[index] = replace(candidate, operands=None, reason=reason, node=shared, constraint=constraint)
         else:
             taken.update(dict.fromkeys(candidate.nodes, candidate.anchor))
-    return [c for c in found if c.operands is not None or c.anchor not in taken]
+    found = [c for c in found if c.operands is not None or c.anchor not in taken]
+    anchors = {candidate.anchor for candidate in found}
+    place = {node: index for index, node in enumerate(calls)}
+    return sorted([*found, *_unread(calls, anchors)], key=lambda candidate: place[candidate.anchor])
+
+
+def _unread(calls: Sequence[fx.Node], anchors: Set[fx.Node]) -> list[Candidate]:
+    reasons = {node: reason for node in calls if (reason := unread_weights(node, anchors))}
+    refused = [_candidate(n, "attention", "softmax", Refused("explicit", r), (n,)) for n, r in reasons.items()]
+    return [replace(c, node=c.anchor, constraint="attention weights times values") for c in refused]
 
 
 def _largest(found: Sequence[Candidate]) -> list[Candidate]:

@@ -20,7 +20,7 @@ from chipmunk_fx.graph.masks import Mask, Probe, make_probe, probe_refusal, tell
 from chipmunk_fx.graph.match import Candidate
 from chipmunk_fx.graph.pattern import AttentionOperands, MlpOperands
 from chipmunk_fx.graph.region import Region, Stream, dead_after_skip, find_region
-from chipmunk_fx.graph.sizes import Size, bindings, evaluate, unbacked
+from chipmunk_fx.graph.sizes import Size, bindings, evaluate, hints, unbacked
 from chipmunk_fx.graph.walk import ancestors, depending, placeholders, projections, shape
 from chipmunk_fx.schedule.phase import Phase
 
@@ -147,7 +147,7 @@ def make_plan(
         problem = (
             "no parameter behind it to keep its caches by" if owner is None else _unknown_length(candidate, capture)
         )
-        problem = problem or _embeds(candidate, _node(inputs, roles.latents))
+        problem = problem or _nothing(candidate) or _embeds(candidate, _node(inputs, roles.latents))
         if owner is None or problem:
             refused.append(replace(candidate, operands=None, reason=problem))
         else:
@@ -209,6 +209,12 @@ def _embeds(candidate: Candidate, latents: fx.Node | None) -> str | None:
         return None
     sources = placeholders(operands.x)
     return None if latents in sources else "embeds the conditioning: no latents behind it, no block of a stack"
+
+
+def _nothing(candidate: Candidate) -> str | None:
+    """Why there is nothing to compute: no tokens, or a width of 0 (a branch that a small configuration rounds away)."""
+    sizes = _sizes(candidate)
+    return f"sizes {', '.join(map(str, sizes))}: nothing to compute" if 0 in hints(sizes) else None
 
 
 def _unknown_length(candidate: Candidate, capture: Capture) -> str | None:

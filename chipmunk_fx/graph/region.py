@@ -170,7 +170,7 @@ def _sources(node: fx.Node, cuts: tuple[Cut, ...]) -> list[tuple[fx.Node, tuple[
     if node.target is aten.cat.default and cuts:
         return _part(given, cuts)
     if node.target in VIEWS and not cuts:
-        return [(given["self"], cuts)]
+        return [(node.all_input_nodes[0], cuts)]
     casts = (aten.to.dtype, aten._to_copy.default, aten.clone.default, aten.contiguous.default, aten.alias.default)
     return [(given["self"], cuts)] if node.target in casts else []
 

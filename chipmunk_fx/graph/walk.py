@@ -53,7 +53,18 @@ def projections(value: fx.Node) -> list[fx.Node]:
 def roots(value: fx.Node) -> frozenset[fx.Node]:
     """The streams that `value` was projected from: views, casts and projections in a row (low rank, LoRA) stripped."""
     through = (*VIEWS, *LINEAR)
-    return frozenset(strip(n.args[0], through) for n in projections(value) if isinstance(n.args[0], fx.Node))
+    found = [strip(n.args[0], through) for n in projections(value) if isinstance(n.args[0], fx.Node)]
+    return frozenset(stream for node in found for stream in _joined(node, through))
+
+
+def _joined(node: fx.Node, through: Iterable[object]) -> list[fx.Node]:
+    """The streams of which `node` [batch, tokens, width] is the concatenation along its tokens; else itself."""
+    if node.target is not aten.cat.default or rank(node) < 3:
+        return [node]
+    parts, dim = node.args[0], node.args[1] if len(node.args) > 1 else 0
+    if not isinstance(parts, (list, tuple)) or not isinstance(dim, int) or dim % rank(node) == rank(node) - 1:
+        return [node]
+    return [stream for part in parts for stream in _joined(strip(part, through), through)]  # pyright: ignore
 
 
 def placeholders(value: fx.Node) -> list[fx.Node]:

@@ -144,7 +144,7 @@ def merge(reports: Sequence[Report], notes: Sequence[str] = ()) -> Report:
         first.text,
         first.geometry,
         sum(r.coverage * r.total_flops for r in reports) / total if total else 0.0,
-        (*(n for r in reports for n in r.notes), *notes),
+        (*dict.fromkeys(n for r in reports for n in r.notes), *notes),
         total,
     )
 
@@ -162,14 +162,21 @@ Inspect = Callable[[fx.GraphModule, Sequence[Any], Config], Report]
 def explain_model(model: nn.Module, args: tuple, kwargs: dict[str, Any], config: Config, inspect: Inspect) -> Report:
     """Capture `model(*args, **kwargs)`; compile nothing. A model whose graph breaks is run to see its other pieces."""
     target = unwrap(model)
-    reports: list[Report] = []
+    graphs: list[Report] = []
+    calls: list[Report] = []  # blocks alike share a graph, which is called for each
 
     def running(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         try:
-            reports.append(inspect(graph, inputs, config))
+            seen = inspect(graph, inputs, config)
         except ChipmunkError as error:
             raise _Stop(error) from None
-        return graph.forward
+        graphs.append(seen)
+
+        def call(*values: Any) -> Any:
+            calls.append(seen)
+            return graph.forward(*values)
+
+        return call
 
     def stopping(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         running(graph, inputs)
@@ -192,8 +199,8 @@ def explain_model(model: nn.Module, args: tuple, kwargs: dict[str, Any], config:
                 torch.compile(target.forward, backend=running)(*args, **kwargs)
             except _Stop as stop:
                 raise stop.error or stop from None
-            notes.append(f"the graph breaks into {len(reports)} pieces: {cause}")
-    return merge(reports, notes)
+            notes.append(f"the graph breaks into {len(graphs)} pieces: {cause}")
+    return merge(calls or graphs, notes)
 
 
 def _cells(site: SiteReport) -> tuple[str, ...]:

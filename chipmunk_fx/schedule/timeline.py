@@ -143,7 +143,7 @@ class Timeline:
     ) -> tuple[int, str | None]:
         """Branch by timestep and text; moves `run.step` on."""
         if timestep != run.timestep:
-            if run.timestep is not None:
+            if run.calls:  # a call without a timestep had another one: a number that the graph has for a constant
                 run.next_timestep(branches)
             run.timestep = timestep
         elif branches == 1 or _repeats(run, seen, branches):

@@ -149,3 +149,14 @@ def test_inputs_of_other_kinds_pass():
 
     seen = captured(Sized(), noise(), torch.ones(1), [words()], (16, 16))
     assert seen.role("latents") == "latents"
+
+
+def test_second_names_of_an_op_become_the_first():
+    class Named(nn.Module):
+        def forward(self, x):
+            y = torch.concat([x, torch.swapaxes(torch.multiply(x, x), 0, 1)])
+            return torch.subtract(torch.concatenate([y, y], 1), 1)
+
+    ops = {n.target for n in captured(Named(), torch.randn(4, 4)).capture.module.graph.nodes if n.op == "call_function"}
+    aten = torch.ops.aten
+    assert ops == {aten.cat.default, aten.transpose.int, aten.mul.Tensor, aten.sub.Tensor}

@@ -227,3 +227,16 @@ def test_a_plan_edits_no_graph():
 def test_noise_of_another_shape_gives_other_sizes():
     plan = captured(TinyDiT(), noise(side=8, batch=2), torch.ones(2), CALL[2].expand(2, -1, -1)).plan(**OFF)
     assert plan.sites[0].sizes == (2, 2, 24, 24, 16)
+
+
+def test_a_branch_of_no_width_is_refused():
+    class Empty(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(16, 0), nn.Linear(0, 16)
+
+        def forward(self, x):
+            return x + self.fc2(F.gelu(self.fc1(x)))
+
+    (refused,) = captured(Empty(), torch.randn(1, 64, 16)).plan().refused
+    assert refused.reason == "sizes 1, 64, 16, 0, 16: nothing to compute"

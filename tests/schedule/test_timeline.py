@@ -364,3 +364,9 @@ def test_any_calls_give_positions_in_order(calls, steps, branches, bounded):
             assert position.step in (last.step, last.step + 1) or call.timestep is None
         assert position.decided == (position.reason is None)
         last = position
+
+
+def test_a_timestep_after_a_call_without_one_is_the_next_step():
+    """A number that the first graph has for a constant is an input of the next one."""
+    calls = [see(None), see(980), see(960)]
+    assert run(Timeline(steps=5, branches=1), calls) == [(0, 0, 0), (0, 1, 0), (0, 2, 0)]
