@@ -27,11 +27,11 @@ from tabulate import tabulate
 from torch import Tensor
 
 import chipmunk_fx
+from chipmunk_fx.bench_measure import SKIPPED
 from chipmunk_fx.runtime.summary import Summary
 from chipmunk_fx.schedule import Phase
 
 STEPS, PICTURES = 50, 8
-PUBLISHED = [7, 11, 13, 14, 15, 17, 18, 19, 21, 22, 23, 25, 26, 27, 29, 31, 33, 34, 35, 37, 38, 39, 41, 42, 43]
 ALONE = {"attention.enabled": False, "mlp.enabled": False}
 FLUX = {"preset": "flux"}
 DENSE_MLP = {"mlp.enabled": False}
@@ -73,9 +73,9 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "attention at 0.1, MLP dense": {"attention.density": 0.1, "mlp.enabled": False},
     "the same in raster order": {"attention.density": 0.1, "mlp.enabled": False, "tokens.order": "raster"},
     "published FLUX": FLUX,
-    "published FLUX, published skips": skipping(PUBLISHED, **FLUX),
-    "defaults, published skips": skipping(PUBLISHED),
-    "published skips alone": skipping(PUBLISHED, **ALONE),
+    "published FLUX, published skips": skipping(SKIPPED, **FLUX),
+    "defaults, published skips": skipping(SKIPPED),
+    "published skips alone": skipping(SKIPPED, **ALONE),
     **{f"{count} of steps 8 to 43 alone": skipping(spread(count), **ALONE) for count in (15, 20, 25, 30)},
     **{f"skip threshold {limit:g} alone": {"schedule.skip_threshold": limit, **ALONE} for limit in THRESHOLDS},
     "defaults, skip threshold 0.12": {"schedule.skip_threshold": 0.12},

@@ -139,9 +139,9 @@ class Session:
         """The phase that the caches allow, its tensors, and whether it chooses new lists."""
         state, whole = self._state(graph, track, branch, values, known)
         if not whole:  # caches are new where a parameter was replaced
-            branch.last_refresh = branch.last_computed = None
+            branch.forget()
         # lists are of no use where other keys are padding
-        listed = whole and branch.last_refresh is not None and known.same(branch.known)
+        listed = branch.last_refresh is not None and known.same(branch.known)
         fresh = not whole or (phase is Phase.SPARSE and not listed)
         if fresh and phase in (Phase.SPARSE, Phase.SKIP):
             phase = Phase.REFRESH if graph.rewrites else Phase.DENSE
