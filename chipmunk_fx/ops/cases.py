@@ -232,4 +232,14 @@ MLP_CASES = (
 LONG_MLP_CASES = (
     MlpCase(lead=(1, 4353), width=512, neurons=2048, group_rows=128, columns=640, result=512, ordered=True),
     MlpCase(lead=(3, 1000), width=320, neurons=1000, group_rows=192, columns=300, result=320, gated=True),
+    MlpCase(lead=(1, 1000), width=576, neurons=2000, group_rows=192, columns=333, result=640, ordered=True),
+    MlpCase(
+        lead=(2, 700), width=512, neurons=1000, group_rows=384, columns=200, result=320, gated=True, activation="silu"
+    ),
+    MlpCase(
+        lead=(1, 500), width=768, neurons=1500, group_rows=256, columns=165, result=256, activation="gelu", biased=False
+    ),
+    MlpCase(
+        lead=(1, 300), width=512, neurons=900, group_rows=128, columns=500, result=512, activation="relu2", narrow=True
+    ),
 )

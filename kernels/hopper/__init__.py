@@ -1,4 +1,4 @@
-"""The attention operators on Hopper GPUs (compute capability 9.0), where their kernel over listed columns is CUDA C++.
+"""The operators on Hopper GPUs (compute capability 9.0), where products with listed columns and neurons are CUDA C++.
 
 Everything else about them is as in kernels/triton. Nothing is compiled, and no library loaded, until an operator runs.
 """
@@ -17,19 +17,25 @@ CAPABILITY = (9, 0)
 DTYPES = (torch.bfloat16, torch.float16)
 WIDTHS = (64, 128)
 GROUP_ROWS = (128, 192)  # and their multiples
+LEAST_WIDTH = 512  # of x: more steps to a tile than there are buffers
 
 
 def supports(op: str, arguments: Mapping[str, Any]) -> str | None:
-    """None where the kernel takes the call, otherwise the value that it does not take and those that it does."""
-    q, group_rows = arguments["q"], arguments["group_rows"]
-    if q.device.type != "cuda" or torch.version.hip is not None:
-        return f"device {q.device.type}, allowed is cuda"
-    if torch.cuda.get_device_capability(q.device) != CAPABILITY:
-        return f"compute capability {torch.cuda.get_device_capability(q.device)}, allowed is {CAPABILITY}"
-    if q.dtype not in DTYPES:
-        return f"{q.dtype}, allowed are {', '.join(map(str, DTYPES))}"
-    if q.shape[-1] not in WIDTHS:
-        return f"head width {q.shape[-1]}, allowed are {', '.join(map(str, WIDTHS))}"
+    """None where the kernels take the call, otherwise the value that they do not take and those that they do."""
+    attention = op.startswith("attention")
+    x, group_rows = arguments["q" if attention else "x"], arguments["group_rows"]
+    if x.device.type != "cuda" or torch.version.hip is not None:
+        return f"device {x.device.type}, allowed is cuda"
+    if torch.cuda.get_device_capability(x.device) != CAPABILITY:
+        return f"compute capability {torch.cuda.get_device_capability(x.device)}, allowed is {CAPABILITY}"
+    if x.dtype not in DTYPES:
+        return f"{x.dtype}, allowed are {', '.join(map(str, DTYPES))}"
+    if attention and x.shape[-1] not in WIDTHS:
+        return f"head width {x.shape[-1]}, allowed are {', '.join(map(str, WIDTHS))}"
+    if not attention and (x.shape[-1] < LEAST_WIDTH or x.shape[-1] % 64):
+        return f"width {x.shape[-1]}, allowed are multiples of 64 from {LEAST_WIDTH} on"
+    if not attention and arguments["w2"].shape[0] % 64:
+        return f"a result {arguments['w2'].shape[0]} wide, allowed are multiples of 64"
     if all(group_rows % rows for rows in GROUP_ROWS):
         return f"groups of {group_rows} rows, allowed are multiples of {' and of '.join(map(str, GROUP_ROWS))}"
     if _nvrtc() is None:
@@ -51,6 +57,14 @@ def attention_sparse(**arguments: Any) -> Tensor:
     from chipmunk_fx.kernels.triton import attention
 
     return attention.sparse(**arguments, over_columns=attend_columns)
+
+
+def mlp_sparse(**arguments: Any) -> Tensor:
+    """As `chipmunk_fx.ops.mlp.mlp_sparse`."""
+    from chipmunk_fx.kernels.hopper.mlp import add_listed, exchange_listed
+    from chipmunk_fx.kernels.triton import mlp
+
+    return mlp.sparse(**arguments, first=exchange_listed, second=add_listed)
 
 
 def _nvrtc() -> Any:

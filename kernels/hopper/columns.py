@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from chipmunk_fx.kernels.hopper import nvrtc, tuning
-from chipmunk_fx.kernels.hopper.instructions import Settings, preamble
+from chipmunk_fx.kernels.hopper.instructions import ELEMENTS, multiply, preamble
+from chipmunk_fx.kernels.hopper.tuning import Settings
 
 LOG2E = 1.4426950408889634
 PARTS = ("primitives.cuh", "gather.cuh", "softmax.cuh", "columns.cu")
-_ELEMENT = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 class Problem(ctypes.Structure):
@@ -39,7 +39,7 @@ def attend_columns(
     """As `chipmunk_fx.kernels.triton.columns.attend_columns`, for what the backend takes."""
     q, k, v = (_copyable(x) for x in (q, k, v))
     batch, heads, rows, width = q.shape
-    settings = tuning.columns_settings(_ELEMENT[q.dtype], width, group_rows)
+    settings = tuning.columns_settings(ELEMENTS[q.dtype], width, group_rows)
     parts = group_rows // settings.rows
     tiles = batch * heads * lists.shape[2] * parts
     old, result = (rest, out) if lse is None else (out, rest)
@@ -58,8 +58,14 @@ def attend_columns(
 
 def source(settings: Settings) -> str:
     """The whole of the CUDA C++."""
+    element, width, columns = settings.element, settings.width, settings.columns
+    sizes = {"width": width, "consumers": settings.consumers, "columns": columns, "buffers": settings.buffers}
+    products = (
+        multiply("multiply_keys", element, columns),
+        multiply("multiply_values", element, width, left_in_registers=True),
+    )
     here = Path(__file__).parent
-    return preamble(settings) + "\n".join((here / name).read_text() for name in PARTS)
+    return "\n".join([preamble(element, **sizes), *products, *((here / name).read_text() for name in PARTS)])
 
 
 @cache

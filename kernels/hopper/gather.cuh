@@ -1,7 +1,6 @@
 // The producer: one warpgroup that copies the listed rows of K and V, and the queries, into shared memory.
 
 constexpr int CHUNKS = WIDTH / 8;            // of 16 bytes in a row
-constexpr int LINE = 128;                    // bytes of one row in one block of 64 elements, as wgmma wants them
 constexpr int TILE_BYTES = COLUMNS * WIDTH * 2;
 constexpr int QUERY_BYTES = 64 * WIDTH * 2;  // of one consumer
 constexpr int AT_ONCE = 32 / CHUNKS;         // rows that one warp copies in one instruction
@@ -23,14 +22,6 @@ struct Problem {
 
 struct Place {  // of a tile of rows; line: batch entry and head; first: row, in the order of groups
     int batch, head, line, first;
-};
-
-// A ring of buffers: the place of the next item, and the parity of its barriers.
-struct Ring {
-    u32 slot = 0, parity = 0;
-    __device__ __forceinline__ void advance() {
-        if (++slot == BUFFERS) slot = 0, parity ^= 1;
-    }
 };
 
 struct Shared {

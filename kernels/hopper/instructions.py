@@ -1,46 +1,14 @@
-"""The part of the kernel's source that depends on its settings: sizes, conversions and wgmma instructions."""
+"""The part of a kernel's source that depends on its settings: sizes, conversions and wgmma instructions."""
 
-from dataclasses import dataclass
+import torch
 
-
-@dataclass(frozen=True)
-class Settings:
-    """What a kernel is compiled for. element: "bf16" or "f16"; the rest as at the top of columns.cu."""
-
-    element: str
-    width: int
-    consumers: int
-    columns: int
-    buffers: int
-
-    @property
-    def rows(self) -> int:
-        """Of a group, that one thread block works on at once."""
-        return 64 * self.consumers
-
-    @property
-    def threads(self) -> int:
-        return 128 * (self.consumers + 1)
-
-    @property
-    def shared(self) -> int:
-        """Bytes of shared memory."""
-        return 2 * self.width * (self.rows + self.buffers * self.columns) + 16 * (self.buffers + self.consumers)
+ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
-def preamble(settings: Settings) -> str:
-    """CUDA C++ that comes before all else."""
-    element, width, columns = settings.element, settings.width, settings.columns
-    sizes = ("width", "consumers", "columns", "buffers")
-    return "\n".join(
-        [
-            *(f"constexpr int {name.upper()} = {getattr(settings, name)};" for name in sizes),
-            _PACK.replace("ELEMENT", element),
-            _UNPACK[element],
-            _multiply("multiply_keys", element, columns, left_in_registers=False),
-            _multiply("multiply_values", element, width, left_in_registers=True),
-        ]
-    )
+def preamble(element: str, **constants: int | bool) -> str:
+    """CUDA C++ that comes before all else. element: "bf16" or "f16"; constants: by name in small letters."""
+    sizes = (f"constexpr int {name.upper()} = {int(value)};" for name, value in constants.items())
+    return "\n".join([*sizes, _PACK.replace("ELEMENT", element), _UNPACK[element]])
 
 
 # pack: two fp32 to the nearest, x in the low half; low and high: back. volatile, or packing moves ahead of a wait for
@@ -68,10 +36,11 @@ __device__ __forceinline__ float high(unsigned int x) { return low(x >> 16); }
 }
 
 
-def _multiply(name: str, element: str, n: int, *, left_in_registers: bool) -> str:
-    """d [64, n] = a b, or d + a b where `add`: 16 long, d in the registers of a warpgroup, b in shared memory.
+def multiply(name: str, element: str, n: int, *, left_in_registers: bool = False, inner_apart: bool = False) -> str:
+    """A function `name`: d [64, n] = a b, or d + a b where `add`: 16 long, d in the registers of a warpgroup, b in shared memory.
 
-    a in shared memory too: b is [n, 16]. a in registers, as four words of each thread: b is [16, n].
+    a in shared memory too: a [64, 16] and b [n, 16], or with `inner_apart` a [16, 64] and b [16, n]. a in registers, as
+    four words of each thread: b [16, n].
     """
     count, words = n // 2, 4 if left_in_registers else 1
     results = ", ".join(f"%{i}" for i in range(count))
@@ -81,7 +50,8 @@ def _multiply(name: str, element: str, n: int, *, left_in_registers: bool) -> st
     inputs = ", ".join(f'"{letter}"(a{i})' for i in range(words))
     outputs = ", ".join(f'"+f"(d[{i}])' for i in range(count))
     # signs of a and b, then which of them run along the product's outer dimension first
-    a, flags = (f"{{{left}}}", "1, 1, 1") if left_in_registers else (left, "1, 1, 0, 0")
+    outer = ", 1, 1" if inner_apart else ", 0, 0"
+    a, flags = (f"{{{left}}}", "1, 1, 1") if left_in_registers else (left, f"1, 1{outer}")
     return f"""
 __device__ __forceinline__ void {name}(float (&d)[{count}], {parameters}, unsigned long long b, bool add) {{
     asm volatile(
@@ -90,4 +60,36 @@ __device__ __forceinline__ void {name}(float (&d)[{count}], {parameters}, unsign
         "{a}, %{count + words}, add, {flags}; }}"
         : {outputs} : {inputs}, "l"(b), "r"((int)add));
 }}
+"""
+
+
+# tanh.approx errs by 2^-11 of the result: half of a bf16 rounding error, but as much as one of fp16
+_TANH = {
+    "bf16": 'asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));',
+    "f16": "y = 1 - __fdividef(2, 1 + exp2_(2 * LOG2E * x));",
+}
+_FORMULAS = {
+    "gelu": "0.5f * x * (1 + erff(x * 0.7071067811865476f))",
+    "gelu_tanh": "x * fmaf(0.5f, tanh_(x * fmaf(0.035677408136300125f, x * x, 0.7978845608028654f)), 0.5f)",
+    "quick_gelu": "x * sigmoid(1.702f * x)",
+    "silu": "x * sigmoid(x)",
+    "relu": "fmaxf(x, 0)",
+    "relu2": "fmaxf(x, 0) * fmaxf(x, 0)",
+    "sigmoid": "sigmoid(x)",
+    "tanh": "tanh_(x)",
+    "identity": "x",
+}
+ACTIVATIONS = tuple(_FORMULAS)
+
+
+def activation_of(name: str, element: str) -> str:
+    """The function `activate` of one number, as `chipmunk_fx.ops.activations` has it by that name."""
+    return f"""
+__device__ __forceinline__ float tanh_(float x) {{
+    float y;
+    {_TANH[element]}
+    return y;
+}}
+__device__ __forceinline__ float sigmoid(float x) {{ return fmaf(0.5f, tanh_(0.5f * x), 0.5f); }}
+__device__ __forceinline__ float activate(float x) {{ return {_FORMULAS[name]}; }}
 """

@@ -39,7 +39,7 @@ def compiled(source: str, architecture: str) -> bytes:
     if nvrtc is None:
         raise CudaError("libnvrtc was not found; it comes with torch as nvidia-cuda-nvrtc")
     program = c_void_p()
-    _check(nvrtc.nvrtcCreateProgram(byref(program), source.encode(), b"chipmunk.cu", 0, None, None), "creating")
+    check(nvrtc.nvrtcCreateProgram(byref(program), source.encode(), b"chipmunk.cu", 0, None, None), "creating")
     try:
         target = f"--gpu-architecture={architecture}".encode()
         options = (c_char_p * 3)(target, b"--std=c++17", b"--ptxas-options=--verbose")
@@ -49,9 +49,9 @@ def compiled(source: str, architecture: str) -> bytes:
             raise CudaError(f"NVRTC does not compile for {architecture}:\n{remarks}")
         logger().debug("NVRTC, %s: %s", architecture, remarks)
         size = c_size_t()
-        _check(nvrtc.nvrtcGetCUBINSize(program, byref(size)), "reading")
+        check(nvrtc.nvrtcGetCUBINSize(program, byref(size)), "reading")
         code = ctypes.create_string_buffer(size.value)
-        _check(nvrtc.nvrtcGetCUBIN(program, code), "reading")
+        check(nvrtc.nvrtcGetCUBIN(program, code), "reading")
         return code.raw
     finally:
         nvrtc.nvrtcDestroyProgram(byref(program))
@@ -69,7 +69,6 @@ def _text(nvrtc: ctypes.CDLL, program: c_void_p) -> str:
 class Kernel:
     """A loaded function; `module` keeps its code on the device of the context that was current when it was loaded."""
 
-    driver: ctypes.CDLL
     module: c_void_p
     function: c_void_p
     threads: int
@@ -78,22 +77,30 @@ class Kernel:
     def launch(self, blocks: int, parameters: Sequence[ctypes.Structure], stream: int) -> None:
         """Runs `blocks` blocks on a stream (its handle) of the current device; parameters are passed by value."""
         pointers = (c_void_p * len(parameters))(*(ctypes.addressof(x) for x in parameters))
-        done = self.driver.cuLaunchKernel(
+        done = driver().cuLaunchKernel(
             self.function, blocks, 1, 1, self.threads, 1, 1, self.shared, c_void_p(stream), pointers, None
         )
-        _check(done, "launching")
+        check(done, "launching")
+
+
+@cache
+def driver() -> ctypes.CDLL:
+    """The CUDA driver."""
+    return ctypes.CDLL("libcuda.so.1")
 
 
 def load(code: bytes, name: str, threads: int, shared: int) -> Kernel:
     """Function `name` of `code` on the current device. threads and shared (bytes): of each of its blocks."""
-    driver = ctypes.CDLL("libcuda.so.1")
     module, function = c_void_p(), c_void_p()
-    _check(driver.cuModuleLoadData(byref(module), code), "loading")
-    _check(driver.cuModuleGetFunction(byref(function), module, name.encode()), f"finding {name}")
-    _check(driver.cuFuncSetAttribute(function, c_int(_MAX_DYNAMIC_SHARED), c_int(shared)), f"{shared} bytes for {name}")
-    return Kernel(driver, module, function, threads, shared)
+    check(driver().cuModuleLoadData(byref(module), code), "loading")
+    check(driver().cuModuleGetFunction(byref(function), module, name.encode()), f"finding {name}")
+    check(
+        driver().cuFuncSetAttribute(function, c_int(_MAX_DYNAMIC_SHARED), c_int(shared)), f"{shared} bytes for {name}"
+    )
+    return Kernel(module, function, threads, shared)
 
 
-def _check(result: int, doing: str) -> None:
+def check(result: int, doing: str) -> None:
+    """Raises CudaError unless the result of NVRTC or the driver is 0."""
     if result:
         raise CudaError(f"CUDA error {result} while {doing}")

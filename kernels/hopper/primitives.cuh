@@ -4,6 +4,7 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef long long i64;
 
+constexpr int LINE = 128;  // bytes of one row in one block of 64 elements, as wgmma wants them
 constexpr float LOG2E = 1.4426950408889634f;
 __device__ __forceinline__ float none() { return __int_as_float(0xFF800000); }  // below every number
 
@@ -33,6 +34,15 @@ __device__ __forceinline__ void copy16(u32 to, u64 from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 
+// Zeros in place of what is not `there`.
+__device__ __forceinline__ void copy16_if(u32 to, const char *from, bool there) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
+}
+
+__device__ __forceinline__ void prefetch(const char *from) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+}
+
 // Read and written once: first to leave the cache.
 __device__ __forceinline__ uint2 load_once(const char *from) {
     uint2 x;
@@ -42,6 +52,10 @@ __device__ __forceinline__ uint2 load_once(const char *from) {
 
 __device__ __forceinline__ void store_once(char *to, uint2 x) {
     asm volatile("st.global.cs.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(x.x), "r"(x.y) : "memory");
+}
+
+__device__ __forceinline__ void store(char *to, uint2 x) {
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(x.x), "r"(x.y) : "memory");
 }
 
 // Makes what ordinary copies have written visible to the products.
@@ -73,6 +87,9 @@ __device__ __forceinline__ void products_wait(float (&x)[N]) {
     for (int i = 0; i < N; i++) asm volatile("" : "+f"(x[i])::"memory");
 }
 
+// As above, but for the group of products that was begun last.
+__device__ __forceinline__ void products_wait_but_last() { asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory"); }
+
 __device__ __forceinline__ float exp2_(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -87,4 +104,21 @@ __device__ __forceinline__ float quad_max(float x) {
 __device__ __forceinline__ float quad_sum(float x) {
     x += __shfl_xor_sync(~0u, x, 1);
     return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+// A ring of buffers: the place of the next item, and the parity of its barriers.
+struct Ring {
+    u32 slot = 0, parity = 0;
+    __device__ __forceinline__ void advance() {
+        if (++slot == BUFFERS) slot = 0, parity ^= 1;
+    }
+};
+
+// Between the layout of a result, where a lane has 2 neighbours of 8 columns in each of two chunks x and y, and one
+// where it has 4 neighbours of one chunk: 8 bytes. Its own inverse.
+__device__ __forceinline__ void swap_with_neighbour(u32 &x, u32 &y) {
+    const bool odd = threadIdx.x % 2;
+    const u32 got = __shfl_xor_sync(~0u, odd ? x : y, 1);
+    if (odd) x = got;
+    else y = got;
 }

@@ -49,12 +49,3 @@ __device__ __forceinline__ void pack_all(u32 (&weights)[COLUMNS / 4], const floa
 #pragma unroll
     for (int i = 0; i < COLUMNS / 4; i++) weights[i] = pack(s[2 * i], s[2 * i + 1]);
 }
-
-// Between the layout of a result, where a lane has 2 neighbours of 8 columns in each of two chunks x and y, and one
-// where it has 4 neighbours of one chunk: 8 bytes. Its own inverse.
-__device__ __forceinline__ void swap_with_neighbour(u32 &x, u32 &y) {
-    const bool odd = threadIdx.x % 2;
-    const u32 got = __shfl_xor_sync(~0u, odd ? x : y, 1);
-    if (odd) x = got;
-    else y = got;
-}

@@ -1,5 +1,7 @@
 """The two MLP operators: which kernels run, in which order, over how much at a time."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -47,8 +49,9 @@ def sparse(
     *, x: Tensor, w1: Tensor, b1: Tensor | None, wu: Tensor | None, bu: Tensor | None, w2: Tensor, b2: Tensor | None,
     order: Tensor | None, clock: Tensor, hidden: Tensor, out: Tensor, mean: Tensor, lists: Tensor,
     by_neuron: Tensor, activation: str, group_rows: int, random_density: float, seed: int, site: int,
+    first: Callable[..., None] = exchange_listed, second: Callable[..., None] = add_listed,
 ) -> Tensor:  # fmt: skip
-    """As `chipmunk_fx.ops.mlp.mlp_sparse`."""
+    """As `chipmunk_fx.ops.mlp.mlp_sparse`. first, second: called like `exchange_listed` and `add_listed`."""
     neurons, columns = w1.shape[0], lists.shape[-1]
     if columns == neurons:
         return refresh(
@@ -65,7 +68,7 @@ def sparse(
             drawn=random_count(neurons, random_density, columns), seed=seed, site=site, renewed=True,
         )  # fmt: skip
         change = hidden.new_empty(*lists.shape, group_rows)
-        exchange_listed(
+        first(
             rows,
             w1,
             b1,
@@ -81,7 +84,7 @@ def sparse(
             group_rows=group_rows,
         )
         result = torch.empty(*x.shape[:-1], out.shape[-1], dtype=x.dtype, device=x.device)
-        add_listed(change, by_neuron, order, lists, out, result, group_rows)
+        second(change, by_neuron, order, lists, out, result, group_rows)
         return result
 
 

@@ -7,23 +7,40 @@ import pytest
 import torch
 
 from chipmunk_fx.kernels import hopper
-from chipmunk_fx.kernels.hopper import columns, nvrtc, tuning
-from chipmunk_fx.kernels.hopper.instructions import Settings
+from chipmunk_fx.kernels.hopper import columns, mlp, nvrtc, tuning
+from chipmunk_fx.kernels.hopper.instructions import ACTIVATIONS
+from chipmunk_fx.kernels.hopper.tuning import ProductSettings, Settings
+from chipmunk_fx.ops.activations import ACTIVATIONS as KNOWN
 
-SHARED = 232_448  # bytes that one thread block may take on sm_90
+needs_nvrtc = pytest.mark.skipif(nvrtc.library() is None, reason="needs NVRTC: pip install nvidia-cuda-nvrtc")
 EVERY = [
     tuning.columns_settings(element, width, rows)
     for element, width, rows in product(("bf16", "f16"), hopper.WIDTHS, hopper.GROUP_ROWS)
 ]
 
+FIRST = [
+    *(ProductSettings("bf16", 3, columns, "gelu_tanh") for columns in range(96, 193, 16)),
+    *(ProductSettings("bf16", 2, columns, "gelu_tanh") for columns in (96, 176, 256)),
+    *(ProductSettings("f16", 3, 192, name) for name in ACTIVATIONS),
+    *(
+        ProductSettings(e, c, n, "silu", gated=True)
+        for e, c, n in (("bf16", 3, 192), ("f16", 2, 256), ("bf16", 2, 112))
+    ),
+]
+SECOND = [
+    *(ProductSettings("bf16", 3, columns) for columns in (64, 128, 192)),
+    *(ProductSettings("f16", 2, columns) for columns in (64, 128, 192, 256)),
+]
+PRODUCTS = [*((settings, "first.cu") for settings in FIRST), *((settings, "second.cu") for settings in SECOND)]
+
 
 @pytest.mark.parametrize("settings", EVERY, ids=repr)
 def test_a_kernel_fits_the_gpu(settings: Settings):
-    assert settings.shared <= SHARED
+    assert settings.shared <= tuning.SHARED
     assert settings.columns % 16 == 0 and settings.columns <= 128
 
 
-@pytest.mark.skipif(nvrtc.library() is None, reason="needs NVRTC: pip install nvidia-cuda-nvrtc")
+@needs_nvrtc
 @pytest.mark.parametrize("settings", EVERY, ids=repr)
 def test_a_kernel_compiles_without_spilling(settings: Settings, caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.DEBUG, "chipmunk_fx"):
@@ -33,7 +50,41 @@ def test_a_kernel_compiles_without_spilling(settings: Settings, caplog: pytest.L
     assert "serialized" not in caplog.text  # what ptxas says when products of wgmma cannot overlap
 
 
-@pytest.mark.skipif(nvrtc.library() is None, reason="needs NVRTC: pip install nvidia-cuda-nvrtc")
+@needs_nvrtc
+@pytest.mark.parametrize(("settings", "file"), PRODUCTS, ids=repr)
+def test_a_product_compiles_without_spilling(settings: ProductSettings, file: str, caplog: pytest.LogCaptureFixture):
+    assert settings.buffers >= 3 and settings.shared <= tuning.SHARED
+    with caplog.at_level(logging.DEBUG, "chipmunk_fx"):
+        code = nvrtc.compiled(mlp.source(settings, file), "sm_90a")
+    assert code.startswith(b"\x7fELF") and (b"exchange_listed" in code or b"add_listed" in code)
+    assert "0 bytes spill stores, 0 bytes spill loads" in caplog.text
+    assert "serialized" not in caplog.text
+
+
+def test_every_activation_has_a_formula():
+    assert set(ACTIVATIONS) == set(KNOWN)
+
+
+@pytest.mark.parametrize("group_rows", [128, 192, 256, 384])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("rows", "listed", "width"), [(4352, 3712, 3072), (512, 40, 320), (100_000, 1024, 64)])
+def test_tiles_of_products_are_allowed_and_cover_the_lists(
+    group_rows: int, gated: bool, rows: int, listed: int, width: int
+):
+    groups = -(-rows // group_rows)
+    first = tuning.first_settings("bf16", group_rows, groups, 3072, listed, "gelu", gated)
+    second = tuning.second_settings("bf16", group_rows, groups, listed, width)
+    assert group_rows % first.rows == 0 and first.rows == second.rows
+    assert first.columns % 16 == 0 and first.columns <= (192 if first.consumers == 3 else 256)
+    assert width % second.columns == 0 and second.columns % 64 == 0
+
+
+def test_the_last_round_of_tiles_is_filled_well():
+    """4352 rows in groups of 192, 3712 neurons: 192 wide tiles would take 4 rounds of 132 for what fills 3.5."""
+    assert tuning.first_settings("bf16", 192, 23, 3072, 3712, "gelu", False).columns == 176
+
+
+@needs_nvrtc
 def test_what_does_not_compile_is_shown():
     with pytest.raises(nvrtc.CudaError, match="undeclared_name"):
         nvrtc.compiled("__global__ void f() { undeclared_name = 1; }", "sm_90a")
@@ -42,3 +93,4 @@ def test_what_does_not_compile_is_shown():
 def test_a_call_that_is_not_on_the_gpu_is_refused_with_the_reason():
     q = torch.zeros(1, 1, 16, 64, dtype=torch.bfloat16)
     assert hopper.supports("attention_sparse", {"q": q, "group_rows": 128}) == "device cpu, allowed is cuda"
+    assert hopper.supports("mlp_sparse", {"x": q, "group_rows": 128}) == "device cpu, allowed is cuda"
