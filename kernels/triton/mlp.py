@@ -14,35 +14,27 @@ from chipmunk_fx.kernels.triton.selection import select
 from chipmunk_fx.ops.activations import activation as activation_named
 from chipmunk_fx.ops.selection import random_count
 
-HELD_BYTES = 1 << 30  # of activations of a refresh held at once
-
 
 def refresh(
     *, x: Tensor, w1: Tensor, b1: Tensor | None, wu: Tensor | None, bu: Tensor | None, w2: Tensor, b2: Tensor | None,
     order: Tensor | None, clock: Tensor, hidden: Tensor, out: Tensor, mean: Tensor, lists: Tensor,
     by_neuron: Tensor, activation: str, group_rows: int,
 ) -> Tensor:  # fmt: skip
-    """As `chipmunk_fx.ops.mlp.mlp_refresh`: dense products by the vendor's library."""
+    """As `chipmunk_fx.ops.mlp.mlp_refresh`: dense products by the vendor's library, on rows in their own order."""
     with on_device_of(x):
         rows = inner_contiguous(_batches(x))
         lists.copy_(torch.arange(lists.shape[-1], device=x.device).expand_as(lists))
         by_neuron.copy_(w2.mT)
         mean.copy_(_pooled(rows, w1, b1, wu, bu, order, activation, group_rows))
-        positions = None if order is None else order.long()
-        held = max(1, HELD_BYTES // (group_rows * w1.shape[0] * x.element_size())) * group_rows
-        for b in range(rows.shape[0]):
-            for first in range(0, rows.shape[1], held):
-                part = slice(first, min(first + held, rows.shape[1]))
-                some = rows[b, part] if positions is None else rows[b].index_select(0, positions[part])
-                h = F.linear(some, w1, b1)
-                up = None if wu is None else F.linear(some, wu, bu)
-                store_activations(h, up, hidden[b], first_row=first, activation=activation, group_rows=group_rows)
-                result = F.linear(h, w2, b2)
-                if positions is None:
-                    out[b, part] = result
-                else:
-                    out[b].index_copy_(0, positions[part], result.to(out.dtype))
-        return out.to(x.dtype, copy=True).view(*x.shape[:-1], out.shape[-1])
+        results = []
+        for entry, cached in zip(rows, hidden, strict=True):
+            h = F.linear(entry, w1, b1)
+            up = None if wu is None else F.linear(entry, wu, bu)
+            store_activations(h, up, cached, order, activation=activation, group_rows=group_rows)
+            results.append(F.linear(h, w2, b2))
+        result = results[0].unsqueeze(0) if len(results) == 1 else torch.stack(results)
+        out.copy_(result)
+        return result.view(*x.shape[:-1], out.shape[-1])
 
 
 def sparse(

@@ -42,34 +42,36 @@ def _group_means(
 
 
 def store_activations(
-    h: Tensor, up: Tensor | None, hidden: Tensor, *, first_row: int, activation: str, group_rows: int
+    h: Tensor, up: Tensor | None, hidden: Tensor, order: Tensor | None, *, activation: str, group_rows: int
 ) -> None:
-    """h = act(h) [* up] in place, and the same neuron by neuron: hidden [G, F, R], contiguous.
+    """h = act(h) [* up] in place, and the same group by group and neuron by neuron: hidden [G, F, R], contiguous.
 
-    h, up [n, F], contiguous: rows first_row, .. in group order.
+    h, up [N, F], contiguous. order: int32 [N] or None.
     """
     rows, neurons = h.shape
     grid = (triton.cdiv(neurons, 64), triton.cdiv(rows, 64))
     _store_activations[grid](
-        h, up, hidden, rows, neurons, first_row, ACTIVATION=activation, GROUP=group_rows, ROWS=64, NEURONS=64
+        h, up, hidden, order, rows, neurons, ACTIVATION=activation, GROUP=group_rows, ROWS=64, NEURONS=64
     )
 
 
-@triton.jit(do_not_specialize=["first_row"])
+@triton.jit
 def _store_activations(
-    h, up, hidden, rows, neurons, first_row,
+    h, up, hidden, order, rows, neurons,
     ACTIVATION: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, NEURONS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    place = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     neuron = tl.program_id(0) * NEURONS + tl.arange(0, NEURONS)
-    mask = (row < rows)[:, None] & (neuron < neurons)[None, :]
-    place = row.to(tl.int64)[:, None] * neurons + neuron[None, :]
+    mask = (place < rows)[:, None] & (neuron < neurons)[None, :]
+    row = place
+    if order is not None:
+        row = tl.load(order + place, mask=place < rows, other=0)
+    at = row.to(tl.int64)[:, None] * neurons + neuron[None, :]
     # rounded after each step, as the dense model does
-    value = cast(activate(tl.load(h + place, mask=mask, other=0.0).to(tl.float32), ACTIVATION), h.dtype.element_ty)
+    value = cast(activate(tl.load(h + at, mask=mask, other=0.0).to(tl.float32), ACTIVATION), h.dtype.element_ty)
     if up is not None:
-        other = tl.load(up + place, mask=mask, other=0.0).to(tl.float32)
+        other = tl.load(up + at, mask=mask, other=0.0).to(tl.float32)
         value = cast(value.to(tl.float32) * other, h.dtype.element_ty)
-    tl.store(h + place, value, mask=mask)
-    all_ = first_row + row
-    cached = hidden + ((all_ // GROUP).to(tl.int64) * neurons * GROUP + all_ % GROUP)[None, :]
+    tl.store(h + at, value, mask=mask)
+    cached = hidden + ((place // GROUP).to(tl.int64) * neurons * GROUP + place % GROUP)[None, :]
     tl.store(cached + neuron.to(tl.int64)[:, None] * GROUP, tl.trans(value), mask=tl.trans(mask))
