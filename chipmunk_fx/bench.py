@@ -26,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from chipmunk_fx.errors import BenchError
 from chipmunk_fx.kernels import choose
+from chipmunk_fx.ops import flash4
 from chipmunk_fx.ops.cases import AttentionCase, MlpCase, arguments, call
 
 GROUP_ROWS = 128
@@ -165,6 +166,13 @@ def _dense(shape: Shape, values: dict[str, Any], seconds: float) -> Iterator[tup
                 )
             except RuntimeError:  # not built in, or not for this card or dtype
                 continue
+    if flash4.pays(capability(device), q.dtype, shape.width, flash4.ROWS) and flash4.attend(q, k, v, scale):
+        yield milliseconds(lambda: flash4.attend(q, k, v, scale), device, seconds), "flash4"
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Of a GPU; of none elsewhere."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 def milliseconds(function: Callable[[], Any], device: torch.device, seconds: float = 0.1) -> float:
