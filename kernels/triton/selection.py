@@ -1,10 +1,11 @@
 """Which columns a group computes, on the device and without a synchronisation: the rules of chipmunk_fx.ops.selection.
 
 One program a row of scores. Scores are not negative, so that their bits order like them. Short rows are held at once; of
-long ones a sample brackets the threshold, and readings of the row narrow the bracket. One more pass writes the columns
-taken and drawn in ascending order, each at the place that running sums give it.
+long ones a sample brackets the threshold, and a histogram of the bracket tells it. One more pass writes the columns taken and
+drawn in ascending order, each at the place that running sums give it.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -12,9 +13,10 @@ from torch import Tensor
 from chipmunk_fx.kernels.triton.tuning import padded
 
 WHOLE = 16384  # scores of a row that one program holds
-SAMPLE = 2048  # scores of a longer one that it takes at once
-# H200, 23,640 rows of 75,600 codes, ms: 2048 by 8 warps 17.1; 1024 by 4 18.2; 4096 by 16 18.2, by 8 21.3; 8192 by 16 24.3
-SCORES_A_WARP = 256
+HELD_A_WARP = 1024  # of them, where it does
+SAMPLE = 2048  # scores of a longer one that the bracket comes from
+LONG_WARPS = 8  # of a program for such a row
+BINS = 1024  # of a histogram: at 2^-10 of an octave a code, a bracket rarely spans more
 RANK_BITS = tl.constexpr(30)  # of fp32 scores; codes have 16
 RANK_TOP = tl.constexpr((1 << 30) - 1)
 LEAST_EXPONENT = tl.constexpr(72)  # biased, of the smallest code: 2^-55, the largest is below 2^9
@@ -35,11 +37,14 @@ def select(
     total = scores.shape[1]
     whole = total <= WHOLE
     block = padded(total, 128) if whole else SAMPLE
+    warps = min(max(block // HELD_A_WARP, 4), 16) if whole else LONG_WARPS
+    counts = None if whole else torch.empty(rows, BINS, dtype=torch.int32, device=scores.device)
+    run = 16 // scores.element_size()  # neighbours that a thread reads at once
     _select[(rows,)](
-        lists, scores, minus, always, valid, clock, columns, total, scores.stride(0), drawn,
+        lists, scores, minus, always, valid, clock, counts, columns, total, scores.stride(0), drawn,
         (seed ^ 0x5BD1E995) & 0x7FFFFFFF, site & 0x7FFFFFFF, first, rows_a_batch,
-        1 if always is None else always.shape[0], RENEWED=renewed, WHOLE=whole, BLOCK=block,
-        num_warps=min(max(block // SCORES_A_WARP, 4), 16),
+        1 if always is None else always.shape[0], RENEWED=renewed, WHOLE=whole, BLOCK=block, BINS=BINS,
+        LINES=32 * warps, RUN=run, num_warps=warps,
     )  # fmt: skip
 
 
@@ -52,8 +57,9 @@ def coded(mass):
 
 @triton.jit(do_not_specialize=["seed", "site", "first"])
 def _select(
-    lists, scores, minus, always, valid, clock, columns, total, pitch, drawn, seed, site, first, rows_a_batch,
-    always_rows, RENEWED: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
+    lists, scores, minus, always, valid, clock, counts, columns, total, pitch, drawn, seed, site, first, rows_a_batch,
+    always_rows, RENEWED: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr,
+    LINES: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     if RENEWED and tl.load(clock + 1) == 0:
@@ -78,36 +84,46 @@ def _select(
     if WHOLE:
         low, high, above = _held(scores, minus, always, valid, total, wanted, BLOCK)
     else:
-        low, high, above = _bracketed(scores, minus, always, valid, total, wanted, BLOCK)
+        counts += row.to(tl.int64) * BINS
+        low, high, above = _bracketed(scores, minus, always, valid, counts, total, wanted, BLOCK, BINS, LINES * RUN)
     ties = wanted - above
     key = _mix(_mix(seed.to(tl.uint32) ^ _mix(site.to(tl.uint32))) + tl.load(clock).to(tl.uint32))
     key = _mix(key + (first + row).to(tl.uint32) * 0x9E3779B9)
-    pace, offset = _pace(drawn, free, key)
+    pace, length = _pace(drawn, free)
+    # draws whose run of free columns may touch that of a line
+    reach = tl.where(drawn > 0, 2 + (RUN * drawn.to(tl.int64) + free - 1) // tl.maximum(free, 1), 0).to(tl.int32)
     larger_before = 0
     ties_before = 0
     valid_before = 0
-    for at in range(0, total, BLOCK):
-        column = at + tl.arange(0, BLOCK)
+    for at in range(0, total, LINES * RUN):
+        # a thread has a line of neighbouring columns: what is the same for all of them is computed once
+        column = at + tl.arange(0, LINES)[:, None] * RUN + tl.arange(0, RUN)[None, :]
         rank = _ranks(scores, minus, always, valid, column, total)
-        larger = (rank >= high).to(tl.int32)
-        tied = (rank >= low).to(tl.int32) - larger
-        # both counts in one running sum: they stay below 2^16 in a block
-        both = tl.cumsum(larger * 65536 + tied, 0)
-        ties_to = ties_before + (both & 65535)
-        taken_to = larger_before + (both >> 16) + tl.minimum(ties_to, ties)
-        valid_to = column + 1
-        if valid is not None:
-            valid_to = valid_before + tl.cumsum((rank >= 0).to(tl.int32), 0)
-        taken = (larger > 0) | ((tied > 0) & (ties_to <= ties))
-        # draws up to here: the run of the last free column so far, and whether its draw lies behind
-        draw_to, hit = _drawn(valid_to - taken_to, drawn, pace, offset, key)
-        chosen = taken | (hit & (rank >= 0))
-        tl.store(lists + taken_to + draw_to - 1, column, mask=chosen)
-        counted = tl.sum(larger * 65536 + tied, 0)
+        larger = rank >= high
+        tied = (rank >= low) & (rank < high)
+        # [LINES] both counts in one sum: they stay below 2^16 in a block
+        both = tl.sum(tl.where(larger, 65536, tied.to(tl.int32)), 1)
+        before = tl.cumsum(both, 0) - both
+        ties_to = ties_before + (before & 65535)
+        taken_to = larger_before + (before >> 16) + tl.minimum(ties_to, ties)
+        taken = larger | (tied & (tl.cumsum(tied.to(tl.int32), 1) <= (ties - ties_to)[:, None]))
+        others = (rank >= 0) & ~taken
+        if valid is None:
+            valid_to = tl.minimum(at + tl.arange(0, LINES) * RUN, total)
+        else:
+            present = tl.sum((rank >= 0).to(tl.int32), 1)
+            valid_to = valid_before + tl.cumsum(present, 0) - present
+            valid_before += tl.sum(present, 0)
+        # the free columns of a line are numbered from free_to on; so are those drawn
+        free_to = valid_to - taken_to
+        number = free_to[:, None] + tl.cumsum(others.to(tl.int32), 1) - 1
+        hit, draw_to = _drawn(number, free_to, drawn, reach, pace, length, key)
+        chosen = taken | (hit & others)
+        target = (taken_to + draw_to)[:, None] + tl.cumsum(chosen.to(tl.int32), 1) - 1
+        tl.store(lists + target, column, mask=chosen)
+        counted = tl.sum(both, 0)
         larger_before += counted >> 16
         ties_before += counted & 65535
-        if valid is not None:
-            valid_before += tl.sum((rank >= 0).to(tl.int32), 0)
     for at in range(wanted + drawn, columns, BLOCK):
         place = at + tl.arange(0, BLOCK)
         tl.store(lists + place, tl.zeros([BLOCK], tl.int32) + total, mask=place < columns)
@@ -143,14 +159,20 @@ def _held(scores, minus, always, valid, total, wanted, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _bracketed(scores, minus, always, valid, total, wanted, BLOCK: tl.constexpr):
-    """As `_held`, for rows that do not fit a block: each reading cuts the bracket that a sample gives into seven."""
+def _bracketed(
+    scores, minus, always, valid, counts, total, wanted, SAMPLE: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """As `_held`, for rows that do not fit a block: a sample gives a bracket, its histogram the threshold.
+
+    counts [BINS] is scratch; a bracket of more ranks than that takes several readings of the row.
+    """
     TOP: tl.constexpr = 1 << _bits(scores)
-    cut = tl.arange(0, 8)
-    rank = _ranks(scores, minus, always, valid, (tl.arange(0, BLOCK).to(tl.int64) * total // BLOCK).to(tl.int32), total)
-    share = wanted * (BLOCK / total)
+    bin_ = tl.arange(0, BINS)
+    spread = (tl.arange(0, SAMPLE).to(tl.int64) * total // SAMPLE).to(tl.int32)
+    rank = _ranks(scores, minus, always, valid, spread, total)
+    share = wanted * (SAMPLE / total)
     slack = 3 * tl.sqrt(share) + 4
-    low = _quantile(rank, tl.minimum(share + slack, BLOCK).to(tl.int32), _bits(scores))
+    low = _quantile(rank, tl.minimum(share + slack, SAMPLE).to(tl.int32), _bits(scores))
     high = _quantile(rank, tl.maximum(share - slack, 0).to(tl.int32), _bits(scores)) + 1
     above = 0
     searching = wanted > 0
@@ -159,25 +181,36 @@ def _bracketed(scores, minus, always, valid, total, wanted, BLOCK: tl.constexpr)
         high = TOP
     while searching:
         shift = 0
-        while ((high - low - 1) >> shift) > 6:
+        while ((high - low - 1) >> shift) >= BINS:
             shift += 1
-        # [8] ranks from low + (0 .. 7 << shift) on; the last has no end
-        counts = _counted(scores, minus, always, valid, total, low, shift, BLOCK)
-        at_least = tl.sum(tl.where(cut[None, :] >= cut[:, None], counts[None, :], 0), 1)
+        tl.store(counts + bin_, tl.zeros([BINS], tl.int32))
+        tl.debug_barrier()
+        beyond = tl.zeros([BLOCK], tl.int32)
+        for at in range(0, total, BLOCK):
+            rank = _ranks(scores, minus, always, valid, at + tl.arange(0, BLOCK), total)
+            within = (rank >= low) & (rank < high)
+            beyond += (rank >= high).to(tl.int32)
+            tl.atomic_add(counts + tl.where(within, (rank - low) >> shift, 0), 1, mask=within, sem="relaxed")
+        tl.debug_barrier()
+        found = tl.load(counts + bin_, volatile=True)
+        tl.debug_barrier()
+        past = tl.sum(beyond, 0)
+        # [BINS] how many ranks reach a bin or pass it
+        at_least = past + tl.sum(found, 0) - tl.cumsum(found, 0) + found
         passed = tl.sum((at_least >= wanted).to(tl.int32), 0)
-        if passed == 0:
+        if past >= wanted:
+            low = high
+            high = TOP
+        elif passed == 0:
             high = low
             low = 0
-        elif passed == 8:
-            low = low + (7 << shift)
-            high = TOP
         else:
-            here = tl.sum(tl.where(cut == passed - 1, at_least, 0), 0)
-            above = tl.sum(tl.where(cut == passed, at_least, 0), 0)
+            here = tl.sum(tl.where(bin_ == passed - 1, at_least, 0), 0)
+            above = here - tl.sum(tl.where(bin_ == passed - 1, found, 0), 0)
             low = low + ((passed - 1) << shift)
-            high = low + (1 << shift)
+            high = tl.minimum(high, low + (1 << shift))
             searching = (shift > 0) & (here != wanted)
-            if here == wanted:
+            if here == wanted:  # all from here on are taken
                 high = low
                 above = here
     return low, high, above
@@ -195,22 +228,6 @@ def _quantile(rank, wanted, BITS: tl.constexpr):
 
 
 @triton.jit
-def _counted(scores, minus, always, valid, total, low, shift, BLOCK: tl.constexpr):
-    """[8]: the ranks in each of seven ranges of 2^shift from `low` on, and those beyond."""
-    field = tl.arange(0, 8)
-    counts = tl.zeros([8], tl.int32)
-    # eight counters of a byte in one word, emptied before one can overflow
-    for part in range(0, total, 255 * BLOCK):
-        packed = tl.zeros([BLOCK], tl.int64)
-        for at in range(part, tl.minimum(part + 255 * BLOCK, total), BLOCK):
-            rank = _ranks(scores, minus, always, valid, at + tl.arange(0, BLOCK), total)
-            range_ = tl.minimum((rank - low) >> shift, 7)
-            packed += tl.where(rank >= low, 1, 0).to(tl.int64) << (tl.maximum(range_, 0) * 8).to(tl.int64)
-        counts += tl.sum(((packed[:, None] >> (field[None, :] * 8).to(tl.int64)) & 255).to(tl.int32), 0)
-    return counts
-
-
-@triton.jit
 def _count(mask, total, BLOCK: tl.constexpr):
     found = tl.zeros([BLOCK], tl.int32)
     for at in range(0, total, BLOCK):
@@ -225,34 +242,33 @@ def _bits(scores):
 
 
 @triton.jit
-def _pace(draws, free, key):
-    """uint32 p and o: the r-th free column (from 0) covers [o + r p, o + (r + 1) p) of a line with 2^32 for each draw."""
-    several = tl.maximum(free, 1).to(tl.int64)
-    pace = (draws.to(tl.int64) << 32) // several
-    # hashed, so that where the part of a draw ends favours no column
-    offset = (_mix(key).to(tl.int64) * pace) >> 32
-    if ((several - 1) * pace) >> 32 != draws - 1:  # the last draw must have a column to begin in
-        pace += 1
-        offset *= 0
-    return pace.to(tl.uint32), offset.to(tl.uint32)
+def _pace(draws, free):
+    """Draws for each free column, rounded down, and free columns for each draw, rounded up, both times 2^32."""
+    free = free.to(tl.int64)
+    draws = draws.to(tl.int64)
+    return (draws << 32) // tl.maximum(free, 1), ((free << 32) + draws - 1) // tl.maximum(draws, 1)
 
 
 @triton.jit
-def _drawn(count, draws, pace, offset, key):
-    """How many of the first `count` free columns are drawn, and whether the last of them is.
+def _drawn(number, first, draws, reach, pace, length, key):
+    """Which of the free columns `number` [LINES, RUN] are drawn, and how many are before each line.
 
-    A draw is a hashed point of its 2^32: it takes the column that begins last before it, or else the first one there.
+    Draw d takes the column number floor(d length) + a hash below the length of this run. first [LINES]: a line's first
+    number; the run that holds it is that of draw floor(first pace), or one of the next two.
     """
-    last = (tl.maximum(count, 1) - 1).to(tl.uint64) * pace.to(tl.uint64) + offset.to(tl.uint64)
-    draw = (last >> 32).to(tl.uint32)
-    begin = last.to(tl.uint32)
-    point = _mix(key + (draw + 1) * 0x9E3779B9)
-    covered = point - begin < pace
-    before = point < begin
-    hit = (before & (begin < pace)) | ((point >= begin) & covered)
-    passed = draw.to(tl.int32) + (before | covered).to(tl.int32)
-    some = tl.minimum(count, draws) > 0
-    return tl.where(some, passed, 0), some & hit
+    draw = ((first.to(tl.int64) * pace) >> 32).to(tl.int32)
+    before = tl.minimum(draw, draws)
+    hit = number < -1
+    for _ in range(reach):
+        begin = ((draw.to(tl.int64) * length) >> 32).to(tl.int32)
+        width = (((draw.to(tl.int64) + 1) * length) >> 32).to(tl.int32) - begin
+        hashed = _mix(key + (draw + 1).to(tl.uint32) * 0x9E3779B9)
+        taken = begin + ((hashed.to(tl.uint64) * width.to(tl.uint64)) >> 32).to(tl.int32)
+        taken = tl.where(draw < draws, taken, 0x7FFFFFFF)
+        before += (taken < first).to(tl.int32)
+        hit = hit | (number == taken[:, None])
+        draw += 1
+    return hit, before
 
 
 @triton.jit
