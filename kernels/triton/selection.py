@@ -16,6 +16,8 @@ WHOLE = 16384  # scores of a row that one program holds
 HELD_A_WARP = 1024  # of them, where it does
 SAMPLE = 2048  # scores of a longer one that the bracket comes from
 LONG_WARPS = 8  # of a program for such a row
+PARTS = 4  # of a thread's line of columns in the last pass, VECTOR each
+VECTOR = tl.constexpr(4)  # int32 that one instruction writes: what layouts are chosen by
 BINS = 1024  # of a histogram: at 2^-10 of an octave a code, a bracket rarely spans more
 RANK_BITS = tl.constexpr(30)  # of fp32 scores; codes have 16
 RANK_TOP = tl.constexpr((1 << 30) - 1)
@@ -39,12 +41,11 @@ def select(
     block = padded(total, 128) if whole else SAMPLE
     warps = min(max(block // HELD_A_WARP, 4), 16) if whole else LONG_WARPS
     counts = None if whole else torch.empty(rows, BINS, dtype=torch.int32, device=scores.device)
-    run = 16 // scores.element_size()  # neighbours that a thread reads at once
     _select[(rows,)](
         lists, scores, minus, always, valid, clock, counts, columns, total, scores.stride(0), drawn,
         (seed ^ 0x5BD1E995) & 0x7FFFFFFF, site & 0x7FFFFFFF, first, rows_a_batch,
         1 if always is None else always.shape[0], RENEWED=renewed, WHOLE=whole, BLOCK=block, BINS=BINS,
-        LINES=32 * warps, RUN=run, num_warps=warps,
+        LINES=32 * warps, PARTS=PARTS, num_warps=warps,
     )  # fmt: skip
 
 
@@ -59,7 +60,7 @@ def coded(mass):
 def _select(
     lists, scores, minus, always, valid, clock, counts, columns, total, pitch, drawn, seed, site, first, rows_a_batch,
     always_rows, RENEWED: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr,
-    LINES: tl.constexpr, RUN: tl.constexpr,
+    LINES: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     if RENEWED and tl.load(clock + 1) == 0:
@@ -85,69 +86,121 @@ def _select(
         low, high, above = _held(scores, minus, always, valid, total, wanted, BLOCK)
     else:
         counts += row.to(tl.int64) * BINS
-        low, high, above = _bracketed(scores, minus, always, valid, counts, total, wanted, BLOCK, BINS, LINES * RUN)
+        low, high, above = _bracketed(scores, minus, always, valid, counts, total, wanted, BLOCK, BINS, LINES, PARTS)
     ties = wanted - above
     key = _mix(_mix(seed.to(tl.uint32) ^ _mix(site.to(tl.uint32))) + tl.load(clock).to(tl.uint32))
     key = _mix(key + (first + row).to(tl.uint32) * 0x9E3779B9)
     pace, length = _pace(drawn, free)
-    # draws whose run of free columns may touch that of a line
+    RUN: tl.constexpr = PARTS * VECTOR
+    # draws whose run of free columns may touch a line
     reach = tl.where(drawn > 0, 2 + (RUN * drawn.to(tl.int64) + free - 1) // tl.maximum(free, 1), 0).to(tl.int32)
     larger_before = 0
     ties_before = 0
     valid_before = 0
+    line = tl.arange(0, LINES)
     for at in range(0, total, LINES * RUN):
         # a thread has a line of neighbouring columns: what is the same for all of them is computed once
-        column = at + tl.arange(0, LINES)[:, None] * RUN + tl.arange(0, RUN)[None, :]
-        rank = _ranks(scores, minus, always, valid, column, total)
-        larger = rank >= high
-        tied = (rank >= low) & (rank < high)
-        # [LINES] both counts in one sum: they stay below 2^16 in a block
-        both = tl.sum(tl.where(larger, 65536, tied.to(tl.int32)), 1)
+        both = tl.zeros([LINES], tl.int32)
+        present = tl.zeros([LINES], tl.int32)
+        for part in tl.static_range(PARTS):
+            rank = _ranks(scores, minus, always, valid, _columns(at, part, LINES, RUN), total)
+            # how many are larger and how many equal in one sum: they stay below 2^16 in a block
+            both += tl.sum(tl.where(rank >= high, 65536, (rank >= low).to(tl.int32)), 1)
+            if valid is not None:
+                present += tl.sum((rank >= 0).to(tl.int32), 1)
         before = tl.cumsum(both, 0) - both
         ties_to = ties_before + (before & 65535)
         taken_to = larger_before + (before >> 16) + tl.minimum(ties_to, ties)
-        taken = larger | (tied & (tl.cumsum(tied.to(tl.int32), 1) <= (ties - ties_to)[:, None]))
-        others = (rank >= 0) & ~taken
-        if valid is None:
-            valid_to = tl.minimum(at + tl.arange(0, LINES) * RUN, total)
-        else:
-            present = tl.sum((rank >= 0).to(tl.int32), 1)
+        valid_to = tl.minimum(at + line * RUN, total)
+        if valid is not None:
             valid_to = valid_before + tl.cumsum(present, 0) - present
             valid_before += tl.sum(present, 0)
-        # the free columns of a line are numbered from free_to on; so are those drawn
-        free_to = valid_to - taken_to
-        number = free_to[:, None] + tl.cumsum(others.to(tl.int32), 1) - 1
-        hit, draw_to = _drawn(number, free_to, drawn, reach, pace, length, key)
-        chosen = taken | (hit & others)
-        target = (taken_to + draw_to)[:, None] + tl.cumsum(chosen.to(tl.int32), 1) - 1
-        tl.store(lists + target, column, mask=chosen)
+        drawn_here, draw_to = _drawn(valid_to - taken_to, drawn, reach, pace, length, key, RUN)
+        place = taken_to + draw_to
         counted = tl.sum(both, 0)
+        ties_after = ties_before + (counted & 65535)
+        if (ties_before < ties) & (ties_after > ties):
+            _write(
+                lists, scores, minus, always, valid, at, total, low, high, ties - ties_to, place, drawn_here, True,
+                LINES, PARTS,
+            )  # fmt: skip
+        else:
+            # all of a block's ties are taken or none
+            least = tl.where(ties_after <= ties, low, high)
+            _write(
+                lists, scores, minus, always, valid, at, total, least, high, None, place, drawn_here, False,
+                LINES, PARTS,
+            )  # fmt: skip
         larger_before += counted >> 16
-        ties_before += counted & 65535
+        ties_before = ties_after
     for at in range(wanted + drawn, columns, BLOCK):
         place = at + tl.arange(0, BLOCK)
         tl.store(lists + place, tl.zeros([BLOCK], tl.int32) + total, mask=place < columns)
 
 
 @triton.jit
+def _write(
+    lists, scores, minus, always, valid, at, total, low, high, ties, place, drawn, MIXED: tl.constexpr,
+    LINES: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Write the columns of lines taken and drawn to `place` [LINES] and on: those from `high` on and of [low, high) the
+    first `ties` [LINES] where MIXED, or those from `low` on. drawn [LINES]: a bit for each free column of a line."""
+    others = tl.zeros([LINES], tl.int32) - 1
+    place -= 1
+    for part in tl.static_range(PARTS):
+        column = _columns(at, part, LINES, PARTS * VECTOR)
+        rank = _ranks(scores, minus, always, valid, column, total)
+        taken = rank >= low
+        if MIXED:
+            tied = (taken & (rank < high)).to(tl.int32)
+            taken = (rank >= high) | ((tied > 0) & (tl.cumsum(tied, 1) <= ties[:, None]))
+            ties -= tl.sum(tied, 1)
+        other = ((rank >= 0) & ~taken).to(tl.int32)
+        number = tl.maximum(others[:, None] + tl.cumsum(other, 1), 0)
+        chosen = taken.to(tl.int32) | (other & (drawn[:, None] >> number))
+        target = lists + place[:, None] + tl.cumsum(chosen, 1)
+        # said for the layout alone, which is then that of the scores; the mask keeps each store apart
+        target = tl.max_contiguous(tl.multiple_of(target, [1, 16]), [1, VECTOR])
+        tl.store(target, column, mask=chosen > 0)
+        others += tl.sum(other, 1)
+        place += tl.sum(chosen, 1)
+
+
+@triton.jit
+def _columns(at, part, LINES: tl.constexpr, RUN: tl.constexpr):
+    """[LINES, VECTOR]: one part of each line of RUN columns from `at` on."""
+    return at + part * VECTOR + tl.arange(0, LINES)[:, None] * RUN + tl.arange(0, VECTOR)[None, :]
+
+
+@triton.jit
 def _ranks(scores, minus, always, valid, column, total):
-    """Scores as integers of the same order; the largest for columns that are always on, -1 for those that may not be taken."""
-    inside = column < total
+    """Scores as integers of the same order; the largest for columns that are always on, -1 for those that may not be taken.
+
+    total: columns from there on are not; None: there are none.
+    """
+    inside = None
+    if total is not None:
+        inside = column < total
     if scores.dtype.element_ty == tl.uint16:
         top = 65535
-        rank = tl.load(scores + column, mask=inside, other=0).to(tl.int32)
+        rank = _load(scores + column, inside).to(tl.int32)
     else:
         top = RANK_TOP
-        score = tl.load(scores + column, mask=inside, other=0.0)
+        score = _load(scores + column, inside)
         if minus is not None:
-            score = tl.abs(score - tl.load(minus + column, mask=inside, other=0.0))
+            score = tl.abs(score - _load(minus + column, inside))
         # a NaN may have either sign, and must not outrank what is always on
         rank = tl.minimum(tl.maximum(score.to(tl.int32, bitcast=True) >> 1, 0), top - 1)
     if always is not None:
-        rank = tl.where(tl.load(always + column, mask=inside, other=0) != 0, top, rank)
+        rank = tl.where(_load(always + column, inside) != 0, top, rank)
     if valid is not None:
-        inside = inside & (tl.load(valid + column, mask=inside, other=0) != 0)
-    return tl.where(inside, rank, -1)
+        rank = tl.where(_load(valid + column, inside) != 0, rank, -1)
+    return rank if inside is None else tl.where(inside, rank, -1)
+
+
+@triton.jit
+def _load(pointer, mask):
+    return tl.load(pointer) if mask is None else tl.load(pointer, mask=mask, other=0)
 
 
 @triton.jit
@@ -160,8 +213,9 @@ def _held(scores, minus, always, valid, total, wanted, BLOCK: tl.constexpr):
 
 @triton.jit
 def _bracketed(
-    scores, minus, always, valid, counts, total, wanted, SAMPLE: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr
-):
+    scores, minus, always, valid, counts, total, wanted, SAMPLE: tl.constexpr, BINS: tl.constexpr, LINES: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
     """As `_held`, for rows that do not fit a block: a sample gives a bracket, its histogram the threshold.
 
     counts [BINS] is scratch; a bracket of more ranks than that takes several readings of the row.
@@ -169,11 +223,11 @@ def _bracketed(
     TOP: tl.constexpr = 1 << _bits(scores)
     bin_ = tl.arange(0, BINS)
     spread = (tl.arange(0, SAMPLE).to(tl.int64) * total // SAMPLE).to(tl.int32)
-    rank = _ranks(scores, minus, always, valid, spread, total)
+    sample = _ranks(scores, minus, always, valid, spread, total)
     share = wanted * (SAMPLE / total)
     slack = 3 * tl.sqrt(share) + 4
-    low = _quantile(rank, tl.minimum(share + slack, SAMPLE).to(tl.int32), _bits(scores))
-    high = _quantile(rank, tl.maximum(share - slack, 0).to(tl.int32), _bits(scores)) + 1
+    low = _quantile(sample, tl.minimum(share + slack, SAMPLE).to(tl.int32), _bits(scores))
+    high = _quantile(sample, tl.maximum(share - slack, 0).to(tl.int32), _bits(scores)) + 1
     above = 0
     searching = wanted > 0
     if wanted == 0:
@@ -185,12 +239,14 @@ def _bracketed(
             shift += 1
         tl.store(counts + bin_, tl.zeros([BINS], tl.int32))
         tl.debug_barrier()
-        beyond = tl.zeros([BLOCK], tl.int32)
-        for at in range(0, total, BLOCK):
-            rank = _ranks(scores, minus, always, valid, at + tl.arange(0, BLOCK), total)
-            within = (rank >= low) & (rank < high)
-            beyond += (rank >= high).to(tl.int32)
-            tl.atomic_add(counts + tl.where(within, (rank - low) >> shift, 0), 1, mask=within, sem="relaxed")
+        beyond = tl.zeros([LINES], tl.int32)
+        whole = total - total % (LINES * PARTS * VECTOR)
+        for at in range(0, whole, LINES * PARTS * VECTOR):
+            for part in tl.static_range(PARTS * VECTOR):
+                column = at + part * LINES + tl.arange(0, LINES)
+                beyond += _tallied(scores, minus, always, valid, counts, column, None, low, high, shift)
+        for at in range(whole, total, LINES):
+            beyond += _tallied(scores, minus, always, valid, counts, at + tl.arange(0, LINES), total, low, high, shift)
         tl.debug_barrier()
         found = tl.load(counts + bin_, volatile=True)
         tl.debug_barrier()
@@ -214,6 +270,15 @@ def _bracketed(
                 high = low
                 above = here
     return low, high, above
+
+
+@triton.jit
+def _tallied(scores, minus, always, valid, counts, column, total, low, high, shift):
+    """Which ranks are `high` or more, as 0 or 1; those of [low, high) are counted in `counts`. A thread has one column."""
+    rank = _ranks(scores, minus, always, valid, column, total)
+    within = (rank >= low) & (rank < high)
+    tl.atomic_add(counts + ((rank - low) >> shift), 1, mask=within, sem="relaxed")
+    return (rank >= high).to(tl.int32)
 
 
 @triton.jit
@@ -250,25 +315,27 @@ def _pace(draws, free):
 
 
 @triton.jit
-def _drawn(number, first, draws, reach, pace, length, key):
-    """Which of the free columns `number` [LINES, RUN] are drawn, and how many are before each line.
+def _drawn(first, draws, reach, pace, length, key, RUN: tl.constexpr):
+    """Which of the RUN free columns from number `first` [LINES] on are drawn, a bit each, and how many are before.
 
-    Draw d takes the column number floor(d length) + a hash below the length of this run. first [LINES]: a line's first
-    number; the run that holds it is that of draw floor(first pace), or one of the next two.
+    Draw d takes the column number floor(d length) + a hash below the length of this run. The run that holds `first` is that of
+    draw floor(first pace), or the next one.
     """
     draw = ((first.to(tl.int64) * pace) >> 32).to(tl.int32)
     before = tl.minimum(draw, draws)
-    hit = number < -1
+    bits = tl.zeros_like(first)
+    begin = ((draw.to(tl.int64) * length) >> 32).to(tl.int32)
     for _ in range(reach):
-        begin = ((draw.to(tl.int64) * length) >> 32).to(tl.int32)
-        width = (((draw.to(tl.int64) + 1) * length) >> 32).to(tl.int32) - begin
         hashed = _mix(key + (draw + 1).to(tl.uint32) * 0x9E3779B9)
-        taken = begin + ((hashed.to(tl.uint64) * width.to(tl.uint64)) >> 32).to(tl.int32)
-        taken = tl.where(draw < draws, taken, 0x7FFFFFFF)
-        before += (taken < first).to(tl.int32)
-        hit = hit | (number == taken[:, None])
         draw += 1
-    return hit, before
+        end = ((draw.to(tl.int64) * length) >> 32).to(tl.int32)
+        ahead = begin + tl.umulhi(hashed, (end - begin).to(tl.uint32)).to(tl.int32) - first
+        there = draw <= draws
+        before += (there & (ahead < 0)).to(tl.int32)
+        inside = there & (ahead >= 0) & (ahead < RUN)
+        bits |= tl.where(inside, 1 << tl.where(inside, ahead, 0), 0)
+        begin = end
+    return bits, before
 
 
 @triton.jit
