@@ -8,13 +8,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch._inductor.compile_fx import compile_fx
 
-import chipmunk_fx.kernels
 import chipmunk_fx.ops  # noqa: F401  (registers the ops and their kernels)
 from chipmunk_fx.config import Config
 from chipmunk_fx.errors import ChipmunkError, ConfigError, FallbackError
@@ -25,6 +25,7 @@ from chipmunk_fx.graph.match import find
 from chipmunk_fx.graph.pattern import AttentionOperands
 from chipmunk_fx.graph.plan import Plan, make_plan
 from chipmunk_fx.graph.sizes import concrete, is_data_dependent
+from chipmunk_fx.kernels import group_rows
 from chipmunk_fx.log import Notices, logger
 from chipmunk_fx.patterns import ALL
 from chipmunk_fx.runtime import registry
@@ -72,7 +73,8 @@ def analyse(graph_module: fx.GraphModule, inputs: Sequence[Any], config: Config)
     roles = classify(captured)
     rows = [c.operands.q.shape[2] for c in candidates if isinstance(c.operands, AttentionOperands)]
     geometry = find_geometry(captured, roles, config.tokens, [r for r in rows if not is_data_dependent([r])], inputs)
-    plan = make_plan(captured, candidates, roles, geometry, config, lambda site: cost_gate(site, config), inputs)
+    judge = partial(cost_gate, config=config)
+    plan = make_plan(captured, candidates, roles, geometry, config, judge, inputs, group_rows)
     return captured, fit(plan, config)
 
 

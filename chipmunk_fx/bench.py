@@ -25,10 +25,10 @@ from tabulate import tabulate
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from chipmunk_fx.errors import BenchError
-from chipmunk_fx.kernels import choose
+from chipmunk_fx.kernels import choose, group_rows
+from chipmunk_fx.ops import flash4
 from chipmunk_fx.ops.cases import AttentionCase, MlpCase, arguments, call
 
-GROUP_ROWS = 128
 STRIDE = 4  # every 4th row of a group is sampled, the default
 RENEW_EVERY = 10  # steps from one refresh to the next, the default
 DENSITIES = (0.03, 0.06, 0.12, 0.25, 0.5)
@@ -60,13 +60,13 @@ class Shape:
     def dense_flops(self) -> int:
         return 4 * self.rows * self.total * self.width * (self.heads if self.kind == "attention" else 1)
 
-    def case(self) -> AttentionCase | MlpCase:
+    def case(self, group_rows: int) -> AttentionCase | MlpCase:
         if self.kind == "attention":
             n, k = self.rows, self.columns
             return AttentionCase(
-                n, n, self.width, GROUP_ROWS, k, heads=self.heads, mass_stride=STRIDE, random_density=0.01
+                n, n, self.width, group_rows, k, heads=self.heads, mass_stride=STRIDE, random_density=0.01
             )
-        return MlpCase((1, self.rows), self.width, self.neurons, GROUP_ROWS, self.columns, result=self.width)
+        return MlpCase((1, self.rows), self.width, self.neurons, group_rows, self.columns, result=self.width)
 
 
 PUBLISHED = (
@@ -123,7 +123,8 @@ def measure(shapes: Iterable[Shape], dtype: torch.dtype, device: str, seconds: f
     dense: dict[tuple, tuple[float, str]] = {}
     for shape in shapes:
         with torch.no_grad():
-            values = shape.case().values(dtype, device)
+            rows = group_rows(shape.kind, torch.device(device), dtype, shape.width)
+            values = shape.case(rows).values(dtype, device)
             site = (shape.kind, shape.rows, shape.heads, shape.width, shape.neurons)
             if site not in dense:
                 dense[site] = min(_dense(shape, values, seconds))
@@ -165,6 +166,13 @@ def _dense(shape: Shape, values: dict[str, Any], seconds: float) -> Iterator[tup
                 )
             except RuntimeError:  # not built in, or not for this card or dtype
                 continue
+    if flash4.pays(capability(device), q.dtype, shape.width, flash4.ROWS) and flash4.attend(q, k, v, scale):
+        yield milliseconds(lambda: flash4.attend(q, k, v, scale), device, seconds), "flash4"
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Of a GPU; of none elsewhere."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 def milliseconds(function: Callable[[], Any], device: torch.device, seconds: float = 0.1) -> float:

@@ -11,15 +11,14 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from chipmunk_fx.backend import explain, summary
+from chipmunk_fx.bench_dense import FLASH4, kernels, preferred, through_op
 from chipmunk_fx.bench_subjects import Built, ignore_masks
 from chipmunk_fx.config import Config, ScheduleConfig
 from chipmunk_fx.config_yaml import ORIGINAL
@@ -31,7 +30,6 @@ from chipmunk_fx.schedule.policies import policy_from
 # Published for 50 steps (arXiv 2506.03275); lists are literal.
 PUBLISHED_STEPS = 50
 SKIPPED: tuple[int, ...] = ORIGINAL["step_caching.skip_step_schedule"]
-KERNELS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 DRIFT = 0.02  # of the latents from step to step
 
 
@@ -96,7 +94,7 @@ def measure(make: Callable[[], Built], request: Request, device: torch.device) -
         raise BenchError(f"nothing of this model is understood, so only its dense speed could be measured:\n{report}")
     found, best = [], "default"
     for way in _dense_ways(request, padded):
-        for kernel in KERNELS if device.type == "cuda" and way.backend else ("default",):
+        for kernel in kernels(device) if way.backend else ("default",):
             found.append(_measure(make, way, kernel, report, request, device))
     best = min(found, key=lambda figures: figures.total_s).kernel
     return found + [_measure(make, way, best, report, request, device) for way in _sparse_ways(request)]
@@ -142,10 +140,10 @@ def _measure(
         "schedule.skip_steps": [i for i, phase in enumerate(way.phases) if phase == Phase.SKIP] or None,
     }
     short = dict(way.options) | (listed if way.backend == "chipmunk" else {})
-    with _attention(kernel):
+    with preferred(kernel):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        model = _compiled(built, way.backend, short)
+        model = _compiled(built, way.backend, short, kernel)
         first = sum(_generation(model, calls, len(way.phases), report, device))
         rounds = [_generation(model, calls, len(way.phases), report, device) for _ in range(request.rounds)]
         seen = _seen(model, way)
@@ -157,7 +155,7 @@ def _measure(
         counted = steps_by_phase(way, request.steps)
         total, how = _composed(medians, counted), "composed"
         if request.whole:
-            model = _compiled(built, way.backend, way.options)
+            model = _compiled(built, way.backend, way.options, kernel)
             _generation(model, calls, len(way.phases), report, device)
             total, how = sum(_generation(model, calls, request.steps, report, device)), "measured"
             counted = Counter(_seen(model, way).phases) or counted
@@ -238,23 +236,13 @@ def _seen(model: Any, way: Way) -> _Seen:
     return _Seen(done.phases.get(0, []), sites, density, done.cache_bytes / 1e9, fallbacks)
 
 
-def _compiled(built: Built, backend: str | None, options: Mapping[str, Any]) -> Any:
+def _compiled(built: Built, backend: str | None, options: Mapping[str, Any], kernel: str) -> Any:
     torch._dynamo.reset()
     if backend is None:
         return built.model
     given: dict[str, Any] = {"options": dict(options)} if backend == "chipmunk" else {}
-    return torch.compile(built.model, backend=backend, fullgraph=built.fullgraph, dynamic=False, **given)
-
-
-@contextmanager
-def _attention(kernel: str) -> Iterator[None]:
-    """Prefer one kernel of scaled_dot_product_attention; the others still serve what it refuses."""
-    if kernel == "default":
-        yield
-        return
-    rest = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
-    with sdpa_kernel(list(dict.fromkeys((KERNELS[kernel], *rest))), set_priority=True):
-        yield
+    compiler = through_op(backend) if kernel == FLASH4 and backend != "chipmunk" else backend
+    return torch.compile(built.model, backend=compiler, fullgraph=built.fullgraph, dynamic=False, **given)
 
 
 def _now(device: torch.device) -> float:

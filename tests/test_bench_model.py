@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.profiler import profile
 
 from chipmunk_fx import bench_model, bench_subjects
+from chipmunk_fx.bench_dense import kernels, through_op
 from chipmunk_fx.bench_measure import SKIPPED, Figures, Request, Way, measure, steps_by_phase
 from chipmunk_fx.bench_subjects import SUBJECTS, Subject, build, ignore_masks, own
 from chipmunk_fx.errors import BenchError, ConfigError, UsageError
@@ -174,3 +176,18 @@ def test_steps_are_counted_as_they_would_be_run():
     assert steps_by_phase(sparse, 8) == {"dense": 2, "skip": 2, "refresh": 2, "sparse": 2}
     assert steps_by_phase(Way("skip alone", "chipmunk", settings, ("dense", "skip")), 8) == {"dense": 6, "skip": 2}
     assert steps_by_phase(Way("dense", "inductor", {}, ("dense",)), 8) == {"dense": 8}
+
+
+def test_dense_attention_through_the_operator_is_the_same():
+    model, inputs = tiny()
+    with torch.no_grad():
+        expected = model(**inputs)
+        compiled = torch.compile(model, backend=through_op("eager"))
+        torch.testing.assert_close(compiled(**inputs), expected)
+        with profile() as run:
+            compiled(**inputs)
+    assert sum(event.name == "chipmunk::attention_dense" for event in run.events() or ()) == 2
+
+
+def test_kernels_of_a_cpu():
+    assert kernels(CPU) == ("default",)

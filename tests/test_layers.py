@@ -19,7 +19,7 @@ LAYERS = [  # bottom up; names on one line do not import each other
     ["kernels", "patterns"],
     ["runtime"],
     ["backend"],
-    ["images", "pretrained", "bench"],
+    ["images", "pretrained", "bench", "bench_dense"],
     ["bench_subjects"],
     ["bench_measure"],
     ["bench_model"],

@@ -24,7 +24,7 @@ from chipmunk_fx.graph.sizes import Size, bindings, evaluate, hints, unbacked
 from chipmunk_fx.graph.walk import ancestors, depending, placeholders, projections, shape
 from chipmunk_fx.schedule.phase import Phase
 
-GROUP_ROWS = 128  # rows that share a list where the user leaves it to us
+GROUP_ROWS = 128  # rows that share a list where neither the user nor a kernel has a wish
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,9 @@ class Plan:
 Gate = Callable[[Site], str | None]
 """Says why a site would not gain from sparsity, None where it would."""
 
+GroupRows = Callable[[str, torch.device, torch.dtype, int], int]
+"""Rows that share a list where the user leaves it to us, from a site's kind, device, dtype and width of its heads (or of x)."""
+
 
 def make_plan(
     capture: Capture,
@@ -133,6 +136,7 @@ def make_plan(
     config: Config,
     gate: Gate,
     real: Sequence[Any],
+    group_rows: GroupRows = lambda *_: GROUP_ROWS,
 ) -> Plan:
     """`real`: the inputs of the call that compiles, from which data-dependent lengths are learnt."""
     inputs = [n for n in capture.module.graph.nodes if n.op == "placeholder"]
@@ -157,7 +161,8 @@ def make_plan(
     found: list[Site] = []
     owners: Counter[int] = Counter()
     for candidate, owner in accepted:
-        found.append(_site(len(found), candidate, owner, owners[owner], layers.get(candidate), config, known))
+        layer = layers.get(candidate)
+        found.append(_site(len(found), candidate, owner, owners[owner], layer, config, known, group_rows))
         owners[owner] += 1
     streams = {(s.hints[0], s.hints[2]) for s in found if s.kind == "attention"}
     sites = [
@@ -271,16 +276,21 @@ def _site(
     layer: int | None,
     config: Config,
     known: Mapping[Any, int],
+    group_rows: GroupRows,
 ) -> Site:
     assert candidate.operands is not None
     sizes = _sizes(candidate)
     settings: AttentionConfig | MlpConfig = config.attention if candidate.kind == "attention" else config.mlp
-    rows = GROUP_ROWS if settings.group_rows == "auto" else int(settings.group_rows)
     value = candidate.anchor.meta["val"]
     kind = "attention" if candidate.kind == "attention" else "mlp"
+    seen = evaluate(sizes, known)
+    if settings.group_rows == "auto":
+        rows = group_rows(kind, value.device, value.dtype, seen[4] if kind == "attention" else seen[2])
+    else:
+        rows = int(settings.group_rows)
     return Site(
         index, candidate.name, kind, candidate.form, candidate.where, layer, candidate.operands, candidate.nodes,
-        owner, ordinal, sizes, evaluate(sizes, known), value.dtype, value.device, rows,
+        owner, ordinal, sizes, seen, value.dtype, value.device, rows,
     )  # fmt: skip
 
 

@@ -16,6 +16,8 @@ from torch.backends.cuda import (
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from chipmunk_fx.ops import flash4
+
 _SCORE_BYTES = 1 << 28  # of fp32 scores held at once where no fused kernel takes the call
 _EFFICIENT_ROWS = 32  # the memory-efficient kernel pads its log denominators to this many rows
 _EFFICIENT_COLUMNS = 16  # and wants lines of an additive mask to begin at multiples of so many values
@@ -37,6 +39,8 @@ def attend(
         return torch.zeros_like(q), q.new_full(q.shape[:-1], -torch.inf, dtype=torch.float32)
     q, k, v = (_inner_contiguous(x) for x in (q, k, v))
     with _only(sdpa):
+        if flash4.takes(q, k, valid) and (found := flash4.attend(q, k, v, scale)):
+            return found
         chosen = _kernel(q, k, v, valid)
     if chosen is not rows_at_a_time:
         k, v = (ungrouped(x, q.shape[1]) for x in (k, v))
@@ -61,7 +65,7 @@ def _only(sdpa: str) -> AbstractContextManager:
 
 
 def _kernel(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Attend:
-    """The best of the kernels that take this call, within what torch.nn.attention.sdpa_kernel allows."""
+    """The best of PyTorch's kernels that take this call, within what torch.nn.attention.sdpa_kernel allows."""
     if q.device.type == "cpu":
         return cpu
     if q.device.type != "cuda":

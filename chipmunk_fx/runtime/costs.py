@@ -25,6 +25,10 @@ class Cost:
 # 32.5, 17.1; 24 heads of 119056 rows, density 0.07: 311, 29.9, 50.2, 28.
 CUDA_ATTENTION = (Cost(4352, 3.05, 0.49), Cost(75600, 1.47, 0.24), Cost(119056, 1.42, 0.25))
 
+# The same with groups of 192 rows and the kernel of kernels/hopper, sparse at densities 0.21, 0.07, 0.07: 0.113, 14.1, 19.9 ms.
+# Masses and selection are those of groups of 128 rows, a bound.
+CUDA_ATTENTION_HOPPER = (Cost(4352, 1.41, 0.49), Cost(75600, 0.97, 0.24), Cost(119056, 0.94, 0.25))
+
 
 def at(rows: int, measured: tuple[Cost, ...] = CUDA_ATTENTION) -> Cost:
     """Between neighbours on a logarithmic scale of rows; beyond the ends, the end."""

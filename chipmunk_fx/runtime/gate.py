@@ -6,8 +6,8 @@ import torch
 
 from chipmunk_fx.config import Config
 from chipmunk_fx.graph.plan import Site
-from chipmunk_fx.kernels import BACKENDS
-from chipmunk_fx.runtime.costs import at
+from chipmunk_fx.kernels import BACKENDS, HOPPER_GROUP_ROWS, on_hopper
+from chipmunk_fx.runtime.costs import CUDA_ATTENTION, CUDA_ATTENTION_HOPPER, at
 from chipmunk_fx.runtime.footprint import density
 
 # Least rows for which ten steps with one refresh beat ten dense ones: bounds set between sizes measured on two cores with
@@ -59,7 +59,9 @@ def _on_cuda(site: Site, config: Config) -> str | None:
     if rows < _CUDA_ROWS:
         return f"{rows} rows on cuda: sparse is not faster below {_CUDA_ROWS}"
     every = config.schedule.refresh_every
-    cost = at(rows).steps(share, every)
+    hopper = on_hopper(site.kind, site.device, site.dtype, site.hints[4])
+    as_measured = hopper and site.group_rows % HOPPER_GROUP_ROWS[site.kind] == 0
+    cost = at(rows, CUDA_ATTENTION_HOPPER if as_measured else CUDA_ATTENTION).steps(share, every)
     if cost > 1:
         return (
             f"density {share:.2f} of {rows} rows on cuda, refreshed every {every} steps: {cost:.2f} of the dense time"

@@ -41,9 +41,11 @@ TYPES = {
     torch.uint16: "*u16",
 }
 _WIDE = AttentionCase(rows=256, keys=256, width=128, group_rows=128, columns=128, heads=1, mass_stride=4)
+_LONG = AttentionCase(rows=192, keys=16400, width=64, group_rows=192, columns=1600, heads=1, mass_stride=4)
 _FLUX = MlpCase(lead=(1, 256), width=128, neurons=512, group_rows=128, columns=128, result=128)
 CASES = (
     (torch.bfloat16, _WIDE),
+    (torch.bfloat16, _LONG),
     (torch.bfloat16, _FLUX),
 )
 MORE_CASES = (

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from chipmunk_fx.config import Config
+from chipmunk_fx.graph.plan import GROUP_ROWS, make_plan
+from chipmunk_fx.kernels import HOPPER_GROUP_ROWS, group_rows, hopper
 from chipmunk_fx.runtime import gate
-from chipmunk_fx.runtime.costs import CUDA_ATTENTION, at
+from chipmunk_fx.runtime.costs import CUDA_ATTENTION, CUDA_ATTENTION_HOPPER, at
 from chipmunk_fx.runtime.gate import cost_gate
 from chipmunk_fx.runtime.placement import limit
 from chipmunk_fx.state.store import Place
@@ -60,6 +62,48 @@ def test_bounds_on_a_gpu(sites, monkeypatch: pytest.MonkeyPatch):
     assert "density 0.6" in (cost_gate(on_cuda(attention), dense) or "")
     assert "float32" in (cost_gate(replace(on_cuda(attention), dtype=torch.float32), DEFAULT) or "")
     assert "mlp" in (cost_gate(on_cuda(next(site for site in sites if site.kind == "mlp")), DEFAULT) or "")
+
+
+@pytest.fixture
+def hopper_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: hopper.CAPABILITY)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(hopper, "_nvrtc", lambda: object())
+
+
+def test_groups_are_as_large_as_the_kernel_likes(hopper_card: None, monkeypatch: pytest.MonkeyPatch):
+    cuda, cpu = torch.device("cuda", 0), torch.device("cpu")
+    assert group_rows("attention", cuda, torch.bfloat16, 128) == HOPPER_GROUP_ROWS["attention"] == 192
+    assert group_rows("mlp", cuda, torch.bfloat16, 3072) == HOPPER_GROUP_ROWS["mlp"]
+    others = [(cpu, torch.bfloat16, 128), (cuda, torch.float32, 128), (cuda, torch.bfloat16, 96)]
+    assert {group_rows("attention", *other) for other in others} == {GROUP_ROWS}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    assert group_rows("attention", cuda, torch.bfloat16, 128) == GROUP_ROWS
+
+
+def test_the_plan_asks_for_rows_of_groups_that_the_user_left_open():
+    seen = captured_tiny()
+    config = Config.from_options({"gate": "off", "mlp.group_rows": 32})
+    asked = []
+
+    def rows(*site: object) -> int:
+        asked.append(site)
+        return 64
+
+    sites = make_plan(
+        seen.capture, seen.candidates, seen.roles, seen.geometry(), config, lambda _: None, seen.inputs, rows
+    ).sites
+    assert {(site.kind, site.group_rows) for site in sites} == {("attention", 64), ("mlp", 32)}
+    assert {(kind, width) for kind, *_, width in asked} == {("attention", sites[0].hints[4])}
+
+
+def test_groups_that_hopper_takes_allow_more_columns(sites, hopper_card: None):
+    attention = on_cuda(next(site for site in sites if site.kind == "attention"))
+    config = Config.from_options({"attention.density": 0.4})
+    assert "dense time" in (cost_gate(attention, config) or "")
+    assert cost_gate(replace(attention, group_rows=192), config) is None
+    assert all(new.slowness < old.slowness for new, old in zip(CUDA_ATTENTION_HOPPER, CUDA_ATTENTION, strict=True))
 
 
 def test_the_budget_is_the_users_or_a_share_of_what_is_free():
