@@ -27,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from chipmunk_fx.errors import BenchError
 from chipmunk_fx.kernels import choose
 from chipmunk_fx.ops.cases import AttentionCase, MlpCase, arguments, call
+from chipmunk_fx.ops.packing import smallest
 
 GROUP_ROWS = 128
 STRIDE = 4  # every 4th row of a group is sampled, the default
@@ -124,6 +125,9 @@ def measure(shapes: Iterable[Shape], dtype: torch.dtype, device: str, seconds: f
     for shape in shapes:
         with torch.no_grad():
             values = shape.case().values(dtype, device)
+            if shape.kind == "attention":  # lists as they are kept between steps
+                kept, indices = smallest(values["lists"].shape, shape.rows, device)
+                values["lists"] = torch.empty(kept, dtype=indices, device=device)
             site = (shape.kind, shape.rows, shape.heads, shape.width, shape.neurons)
             if site not in dense:
                 dense[site] = min(_dense(shape, values, seconds))
