@@ -17,9 +17,7 @@ def site_columns(site: Site, sizes: Sequence[int], config: Config, always: int =
     return columns(sizes[3], settings.density_of(site.layer), settings.random_density, always, TILE)
 
 
-def site_slots(
-    site: Site, sizes: Sequence[int], columns: int, grouped_rows: int | None = None
-) -> tuple[Slot, ...]:
+def site_slots(site: Site, sizes: Sequence[int], columns: int, grouped_rows: int | None = None) -> tuple[Slot, ...]:
     """The caches of one branch of a site. `columns`: of a list; `grouped_rows`: rows that share lists (all by default)."""
     if site.kind == "attention":
         b, h, n, m, d = sizes

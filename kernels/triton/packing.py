@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from chipmunk_fx.kernels.triton.launching import on_device_of
-from chipmunk_fx.kernels.triton.tuning import Tile, padded, packing_tile
+from chipmunk_fx.kernels.triton.tuning import Tile, packing_tile, padded
 
 
 def pack(lists: Tensor, bits: Tensor, keys: int) -> None:
