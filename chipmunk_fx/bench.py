@@ -28,6 +28,7 @@ from chipmunk_fx.errors import BenchError
 from chipmunk_fx.kernels import choose, group_rows
 from chipmunk_fx.ops import flash4
 from chipmunk_fx.ops.cases import AttentionCase, MlpCase, arguments, call
+from chipmunk_fx.ops.packing import smallest
 
 STRIDE = 4  # every 4th row of a group is sampled, the default
 RENEW_EVERY = 10  # steps from one refresh to the next, the default
@@ -125,6 +126,9 @@ def measure(shapes: Iterable[Shape], dtype: torch.dtype, device: str, seconds: f
         with torch.no_grad():
             rows = group_rows(shape.kind, torch.device(device), dtype, shape.width)
             values = shape.case(rows).values(dtype, device)
+            if shape.kind == "attention":  # lists as they are kept between steps
+                kept, indices = smallest(values["lists"].shape, shape.rows, device)
+                values["lists"] = torch.empty(kept, dtype=indices, device=device)
             site = (shape.kind, shape.rows, shape.heads, shape.width, shape.neurons)
             if site not in dense:
                 dense[site] = min(_dense(shape, values, seconds))

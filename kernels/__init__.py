@@ -5,7 +5,11 @@ beside this file specifies the operators and tells how to add a backend.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+<<<<<<< HEAD
 from types import MappingProxyType
+=======
+from importlib.util import find_spec
+>>>>>>> wC
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +18,7 @@ from torch import Tensor
 from chipmunk_fx.graph.plan import GROUP_ROWS
 from chipmunk_fx.kernels import hopper, triton
 from chipmunk_fx.ops.library import NAMESPACE, REFERENCE, implementation
+from chipmunk_fx.ops.packing import PLAIN, Bits
 
 
 class Backend(Protocol):
@@ -70,8 +75,9 @@ def choose(
 def _register() -> torch.library.Library:
     # kept alive by the module: its implementations vanish with it
     library = torch.library.Library(NAMESPACE, "IMPL")
+    bits = PLAIN if find_spec("triton") is None else Bits(triton.pack_bits, triton.unpack_bits)
     for op in REFERENCE:
-        library.impl(op, implementation(op, lambda op, arguments: choose(op, arguments)[0]), "CUDA")
+        library.impl(op, implementation(op, lambda op, arguments: choose(op, arguments)[0], bits), "CUDA")
     return library
 
 

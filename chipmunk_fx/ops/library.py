@@ -3,8 +3,9 @@
 Every argument named with "!" is written in place and read by later calls; nothing else is. The operators take part in
 graphs as opaque calls, serve any device, and leave gradients to the caller (they are used where none are needed).
 
-`span` is met here, before an implementation sees the call: keys outside of it are cut off, so that kernels without a mask
-serve a sequence that is padded at its ends.
+`span` and the lists of attention are met here, before an implementation sees the call. Keys outside of a span are cut off, so
+that kernels without a mask serve a sequence that is padded at its ends. Lists are unpacked from what is kept of them, and new
+ones are packed (packing.py): implementations know int32 lists alone.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from chipmunk_fx.ops.attention import attention_dense, attention_refresh, attention_sparse
 from chipmunk_fx.ops.mlp import mlp_refresh, mlp_sparse
+from chipmunk_fx.ops.packing import PLAIN, Bits, Kept
 from chipmunk_fx.ops.region import region_add, region_store
 from chipmunk_fx.ops.transfer import cache_fetch, cache_store, cache_watch
 
@@ -77,13 +79,25 @@ def argument_names(op: str, keywords: bool = False) -> list[str]:
     return [argument.name for argument in schema.arguments if argument.kwarg_only == keywords]
 
 
-def implementation(op: str, choose: Choose) -> Callable[..., Tensor]:
-    """What the dispatcher calls for `op`: `choose` is given the arguments by name, and its answer is called with them."""
+def implementation(op: str, choose: Choose, bits: Bits = PLAIN) -> Callable[..., Tensor]:
+    """What the dispatcher calls for `op`: `choose` is given the arguments by name, and its answer is called with them.
+
+    bits: how lists that are kept as bits are packed and unpacked.
+    """
     names = argument_names(op)
 
     def run(*args: Any, **kwargs: Any) -> Tensor:
-        arguments = within_span(dict(zip(names, args, strict=False)) | kwargs)
-        return choose(op, arguments)(**arguments)
+        arguments = dict(zip(names, args, strict=False)) | kwargs
+        kept = Kept.of(arguments)
+        arguments = within_span(arguments)
+        if kept is None:
+            return choose(op, arguments)(**arguments)
+        keys, renew = arguments["k"].shape[2], arguments.get("renew", False)
+        arguments["lists"] = kept.empty() if renew else kept.unpacked(keys, bits)
+        out = choose(op, arguments)(**arguments)
+        if renew:
+            kept.pack(arguments["lists"], keys, bits)
+        return out
 
     return run
 

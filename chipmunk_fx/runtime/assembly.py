@@ -14,7 +14,7 @@ from chipmunk_fx.graph.plan import Site
 from chipmunk_fx.graph.sizes import bindings, evaluate
 from chipmunk_fx.graph.state import StateInput, lanes
 from chipmunk_fx.graph.walk import shape
-from chipmunk_fx.runtime.footprint import site_slots
+from chipmunk_fx.runtime.footprint import site_columns, site_slots
 from chipmunk_fx.runtime.generations import Branch, Held, Track
 from chipmunk_fx.runtime.graphs import Graph
 from chipmunk_fx.runtime.known import Known
@@ -134,7 +134,8 @@ class Assembly:
                 raise SiteOutOfMemory(site, str(error)) from None
 
     def _site(self, site: Site) -> None:
-        slots, owner = self._slots(site), self.values[site.owner]
+        columns, owner = self._columns(site), self.values[site.owner]
+        slots = site_slots(site, self.sizes[site.index], columns, len(self._tables(site).order))
         place = Place(self.device, on_host=site.place == "host")
         tensors: dict[str, torch.Tensor] = {}
         for home, shared in ((self.branch.caches, False), (self.store.shared, True)):
@@ -145,7 +146,7 @@ class Assembly:
         own = {slot.name: slot.bytes for slot in slots if not slot.shared}
         self.cells[site.index] = tensors
         self.shared_bytes[site.index] = {slot.name: slot.bytes for slot in slots if slot.shared}
-        self.branch.held[site.index] = Held(tensors["lists"].shape[-1] / self._columns(site), own)
+        self.branch.held[site.index] = Held(columns / self._available(site), own)
 
     def _cell(self, home: Home, owner: torch.Tensor, ordinal: int, slots: Sequence[Slot], place: Place) -> Cell:
         """The buffers of one site, of one branch or shared by all; allocated where they do not fit the slots."""
@@ -158,20 +159,19 @@ class Assembly:
             self.whole = False
         return sites[ordinal]
 
-    def _columns(self, site: Site) -> int:
+    def _available(self, site: Site) -> int:
+        """Columns to choose from: densities are shares of the valid keys."""
         mask = self.plan.mask_of(site)
         return self.sizes[site.index][3] if mask is None else self.known.paddings[mask].keys
 
-    def _slots(self, site: Site) -> tuple[Slot, ...]:
-        """Densities are shares of the valid keys."""
-        sizes, tables, mask = self.sizes[site.index], self._tables(site), self.plan.mask_of(site)
-        if site.kind == "mlp":
-            return site_slots(site, sizes, self.config, len(tables.order))
-        padding = None if mask is None else self.known.paddings[mask]
-        always = tables.always_count if padding is None else padding.fixed(tables.always)
-        if padding is not None:
-            sizes = (*sizes[:3], padding.keys, sizes[4])
-        return site_slots(site, sizes, self.config, len(tables.order), always)
+    def _columns(self, site: Site) -> int:
+        """Columns in a list."""
+        mask, always = self.plan.mask_of(site), 0
+        if site.kind == "attention":
+            tables = self._tables(site)
+            always = tables.always_count if mask is None else self.known.paddings[mask].fixed(tables.always)
+        sizes = self.sizes[site.index]
+        return site_columns(site, (*sizes[:3], self._available(site), sizes[4]), self.config, always)
 
     def _tables(self, site: Site) -> Tables:
         sizes, attention = self.sizes[site.index], site.kind == "attention"

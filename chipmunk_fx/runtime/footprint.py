@@ -17,18 +17,16 @@ def site_columns(site: Site, sizes: Sequence[int], config: Config, always: int =
     return columns(sizes[3], settings.density_of(site.layer), settings.random_density, always, TILE)
 
 
-def site_slots(
-    site: Site, sizes: Sequence[int], config: Config, grouped_rows: int | None = None, always: int = 0
-) -> tuple[Slot, ...]:
-    """The caches of one branch of a site. `grouped_rows`: rows that share lists (all by default)."""
-    count = site_columns(site, sizes, config, always)
+def site_slots(site: Site, sizes: Sequence[int], columns: int, grouped_rows: int | None = None) -> tuple[Slot, ...]:
+    """The caches of one branch of a site. `columns`: of a list; `grouped_rows`: rows that share lists (all by default)."""
     if site.kind == "attention":
         b, h, n, m, d = sizes
         return attention_slots(
-            b, h, n, m, d, site.dtype, grouped_rows=grouped_rows, group_rows=site.group_rows, columns=count
-        )
+            b, h, n, m, d, site.dtype, grouped_rows=grouped_rows, group_rows=site.group_rows, columns=columns,
+            device=site.device.type,
+        )  # fmt: skip
     b, n, _, f, out = sizes
-    return mlp_slots(b, n, f, out, site.dtype, group_rows=site.group_rows, columns=count)
+    return mlp_slots(b, n, f, out, site.dtype, group_rows=site.group_rows, columns=columns)
 
 
 def density(site: Site, config: Config) -> float:
@@ -37,6 +35,11 @@ def density(site: Site, config: Config) -> float:
     return 1.0 if site.status == "dense" else site_columns(site, sizes, config) / sizes[3]
 
 
+def branch_slots(site: Site, config: Config) -> tuple[Slot, ...]:
+    """The caches of one branch at the compiled sizes (text columns not counted)."""
+    return site_slots(site, site.hints, site_columns(site, site.hints, config))
+
+
 def cache_bytes(site: Site, config: Config, branches: int = 1) -> int:
     """Bytes of a site's caches at the compiled sizes (text columns not counted)."""
-    return sum(slot.bytes * (1 if slot.shared else branches) for slot in site_slots(site, site.hints, config))
+    return sum(slot.bytes * (1 if slot.shared else branches) for slot in branch_slots(site, config))

@@ -13,7 +13,7 @@ import torch
 from chipmunk_fx.config import Config
 from chipmunk_fx.graph.plan import Plan, Site
 from chipmunk_fx.graph.state import lanes
-from chipmunk_fx.runtime.footprint import cache_bytes, site_slots
+from chipmunk_fx.runtime.footprint import branch_slots, cache_bytes
 from chipmunk_fx.runtime.registry import held
 from chipmunk_fx.state.store import Place
 
@@ -62,7 +62,7 @@ def notes(plan: Plan, config: Config) -> list[str]:
 def staging_bytes(plan: Plan, config: Config) -> int:
     """Bytes of the buffers on the device through which caches on the host pass, at the compiled sizes."""
     site_of = {lane: plan.sites[index] for index, lane in lanes(plan).items()}
-    return sum(slot.bytes for site in site_of.values() for slot in site_slots(site, site.hints, config))
+    return sum(slot.bytes for site in site_of.values() for slot in branch_slots(site, config))
 
 
 def limit(config: Config, place: Place) -> int:

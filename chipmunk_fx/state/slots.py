@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from chipmunk_fx.ops.packing import smallest
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -41,13 +43,18 @@ def attention_slots(
     grouped_rows: int | None = None,
     group_rows: int,
     columns: int,
+    device: str = "cpu",
 ) -> tuple[Slot, Slot, Slot]:
-    """rest, share and lists of an attention site. `grouped_rows`: those that the order names, all by default."""
+    """rest, share and lists of an attention site. `grouped_rows`: those that the order names, all by default.
+
+    device: the type of that which computes. Lists are packed there; those of an MLP, one for all heads, are small.
+    """
     grouped = rows if grouped_rows is None else grouped_rows
+    lists = batch, heads, math.ceil(grouped / group_rows), min(columns, keys)
     return (
         Slot("rest", (batch, heads, rows, width), dtype),
         Slot("share", (batch, heads, rows), torch.float32),
-        Slot("lists", (batch, heads, math.ceil(grouped / group_rows), min(columns, keys)), torch.int32),
+        Slot("lists", *smallest(lists, keys, device)),
     )
 
 

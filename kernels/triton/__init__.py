@@ -69,6 +69,20 @@ def mlp_sparse(**arguments: Any) -> Tensor:
     return mlp.sparse(**arguments)
 
 
+def pack_bits(lists: Tensor, bits: Tensor, keys: int) -> None:
+    """As `chipmunk_fx.ops.packing.Bits.pack`."""
+    from chipmunk_fx.kernels.triton import packing
+
+    packing.pack(lists, bits, keys)
+
+
+def unpack_bits(bits: Tensor, lists: Tensor, keys: int) -> None:
+    """As `chipmunk_fx.ops.packing.Bits.unpack`."""
+    from chipmunk_fx.kernels.triton import packing
+
+    packing.unpack(bits, lists, keys)
+
+
 def _operands(op: str, arguments: Mapping[str, Any]) -> list[Tensor]:
     names = ("k", "v", "rest") if op.startswith("attention") else ("w1", "b1", "wu", "bu", "w2", "b2", "hidden")
     return [arguments[n] for n in names if arguments[n] is not None]

@@ -21,6 +21,7 @@ from triton.runtime.jit import JITFunction
 import chipmunk_fx.kernels.triton as backend
 from chipmunk_fx.kernels.triton import tuning
 from chipmunk_fx.ops.cases import AttentionCase, MlpCase, arguments
+from chipmunk_fx.ops.packing import line_bytes
 
 TARGETS = {  # what programs are compiled for, and what tile sizes depend on there
     "sm_80": (GPUTarget("cuda", 80, 32), tuning.Device(shared=166_912, units=108)),
@@ -106,6 +107,11 @@ def launches(device: tuning.Device, cases: Sequence[tuple[torch.dtype, Attention
         values = case.values(dtype)
         for op in ("attention_refresh", "attention_sparse") if "q" in values else ("mlp_refresh", "mlp_sparse"):
             getattr(backend, op)(**arguments(op, values))
+        if isinstance(case, AttentionCase):
+            lists = values["lists"].flatten(0, 2)
+            bits = torch.zeros(len(lists), line_bytes(case.keys), dtype=torch.uint8)
+            backend.pack_bits(lists, bits, case.keys)
+            backend.unpack_bits(bits, lists, case.keys)
     return iter(seen)
 
 

@@ -16,6 +16,8 @@ KERNELS = {
     "_store_activations",
     "_exchange_listed",
     "_add_listed",
+    "_pack",
+    "_unpack",
 }
 USUAL = ["sm_80", "sm_90", "gfx942"]
 ALL = [*USUAL, "sm_86", "sm_89", "sm_100", "sm_120"]

@@ -53,7 +53,7 @@ def test_bytes_of_a_generation():
     run(model, calls(TIMES))
     attention, mlp = chipmunk_fx.summary(model).sites
     groups = 5  # of 16 rows in 72
-    assert attention.cache_bytes == 4 * (2 * 72 * 16 + 2 * 72 + 2 * groups * 32)  # rest, share, lists
+    assert attention.cache_bytes == 4 * (2 * 72 * 16 + 2 * 72) + 2 * (2 * groups * 32)  # rest, share, lists
     # hidden, out, mean, lists, by_neuron
     assert mlp.cache_bytes == 4 * (groups * 128 * 16 + 72 * 32 + groups * 128 + groups * 48 + 128 * 32)
 

@@ -23,11 +23,30 @@ def test_columns(arguments: dict, expected: int):
 
 
 def test_bytes_of_a_video_site():
-    """HunyuanVideo at 720x1280x129 keeps 0.73 GB of attention output a site in bf16."""
+    """HunyuanVideo at 720x1280x129 keeps 0.73 GB of attention output a site in bf16; a CPU keeps its lists as they are."""
     rest, share, lists = attention_slots(1, 24, 119056, 119056, 128, torch.bfloat16, group_rows=192, columns=8064)
     assert rest.bytes == 24 * 119056 * 128 * 2 == 731_480_064
     assert share.bytes == 24 * 119056 * 4
     assert lists == Slot("lists", (1, 24, 621, 8064), torch.int32)
+
+
+def test_bytes_of_packed_lists():
+    """A bit a key, in lines of whole 16 bytes, where that is less than an index a column; K bytes tell K."""
+
+    def lists(keys: int, columns: int, device: str) -> Slot:
+        rows = 119056
+        return attention_slots(
+            1, 24, rows, keys, 128, torch.bfloat16, group_rows=128, columns=columns, device=device
+        )[2]  # fmt: skip
+
+    video = lists(119056, 8064, "cuda")
+    assert video == Slot("lists", (24 * 931 * 14896 + 8064,), torch.uint8) and video.bytes == 332_844_288
+    assert lists(119056, 8064, "cpu").bytes == 4 * 24 * 931 * 8064
+    assert lists(119056, 1600, "cuda").dtype == torch.int32  # few of many: indices are shorter
+    for keys, count, dtype in ((4096, 736, torch.uint8), (4096, 208, torch.int16), (65535, 16, torch.int16)):
+        assert lists(keys, count, "cuda").dtype == dtype
+        assert lists(keys, count, "cpu") == Slot("lists", (1, 24, 931, count), torch.int16)
+    assert lists(65536, 16, "cuda").dtype == lists(65536, 16, "cpu").dtype == torch.int32
 
 
 @pytest.mark.parametrize("case", ATTENTION_CASES, ids=repr)
@@ -37,7 +56,8 @@ def test_attention_slots_are_what_the_operators_take(case: AttentionCase):
         case.batch, case.heads, case.rows, case.keys, case.width, torch.bfloat16,
         grouped_rows=case.grouped, group_rows=case.group_rows, columns=case.columns,
     )  # fmt: skip
-    assert [(s.name, s.shape, s.dtype) for s in slots] == described(values, "rest", "share", "lists")
+    assert [(s.name, s.shape, s.dtype) for s in slots[:2]] == described(values, "rest", "share")
+    assert slots[2].shape == values["lists"].shape and slots[2].dtype == torch.int16
 
 
 @pytest.mark.parametrize("case", MLP_CASES, ids=repr)
