@@ -22,9 +22,8 @@ from chipmunk_fx.graph.pattern import AttentionOperands, MlpOperands
 from chipmunk_fx.graph.region import Region, Stream, dead_after_skip, find_region
 from chipmunk_fx.graph.sizes import Size, bindings, evaluate, hints, unbacked
 from chipmunk_fx.graph.walk import ancestors, depending, placeholders, projections, shape
+from chipmunk_fx.ops.groups import GROUP_ROWS
 from chipmunk_fx.schedule.phase import Phase
-
-GROUP_ROWS = 128  # rows that share a list where neither the user nor a kernel has a wish
 
 
 @dataclass(frozen=True)

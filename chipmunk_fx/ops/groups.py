@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+GROUP_ROWS = 128  # rows that share a list where neither the user nor a kernel has a wish
 # bytes gathered at once: on a CPU they stay in the second-level caches, on a GPU this only bounds memory
 _GATHER_BYTES = {"cpu": 5 << 19}
 _GATHER_BYTES_ELSEWHERE = 1 << 28

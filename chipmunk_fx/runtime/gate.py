@@ -7,7 +7,7 @@ import torch
 from chipmunk_fx.config import Config
 from chipmunk_fx.graph.plan import Site
 from chipmunk_fx.kernels import BACKENDS, HOPPER_GROUP_ROWS, on_hopper
-from chipmunk_fx.runtime.costs import CUDA_ATTENTION, CUDA_ATTENTION_HOPPER, at
+from chipmunk_fx.runtime.costs import CUDA_ATTENTION, CUDA_ATTENTION_HOPPER, CUDA_MLP_HOPPER, at
 from chipmunk_fx.runtime.footprint import density
 
 # Least rows for which ten steps with one refresh beat ten dense ones: bounds set between sizes measured on two cores with
@@ -25,10 +25,11 @@ _CPU_DENSITY = {"attention": 0.4, "mlp": 0.5}
 # Of the first linear, between 9 MB (150 ms dense, 85 sparse) and 151 MB (626 dense, 2277 sparse, gathered from memory).
 _CPU_WEIGHT_BYTES = 16e6
 
-# Attention: measured in costs.py from 4352 rows on. MLP of 4352 rows, 3072 to 12288, density 0.30, on an H200: dense 1.01 ms,
-# refresh 2.2, sparse 1.3.
+# Attention: measured in costs.py from 4352 rows on; MLP: with 5.8e11 operations and more. Without kernels/hopper, an MLP of 4352
+# rows, 3072 to 12288, density 0.30, on an H200: dense 1.01 ms, refresh 2.2, sparse 1.3.
 _CUDA_DTYPES = (torch.bfloat16, torch.float16)
 _CUDA_ROWS = 4096
+_CUDA_MLP_FLOPS = 5e11
 
 
 def cost_gate(site: Site, config: Config) -> str | None:
@@ -51,19 +52,22 @@ def cost_gate(site: Site, config: Config) -> str | None:
 def _on_cuda(site: Site, config: Config) -> str | None:
     if not BACKENDS:
         return 'no kernel backend for cuda: plain PyTorch is slower than dense (gate="off" runs it)'
-    if site.kind != "attention":
-        return f"{site.kind} in {site.dtype} on cuda: sparse is not faster"
-    rows, share = site.hints[2], density(site, config)
     if site.dtype not in _CUDA_DTYPES:
         return f"{site.kind} in {site.dtype} on cuda: sparse is not faster"
-    if rows < _CUDA_ROWS:
-        return f"{rows} rows on cuda: sparse is not faster below {_CUDA_ROWS}"
-    every = config.schedule.refresh_every
-    hopper = on_hopper(site.kind, site.device, site.dtype, site.hints[4])
-    as_measured = hopper and site.group_rows % HOPPER_GROUP_ROWS[site.kind] == 0
-    cost = at(rows, CUDA_ATTENTION_HOPPER if as_measured else CUDA_ATTENTION).steps(share, every)
+    width = site.hints[4] if site.kind == "attention" else site.hints[2]
+    hopper = on_hopper(site.kind, site.device, site.dtype, width) and site.group_rows % HOPPER_GROUP_ROWS == 0
+    share, every = density(site, config), config.schedule.refresh_every
+    if site.kind == "attention":
+        rows = site.hints[2]
+        if rows < _CUDA_ROWS:
+            return f"{rows} rows on cuda: sparse is not faster below {_CUDA_ROWS}"
+        size, cost = f"{rows} rows", at(rows, CUDA_ATTENTION_HOPPER if hopper else CUDA_ATTENTION).steps(share, every)
+    else:
+        if not hopper:
+            return "mlp on cuda: sparse is faster only by the kernels for compute capability 9.0, in groups of 192 rows"
+        if site.dense_flops < _CUDA_MLP_FLOPS:
+            return f"{site.dense_flops:.1e} operations on cuda: sparse is not faster below {_CUDA_MLP_FLOPS:.0e}"
+        size, cost = f"{site.dense_flops:.1e} operations", CUDA_MLP_HOPPER.steps(share, every)
     if cost > 1:
-        return (
-            f"density {share:.2f} of {rows} rows on cuda, refreshed every {every} steps: {cost:.2f} of the dense time"
-        )
+        return f"density {share:.2f} of {size} on cuda, refreshed every {every} steps: {cost:.2f} of the dense time"
     return None

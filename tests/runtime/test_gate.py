@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from chipmunk_fx.config import Config
-from chipmunk_fx.graph.plan import GROUP_ROWS, make_plan
+from chipmunk_fx.graph.plan import make_plan
 from chipmunk_fx.kernels import HOPPER_GROUP_ROWS, group_rows, hopper
+from chipmunk_fx.ops.groups import GROUP_ROWS
 from chipmunk_fx.runtime import gate
-from chipmunk_fx.runtime.costs import CUDA_ATTENTION, CUDA_ATTENTION_HOPPER, at
+from chipmunk_fx.runtime.costs import CUDA_ATTENTION, CUDA_ATTENTION_HOPPER, CUDA_MLP_HOPPER, at
 from chipmunk_fx.runtime.gate import cost_gate
 from chipmunk_fx.runtime.placement import limit
 from chipmunk_fx.state.store import Place
@@ -74,8 +75,8 @@ def hopper_card(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_groups_are_as_large_as_the_kernel_likes(hopper_card: None, monkeypatch: pytest.MonkeyPatch):
     cuda, cpu = torch.device("cuda", 0), torch.device("cpu")
-    assert group_rows("attention", cuda, torch.bfloat16, 128) == HOPPER_GROUP_ROWS["attention"] == 192
-    assert group_rows("mlp", cuda, torch.bfloat16, 3072) == HOPPER_GROUP_ROWS["mlp"]
+    assert group_rows("attention", cuda, torch.bfloat16, 128) == HOPPER_GROUP_ROWS == 192
+    assert group_rows("mlp", cuda, torch.bfloat16, 3072) == HOPPER_GROUP_ROWS
     others = [(cpu, torch.bfloat16, 128), (cuda, torch.float32, 128), (cuda, torch.bfloat16, 96)]
     assert {group_rows("attention", *other) for other in others} == {GROUP_ROWS}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
@@ -104,6 +105,19 @@ def test_groups_that_hopper_takes_allow_more_columns(sites, hopper_card: None):
     assert "dense time" in (cost_gate(attention, config) or "")
     assert cost_gate(replace(attention, group_rows=192), config) is None
     assert all(new.slowness < old.slowness for new, old in zip(CUDA_ATTENTION_HOPPER, CUDA_ATTENTION, strict=True))
+
+
+def test_large_mlps_are_sparse_on_hopper(sites, hopper_card: None):
+    mlp = on_cuda(next(site for site in sites if site.kind == "mlp"))
+    mlp = replace(mlp, hints=(1, 4352, 3072, 12288, 3072), group_rows=192)
+    sometimes = Config.from_options({"mlp.density": 0.3, "schedule.refresh_every": 10})
+    assert cost_gate(mlp, sometimes) is None
+    assert "192 rows" in (cost_gate(replace(mlp, group_rows=64), sometimes) or "")
+    assert "operations" in (cost_gate(replace(mlp, hints=(1, 512, 3072, 12288, 3072)), sometimes) or "")
+    often = Config.from_options({"mlp.density": 0.3, "schedule.refresh_every": 2})
+    assert "every 2 steps" in (cost_gate(mlp, often) or "")
+    # ten steps by hand: a refresh and 9 sparse ones
+    assert CUDA_MLP_HOPPER.steps(0.5, 10) == pytest.approx((2.2 + 9 * (0.30 + 0.82 * 0.5)) / 10)
 
 
 def test_the_budget_is_the_users_or_a_share_of_what_is_free():
