@@ -37,6 +37,9 @@ FLUX = {"preset": "flux"}
 DENSE_MLP = {"mlp.enabled": False}
 LISTS = {"schedule.refresh_steps": "R", "schedule.skip_steps": ".", "schedule.dense_steps": "D"}
 THRESHOLDS = (0.03, 0.05, 0.08, 0.1, 0.12, 0.2)
+TENTH = {"attention.density": 0.1, **DENSE_MLP}
+ENDS = {"schedule.dense_steps": [*range(8), *range(44, STEPS)]}
+QUARTERS = {**ENDS, **DENSE_MLP, "schedule.refresh_every": 4}
 FRONT = {"schedule.refresh_steps": [0, 1, 2, 3, 4, 5, 6, 8, 12, 20, 30, 40]}
 
 
@@ -83,6 +86,18 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "the same, skip threshold 0.12": {**FRONT, "schedule.skip_threshold": 0.12},
     **{f"{pattern} between dense steps": between(pattern, **DENSE_MLP) for pattern in ("R.s.", "R..s..", "R.s.s.s.")},
     **{f"{pattern} between dense steps, alone": between(pattern, **ALONE) for pattern in ("D.", "D..", "D...")},
+    "R.s. between dense steps, MLP too": between("R.s."),
+    "Rss between dense steps": between("Rss", **DENSE_MLP),
+    "Rsssss between dense steps at 0.1": between("Rsssss", **TENTH),
+    "the same in raster order, too": between("Rsssss", **TENTH, **{"tokens.order": "raster"}),
+    **{
+        f"skip threshold {limit:g} between dense steps": {**QUARTERS, "schedule.skip_threshold": limit}
+        for limit in (0.05, 0.08)
+    },
+    **{
+        f"skip threshold {limit:g} between dense steps, alone": {**ENDS, **ALONE, "schedule.skip_threshold": limit}
+        for limit in (0.05, 0.08)
+    },
 }
 
 
