@@ -207,7 +207,9 @@ ATTENTION_CASES = (
     AttentionCase(rows=63, keys=63, width=64, group_rows=32, columns=63, batch=2, present=(63, 40), key_heads=1),
     AttentionCase(rows=63, keys=63, width=32, group_rows=16, columns=16, batch=2, present=(0, 30)),
     AttentionCase(rows=63, keys=2500, width=64, group_rows=32, columns=300, heads=1, fixed=11, mass_stride=8),
-    AttentionCase(rows=300, keys=120, width=256, group_rows=192, columns=64, heads=1, layout="heads_first"),
+    AttentionCase(
+        rows=300, keys=120, width=256, group_rows=192, columns=64, heads=1, mass_stride=4, layout="heads_first"
+    ),
 )
 LONG_ATTENTION_CASES = (
     AttentionCase(rows=4353, keys=4353, width=128, group_rows=128, columns=768, mass_stride=4, grouped=4353, heads=3),

@@ -32,7 +32,8 @@ def column_masses(
     sampled = triton.cdiv(group_rows, stride)
     device = tuning.device_of(q)
     tile = tuning.mass_tile(width, sampled, q.element_size(), device)
-    slots = min(tuning.padded(sampled, 1), tile.rows)
+    thirds = tuning.in_thirds(sampled)
+    slots = min(sampled // 3 if thirds else tuning.padded(sampled, 1), tile.rows)
     at_once = tile.rows // slots
     grouped = rows if order is None else order.shape[0]
     # a program for each run of keys, so many that every multiprocessor has several
@@ -45,7 +46,7 @@ def column_masses(
         per_batch, per_batch // k.shape[1], rows, grouped, keys, pitch, run, heads.start, groups.start, groups.stop, stride,
         scale * LOG2E,
         WIDTH=width, WIDE=tuning.padded(width), GROUP=group_rows, SAMPLED=sampled, SLOTS=slots, AT_ONCE=at_once,
-        COLUMNS=tile.columns, **tile.launch,
+        COLUMNS=tile.columns, HELD=3 if thirds else 1, **tile.launch,
     )  # fmt: skip
     return masses[..., :keys]
 
@@ -55,7 +56,7 @@ def _column_masses(
     q, k, order, lse, masses, q_b, q_h, q_n, k_b, k_h, k_n,
     heads, shared_by, rows, grouped, keys, pitch, run, first_head, first_group, last_group, stride, scale,
     WIDTH: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr, SAMPLED: tl.constexpr, SLOTS: tl.constexpr,
-    AT_ONCE: tl.constexpr, COLUMNS: tl.constexpr,
+    AT_ONCE: tl.constexpr, COLUMNS: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
     head = first_head + tl.program_id(2)
     b = (head // heads).to(tl.int64)
@@ -74,6 +75,14 @@ def _column_masses(
         q, order, lse, group, slot % SLOTS, q_n, grouped, last_group, stride, d, WIDTH, GROUP, SAMPLED
     )
     queries = tl.trans(queries)  # here, so that they are laid out for the products once
+    if HELD == 3:  # all samples of a group are at hand
+        second, second_shift = _sample(
+            q, order, lse, group, SLOTS + slot % SLOTS, q_n, grouped, last_group, stride, d, WIDTH, GROUP, SAMPLED
+        )
+        third, third_shift = _sample(
+            q, order, lse, group, 2 * SLOTS + slot % SLOTS, q_n, grouped, last_group, stride, d, WIDTH, GROUP, SAMPLED
+        )
+        second, third = tl.trans(second), tl.trans(third)
     first = tl.program_id(1) * run
     for at in range(first, tl.minimum(first + run, keys), COLUMNS):
         column = at + tl.arange(0, COLUMNS)
@@ -81,14 +90,18 @@ def _column_masses(
             k + column.to(tl.int64)[:, None] * k_n + d[None, :],
             mask=(column < keys)[:, None] & (d < WIDTH)[None, :], other=0.0,
         )  # fmt: skip
-        sums = _sums(keys_, queries, shift, scale, COLUMNS, AT_ONCE, SLOTS)
+        weights = _weights(keys_, queries, shift, scale)
+        if HELD == 3:
+            weights += _weights(keys_, second, second_shift, scale)
+            weights += _weights(keys_, third, third_shift, scale)
         # a group of more sampled rows than fit takes them in turn
-        for part in tl.static_range(1, PASSES):
+        for part in tl.static_range(HELD, PASSES):
             more, shift_ = _sample(
                 q, order, lse, group, part * SLOTS + slot % SLOTS, q_n, grouped, last_group, stride, d,
                 WIDTH, GROUP, SAMPLED,
             )  # fmt: skip
-            sums += _sums(keys_, tl.trans(more), shift_, scale, COLUMNS, AT_ONCE, SLOTS)
+            weights += _weights(keys_, tl.trans(more), shift_, scale)
+        sums = tl.sum(tl.reshape(weights, [COLUMNS, AT_ONCE, SLOTS]), 2)
         mask = (written < last_group)[:, None] & (column < keys)[None, :]
         tl.store(target[:, None] + column[None, :], tl.trans(coded(sums)), mask=mask)
 
@@ -109,8 +122,7 @@ def _sample(
 
 
 @triton.jit
-def _sums(keys, queries, shift, scale, COLUMNS: tl.constexpr, AT_ONCE: tl.constexpr, SLOTS: tl.constexpr):
-    """[COLUMNS, AT_ONCE]: softmax weights summed over the rows of each group."""
-    s = multiply_add(keys, queries, tl.zeros([COLUMNS, AT_ONCE * SLOTS], tl.float32))
-    p = tl.exp2(s * scale - shift[None, :])
-    return tl.sum(tl.reshape(p, [COLUMNS, AT_ONCE, SLOTS]), 2)
+def _weights(keys, queries, shift, scale):
+    """[COLUMNS, AT_ONCE * SLOTS]: softmax weights of the sampled rows."""
+    s = multiply_add(keys, queries, tl.zeros([keys.shape[0], queries.shape[1]], tl.float32))
+    return tl.exp2(s * scale - shift[None, :])

@@ -74,10 +74,22 @@ def _fitting(choices: list[Tile], wide: int, itemsize: int, device: Device) -> T
     return next((tile for tile in choices if taken(tile) <= device.shared), choices[-1])
 
 
+def in_thirds(sampled: int) -> bool:
+    """Whether the sampled rows of a group are three times a power of two: of 192 rows, 48 need not take the place of 64."""
+    return sampled % 3 == 0 and 4 <= sampled // 3 <= 16 and sampled // 3 == padded(sampled // 3, 1)
+
+
 def mass_tile(width: int, sampled: int, itemsize: int, device: Device) -> Tile:
-    """Of the column masses: `rows` sampled rows stay, of several groups or a part of one, and all keys pass by."""
+    """Of the column masses: `rows` sampled rows stay, of several groups or a part of one, and all keys pass by.
+
+    Three times as many rows where samples are taken in thirds.
+    """
     wide = padded(width)
-    if itemsize == 4:
+    if in_thirds(sampled):
+        choices = (
+            (Tile(16, 16, 4, 1),) if itemsize == 4 else (Tile(64, 64, 4, 3), Tile(32, 32, 4, 2), Tile(16, 16, 4, 1))
+        )
+    elif itemsize == 4:
         choices = (Tile(64, 32, 4, 2), Tile(32, 16, 4, 1), Tile(16, 16, 4, 1))
     else:
         # H200, width 128, 32 of 128 rows, 40 heads of 75,600 keys, ms: 64 columns, 3 stages 32.5, 2 stages 33.3; 64 rows 33.6;
@@ -86,8 +98,9 @@ def mass_tile(width: int, sampled: int, itemsize: int, device: Device) -> Tile:
 
     def taken(tile: Tile) -> int:
         # the parts of a larger group pass by as well
-        passing = tile.columns + (tile.rows if sampled > tile.rows else 0)
-        return itemsize * wide * (tile.rows + passing * tile.stages)
+        held = 3 * tile.rows if in_thirds(sampled) else tile.rows
+        passing = tile.columns + (tile.rows if sampled > held else 0)
+        return itemsize * wide * (held + passing * tile.stages)
 
     return next((tile for tile in choices if taken(tile) <= device.shared), choices[-1])
 
