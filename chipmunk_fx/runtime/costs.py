@@ -25,9 +25,10 @@ class Cost:
 # 32.5, 17.1; 24 heads of 119056 rows, density 0.07: 311, 29.9, 50.2, 28.
 CUDA_ATTENTION = (Cost(4352, 3.05, 0.49), Cost(75600, 1.47, 0.24), Cost(119056, 1.42, 0.25))
 
-# The same with groups of 192 rows and the kernel of kernels/hopper, sparse at densities 0.21, 0.07, 0.07: 0.113, 14.1, 19.9 ms.
-# Masses and selection are those of groups of 128 rows, a bound.
-CUDA_ATTENTION_HOPPER = (Cost(4352, 1.41, 0.49), Cost(75600, 0.97, 0.24), Cost(119056, 0.94, 0.25))
+# The same with groups of 192 rows and the kernel of kernels/hopper, lists unpacked at each step. Inside FLUX, density 0.28: 0.37,
+# 0.155, 0.104, 0.032; 40 heads of 75600 rows, density 0.07: 203, 14.5, 30.8, 5.5; 24 heads of 119056 rows: 308, 20.5, and masses
+# and selection that grow with rows times keys.
+CUDA_ATTENTION_HOPPER = (Cost(4352, 1.50, 0.37), Cost(75600, 1.02, 0.18), Cost(119056, 0.98, 0.18))
 
 
 def at(rows: int, measured: tuple[Cost, ...] = CUDA_ATTENTION) -> Cost:
@@ -56,6 +57,6 @@ class MlpCost:
         return (self.refresh + (refresh_every - 1) * (self.fixed + self.slowness * density)) / refresh_every
 
 
-# H200, bf16, groups of 192 rows, 4352 rows, 3072 to 12288 to 3072, ms: dense 0.99, refresh 2.2; sparse 0.54 at density 0.30,
-# 0.43 at 0.17.
-CUDA_MLP_HOPPER = MlpCost(refresh=2.2, fixed=0.30, slowness=0.82)
+# H200, bf16, groups of 192 rows, 4352 rows, 3072 to 12288 to 3072, ms: dense 1.02, refresh 1.30; sparse 0.52 at density 0.30,
+# 0.35 at 0.17; inside FLUX 0.57 at 0.35.
+CUDA_MLP_HOPPER = MlpCost(refresh=1.3, fixed=0.15, slowness=1.25)

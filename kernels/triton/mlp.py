@@ -8,7 +8,7 @@ from torch import Tensor
 
 from chipmunk_fx.kernels.triton.first import exchange_listed
 from chipmunk_fx.kernels.triton.launching import inner_contiguous, on_device_of
-from chipmunk_fx.kernels.triton.pooling import group_means, store_activations
+from chipmunk_fx.kernels.triton.pooling import group_means, store_activations, store_transposed
 from chipmunk_fx.kernels.triton.second import add_listed
 from chipmunk_fx.kernels.triton.selection import select
 from chipmunk_fx.ops.activations import activation as activation_named
@@ -24,7 +24,7 @@ def refresh(
     with on_device_of(x):
         rows = inner_contiguous(_batches(x))
         lists.copy_(torch.arange(lists.shape[-1], device=x.device).expand_as(lists))
-        by_neuron.copy_(w2.mT)
+        store_transposed(inner_contiguous(w2), by_neuron)
         mean.copy_(_pooled(rows, w1, b1, wu, bu, order, activation, group_rows))
         results = []
         for entry, cached in zip(rows, hidden, strict=True):

@@ -1,4 +1,4 @@
-"""Rows read group by group: their means, and the activations of a refresh written neuron by neuron."""
+"""What an MLP keeps of a refresh: means of groups, activations and weights neuron by neuron."""
 
 import torch
 import triton
@@ -75,3 +75,22 @@ def _store_activations(
     tl.store(h + at, value, mask=mask)
     cached = hidden + ((place // GROUP).to(tl.int64) * neurons * GROUP + place % GROUP)[None, :]
     tl.store(cached + neuron.to(tl.int64)[:, None] * GROUP, tl.trans(value), mask=tl.trans(mask))
+
+
+def store_transposed(weight: Tensor, by_neuron: Tensor) -> None:
+    """by_neuron [F, C2], contiguous = the transpose of weight [C2, F], whose lines may lie apart.
+
+    H200, 3072 by 12288: PyTorch's copy takes 0.26 ms, 0.036 would move the bytes.
+    """
+    width, neurons = weight.shape
+    grid = (triton.cdiv(neurons, 64), triton.cdiv(width, 64))
+    _store_transposed[grid](weight, by_neuron, weight.stride(0), width, neurons, SIDE=64)
+
+
+@triton.jit
+def _store_transposed(weight, by_neuron, pitch, width, neurons, SIDE: tl.constexpr):
+    c = (tl.program_id(1) * SIDE + tl.arange(0, SIDE)).to(tl.int64)
+    neuron = (tl.program_id(0) * SIDE + tl.arange(0, SIDE)).to(tl.int64)
+    mask = (c < width)[:, None] & (neuron < neurons)[None, :]
+    value = tl.load(weight + c[:, None] * pitch + neuron[None, :], mask=mask, other=0.0)
+    tl.store(by_neuron + neuron[:, None] * width + c[None, :], tl.trans(value), mask=tl.trans(mask))

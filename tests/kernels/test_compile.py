@@ -14,6 +14,7 @@ KERNELS = {
     "_select",
     "_group_means",
     "_store_activations",
+    "_store_transposed",
     "_exchange_listed",
     "_add_listed",
     "_pack",

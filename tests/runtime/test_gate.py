@@ -114,10 +114,10 @@ def test_large_mlps_are_sparse_on_hopper(sites, hopper_card: None):
     assert cost_gate(mlp, sometimes) is None
     assert "192 rows" in (cost_gate(replace(mlp, group_rows=64), sometimes) or "")
     assert "operations" in (cost_gate(replace(mlp, hints=(1, 512, 3072, 12288, 3072)), sometimes) or "")
-    often = Config.from_options({"mlp.density": 0.3, "schedule.refresh_every": 2})
+    often = Config.from_options({"mlp.density": 0.6, "schedule.refresh_every": 2})
     assert "every 2 steps" in (cost_gate(mlp, often) or "")
     # ten steps by hand: a refresh and 9 sparse ones
-    assert CUDA_MLP_HOPPER.steps(0.5, 10) == pytest.approx((2.2 + 9 * (0.30 + 0.82 * 0.5)) / 10)
+    assert CUDA_MLP_HOPPER.steps(0.5, 10) == pytest.approx((1.3 + 9 * (0.15 + 1.25 * 0.5)) / 10)
 
 
 def test_the_budget_is_the_users_or_a_share_of_what_is_free():
