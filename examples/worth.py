@@ -169,18 +169,26 @@ def milliseconds(run: Run) -> dict[str, float]:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """What was measured of each setting, in order of first measurement; `seconds` of a picture where steps were timed."""
+    """What was measured of each setting, in order of first measurement; `seconds` of a picture where its steps were timed."""
     rows: dict[str, dict[str, Any]] = {}
+    timed: dict[str, dict[str, float]] = {}
     for line in path.read_text().splitlines():
         row = json.loads(line)
         rows[row["name"]] = rows.get(row["name"], {}) | row
-    return [row | taken(row) for row in rows.values()]
+        timed[computed(row["name"])] = timed.get(computed(row["name"]), {}) | row.get("ms", {})
+    return [row | taken(row, timed[computed(row["name"])]) for row in rows.values()]
 
 
-def taken(row: Mapping[str, Any]) -> dict[str, float]:
+def computed(name: str) -> str:
+    """The same for settings that differ in their schedule alone: a step of a phase takes them as long."""
+    return str(sorted(item for item in SETTINGS.get(name, {}).items() if not item[0].startswith("schedule.")))
+
+
+def taken(row: Mapping[str, Any], ms: Mapping[str, float]) -> dict[str, float]:
     """Seconds of a picture's steps: those of the pictures that were compared, each as long as the median of its phase."""
-    ms, steps = row.get("ms"), row.get("steps", row.get("timed", {}))
-    return {"seconds": sum(count * ms[phase] for phase, count in steps.items()) / 1000} if ms else {}
+    steps = row.get("steps", row.get("timed", {}))
+    known = steps and steps.keys() <= ms.keys()
+    return {"seconds": sum(count * ms[phase] for phase, count in steps.items()) / 1000} if known else {}
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -190,13 +198,15 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """PSNR against seconds a picture where all rows were timed, else against operations."""
+    """PSNR against seconds a picture, of the rows whose steps were timed; where there are none, against operations."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     shown = [row for row in rows if "psnr" in row]
-    cost, unit = ("seconds", "s") if all("seconds" in row for row in shown) else ("operations", "share of dense")
+    if timed := [row for row in shown if "seconds" in row]:
+        shown = timed
+    cost, unit = ("seconds", "s") if timed else ("operations", "share of dense")
     for row in shown:
         colour = "tab:orange" if "alone" in row["name"] else "tab:blue"  # nothing sparse, something sparse
         marker = "^" if "threshold" in row["name"] else "s" if row["skipped"] else "o"

@@ -55,8 +55,22 @@ def test_figures_of_several_runs_join(worth: Any, tmp_path: Path):
     assert rows[0]["psnr"] == 31.0 and "31.0" in worth.table(rows)
     worth.plot(rows, tmp_path / "worth.svg")
     assert "seconds a picture, s" in (tmp_path / "worth.svg").read_text()
-    worth.plot([*rows, {"name": "b", "psnr": 30.0, "operations": 0.4, "skipped": 3}], tmp_path / "worth.svg")
+    untimed = {"name": "b", "psnr": 30.0, "operations": 0.4, "skipped": 3}
+    worth.plot([untimed], tmp_path / "worth.svg")
     assert "operations a picture, share of dense" in (tmp_path / "worth.svg").read_text()
+
+
+def test_settings_that_differ_in_their_schedule_share_times(worth: Any, tmp_path: Path):
+    lines = [
+        {"name": "MLP dense", "ms": {"refresh": 300.0, "sparse": 100.0}, "timed": {"refresh": 1, "sparse": 1}},
+        {"name": "R.s. between dense steps", "ms": {"dense": 200.0, "skip": 5.0}, "timed": {"dense": 1, "skip": 1}},
+        {"name": "Rss between dense steps", "steps": {"dense": 10, "refresh": 10, "sparse": 30}},
+        {"name": "defaults", "steps": {"refresh": 5, "sparse": 45}},
+    ]
+    (tmp_path / "worth.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = {row["name"]: row for row in worth.read(tmp_path / "worth.jsonl")}
+    assert rows["Rss between dense steps"]["seconds"] == pytest.approx(2 + 3 + 3)
+    assert "seconds" not in rows["defaults"]  # its MLPs are sparse: nothing like it was timed
 
 
 def test_steps_are_timed_by_phase(worth: Any, tmp_path: Path):
