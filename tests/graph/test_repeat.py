@@ -7,7 +7,6 @@ import torch
 from torch import fx, nn
 
 from chipmunk_fx.graph import capture as capturing
-from chipmunk_fx.graph.repeat import Repeating
 from tests.graph.capturing import captured
 from tests.harness.zoo import build
 from tests.runtime.models import TinyDiT, calls
