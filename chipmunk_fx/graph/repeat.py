@@ -13,33 +13,50 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._dispatch.python import no_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, snapshot_fake, track_tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 _PLAIN = (int, float, bool, str, type(None), type(...), torch.dtype, torch.device, torch.layout, torch.memory_format)
-_COPIED = ("val", "tensor_meta", "original_aten", "eager_input_vals")  # the rest of a node's meta is of its own place
+_COPIED = ("tensor_meta", "original_aten", "eager_input_vals")  # the rest of a node's meta is of its own place
+
+
+@dataclass(frozen=True)
+class _Value:
+    """A tensor in the memory of the input at place `memory`, or of what was first made in a memory beyond the inputs'."""
+
+    memory: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+    device: torch.device
 
 
 @dataclass(frozen=True)
 class _Recorded:
-    """The nodes that a call became, of tensors that were the nodes `inputs`.
+    """The nodes that a call became, of tensors that were the nodes `inputs`, and of each node its value.
 
     `results`: the node of each, or the place of the input that it is. `moved`: the node that stands for an input from then on.
     """
 
     inputs: tuple[fx.Node, ...]
-    nodes: tuple[fx.Node, ...]
+    nodes: dict[fx.Node, Any]
+    values: tuple[_Value, ...]
     results: tuple[fx.Node | int, ...]
     form: TreeSpec
     moved: dict[int, fx.Node]
 
-    def again(self, tracer: Any, tensors: Sequence[Tensor], inputs: Sequence[fx.Node]) -> Any:
+    def again(self, tracer: Any, tensors: Sequence[Any], inputs: Sequence[fx.Node]) -> Any:
         copied = dict(zip(self.inputs, inputs, strict=True))
-        for old in self.nodes:
+        made = iter(_made(self.values, tensors))
+        for old, value in self.nodes.items():
             args, kwargs = fx.map_arg((old.args, old.kwargs), copied.__getitem__)
-            copied[old] = tracer.create_node("call_function", old.target, args, kwargs, old.name)
-            copied[old].meta |= {key: old.meta[key] for key in _COPIED if key in old.meta}
+            copied[old] = new = tracer.create_node("call_function", old.target, args, kwargs, old.name)
+            new.meta |= {key: old.meta[key] for key in _COPIED if key in old.meta}
+            one = isinstance(value, _Value)
+            new.meta["val"] = next(made) if one else tree_map_only(_Value, lambda _: next(made), value)
 
         def tracked(tensor: Tensor, node: fx.Node) -> Tensor:
             track_tensor(tensor, fx.Proxy(copied[node], tracer), constant=None, tracer=tracer)
@@ -47,8 +64,10 @@ class _Recorded:
 
         for place, node in self.moved.items():
             tracked(tensors[place], node)
-        values = [tensors[r] if isinstance(r, int) else tracked(snapshot_fake(r.meta["val"]), r) for r in self.results]
-        return tree_unflatten(values, self.form)
+        # a value may yet be laid out anew in place, the node keeps what it was
+        fresh = [r if isinstance(r, int) else snapshot_fake(copied[r].meta["val"]) for r in self.results]
+        pairs = zip(self.results, fresh, strict=True)
+        return tree_unflatten([tensors[r] if isinstance(r, int) else tracked(v, r) for r, v in pairs], self.form)
 
 
 class Repeating(fx.Interpreter):
@@ -82,21 +101,42 @@ class Repeating(fx.Interpreter):
         last = next(iter(reversed(mode.tracer.graph.nodes)))
         result = run(target, args, kwargs)
         if key is not None and inputs is not None and key not in self._seen:
-            self._seen[key] = _recorded(last, inputs, tensors, result, mode.tracer)
+            with torch._C.DisableTorchFunction():
+                self._seen[key] = _recorded(last, inputs, tensors, result, mode.tracer)
         return result
+
+
+def _made(values: Sequence[_Value], tensors: Sequence[Any]) -> list[Tensor]:
+    """The values in the memories of `tensors` and in new ones. Below all modes, as FakeTensorMode makes what it has seen."""
+    mode, owners, raw = tensors[0].fake_mode, list(tensors), []
+    with no_python_dispatcher(), in_kernel_invocation_manager(mode):
+        for value in values:
+            if value.memory == len(owners):
+                raw.append(torch.empty_strided(value.shape, value.stride, dtype=value.dtype, device="meta"))
+                owners.append(raw[-1])
+            else:
+                raw.append(torch.as_strided(owners[value.memory], value.shape, value.stride, value.offset))
+    return [FakeTensor(mode, tensor, value.device) for tensor, value in zip(raw, values, strict=True)]
 
 
 def _key(values: Sequence[Any], tensors: Sequence[Tensor]) -> tuple[Any, ...] | None:
     """All that a trace can depend on, where it is known to be that."""
     places = {id(tensor): place for place, tensor in enumerate(tensors)}
     parts = [_form(v, places[id(v)]) if isinstance(v, Tensor) else _literal(v) for v in values]
-    return None if None in parts else tuple(parts)
+    return None if None in parts else (tuple(_memories(tensors)), *parts)
+
+
+def _memories(tensors: Sequence[Tensor]) -> list[int]:
+    """Of each tensor, the place of the first that lies in the same memory."""
+    memories = [tensor.untyped_storage()._cdata for tensor in tensors]
+    return [memories.index(memory) for memory in memories]
 
 
 def _form(tensor: Tensor, place: int) -> tuple[Any, ...] | None:
-    if not isinstance(tensor, FakeTensor) or tensor._has_symbolic_sizes_strides or tensor.layout is not torch.strided:
+    plain = isinstance(tensor, FakeTensor) and tensor.layout is torch.strided and not tensor._has_symbolic_sizes_strides
+    if not plain or tensor.is_conj() or tensor.is_neg():
         return None
-    laid = tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.is_conj(), tensor.is_neg()
+    laid = tensor.shape, tensor.stride(), tensor.storage_offset()
     return place, type(tensor), tensor.dtype, tensor.device, tensor.requires_grad, *laid
 
 
@@ -131,10 +171,28 @@ def _recorded(
     pure = all(_computes(node) and known.issuperset(node.all_input_nodes) for node in nodes)
     if not pure or now is None or made is None or not known.issuperset((*now, *made)):
         return None
-    places = {id(tensor): place for place, tensor in enumerate(tensors)}
+    places, owners = {id(tensor): place for place, tensor in enumerate(tensors)}, list(tensors)
+    valued = {node: tree_map_only(Tensor, lambda value: _value(value, owners), node.meta["val"]) for node in nodes}
+    flat = tree_leaves(list(valued.values()))
+    if not all(isinstance(value, _Value) for value in flat):
+        return None
     results = tuple(places.get(id(leaf), node) for leaf, node in zip(leaves, made, strict=True))
     moved = {place: node for place, (node, old) in enumerate(zip(now, inputs, strict=True)) if node is not old}
-    return _Recorded(inputs, tuple(nodes), results, form, moved)
+    return _Recorded(inputs, valued, tuple(flat), results, form, moved)
+
+
+def _value(tensor: Tensor, owners: list[Tensor]) -> _Value | None:
+    """How to make another like it; `owners`, of each memory the first tensor in it, takes in one in a new memory."""
+    shape, stride, offset = tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
+    memory = _memories([*owners, tensor])[-1]
+    if memory == len(owners):
+        extent = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+        if offset or tensor.untyped_storage().nbytes() != extent * tensor.element_size():
+            return None  # it is part of what is not seen here
+        owners.append(tensor)
+    if owners[memory].dtype != tensor.dtype or not _form(tensor, 0):
+        return None
+    return _Value(memory, shape, stride, offset, tensor.dtype, tensor.device)
 
 
 def _computes(node: fx.Node) -> bool:

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import fx, nn
+from torch.utils._pytree import tree_leaves
 
 from chipmunk_fx.graph import capture as capturing
 from tests.graph.capturing import captured
@@ -14,10 +15,14 @@ from tests.runtime.models import TinyDiT, calls
 
 def described(module: fx.GraphModule) -> list[tuple[Any, ...]]:
     """All of a graph that matching reads."""
-    nodes = []
+    nodes, memories = [], []
     for node in module.graph.nodes:
-        value = node.meta.get("val")
-        laid = (value.shape, value.stride(), value.dtype, value.device) if isinstance(value, torch.Tensor) else ()
+        values = [value for value in tree_leaves(node.meta.get("val")) if isinstance(value, torch.Tensor)]
+        memories += [storage for value in values if (storage := value.untyped_storage()._cdata) not in memories]
+        laid = [
+            (v.shape, v.stride(), v.storage_offset(), v.dtype, v.device, memories.index(v.untyped_storage()._cdata))
+            for v in values
+        ]
         about = [str(node.meta.get(key)) for key in ("nn_module_stack", "stack_trace", "custom", "original_aten")]
         nodes.append((node.op, str(node.target), str(node.args), str(node.kwargs), laid, about))
     return nodes
