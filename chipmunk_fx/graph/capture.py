@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from chipmunk_fx.graph.inplace import out_of_place
 from chipmunk_fx.graph.opening import open_up
 from chipmunk_fx.graph.repeat import Repeating
 
@@ -99,6 +100,7 @@ def capture(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Capt
     if any(isinstance(_attribute(traced, n), FakeTensor) for n in traced.graph.nodes if n.op == "get_attr"):
         raise Uncapturable("the re-trace captured a tensor made inside the graph as a constant")
     _one_spelling(traced)
+    out_of_place(traced.graph)
     inputs = _describe(graph_module, traced, fakes)
     dynamic = any(isinstance(f, torch.SymInt) or _has_symbols(f) for f in fakes)
     return Capture(traced, inputs, context, dynamic)
