@@ -149,7 +149,7 @@ def plain_examples() -> Sequence[Example]:
 def plain_near_misses() -> Sequence[Example]:
     acts: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str | None]] = {
         "dropout in training": (lambda x: F.dropout(F.gelu(x), 0.5), "saw gelu, dropout 0.5"),
-        "hidden is written to": (lambda x: F.gelu(x).mul_(2), "saw gelu, mul_ 2"),
+        "hidden is scaled in place": (lambda x: F.gelu(x).mul_(2), "saw gelu, mul 2"),
         "softmax between": (lambda x: x.softmax(-1), None),
         "unknown scale": (lambda x: F.gelu(x) * 1.5, "saw gelu, mul 1.5"),
         "cubed": (lambda x: F.relu(x) ** 3, "saw relu, pow 3"),

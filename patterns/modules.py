@@ -68,7 +68,7 @@ class Written(Mlp):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.norm(x)
         hidden = self.act(self.fc1(x))
-        x.mul_(2)
+        x[:, 1:].mul_(2)
         return self.fc2(hidden) + x
 
 

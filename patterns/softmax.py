@@ -288,7 +288,7 @@ def near_misses() -> Sequence[Example]:
 
     def written(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         shares = (q @ k.mT).softmax(-1)
-        q.mul_(2)
+        q[..., 1:].mul_(2)
         return shares @ v + q
 
     calls = {

@@ -411,6 +411,16 @@ def test_explain_lists_what_is_refused():
     assert (site.accepted, site.status, site.form) == (False, "dense", "cross") and "cross attention" in site.reason
 
 
+def test_explain_says_what_becomes_of_steps_without_a_timestep():
+    class Counted(TinyDiT):
+        def forward(self, latents, number, text):
+            return super().forward(latents, torch.full((1,), number), text)
+
+    report = chipmunk_fx.explain(Counted(), CALL[0], 900, CALL[2])
+    assert report.timestep is None
+    assert "timestep: not found (calls are counted, by schedule.steps and schedule.branches" in str(report)
+
+
 def test_explain_refuses_unknown_kinds():
     report = chipmunk_fx.explain(TinyDiT(), *CALL)
     for arguments in (("linear",), ("mlp", "sparse")):

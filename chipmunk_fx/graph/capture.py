@@ -19,7 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from chipmunk_fx.graph.inplace import out_of_place
 from chipmunk_fx.graph.opening import open_up
+from chipmunk_fx.graph.repeat import Repeating
 
 aten = torch.ops.aten
 
@@ -80,15 +82,15 @@ def capture(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Capt
     """Re-trace `graph_module` (as Dynamo hands it to a backend). Raises `Uncapturable` with the reason."""
     context = TracingContext.get()
     fakes = [_fake(value, context) for value in example_inputs]
-    source = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
-    open_up(source)
+    source = copy.deepcopy(graph_module.graph)
+    open_up(source, graph_module)
     _refuse_opaque(source)
     _drop_autocast(source)
     _detach_data(source)
     _note_attention_kernels(source)
 
     def run(*args: Any) -> Any:
-        return fx.Interpreter(source).run(*args)
+        return Repeating(graph_module, source).run(*args)
 
     try:
         with fx_traceback.preserve_node_meta(), context.fake_mode, torch.no_grad():  # pyright: ignore[reportOptionalContextManager]
@@ -98,6 +100,7 @@ def capture(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Capt
     if any(isinstance(_attribute(traced, n), FakeTensor) for n in traced.graph.nodes if n.op == "get_attr"):
         raise Uncapturable("the re-trace captured a tensor made inside the graph as a constant")
     _one_spelling(traced)
+    out_of_place(traced.graph)
     inputs = _describe(graph_module, traced, fakes)
     dynamic = any(isinstance(f, torch.SymInt) or _has_symbols(f) for f in fakes)
     return Capture(traced, inputs, context, dynamic)
@@ -150,15 +153,15 @@ def _name(node: fx.Node) -> str:
     return getattr(node.target, "__name__", str(node.target))
 
 
-def _refuse_opaque(module: fx.GraphModule) -> None:
-    if node := next((n for n in module.graph.nodes if "flex_attention" in _name(n)), None):
+def _refuse_opaque(graph: fx.Graph) -> None:
+    if node := next((n for n in graph.nodes if "flex_attention" in _name(n)), None):
         raise Uncapturable(f"{_name(node)} in the graph: its effect would be lost in a re-trace")
 
 
-def _drop_autocast(module: fx.GraphModule) -> None:
+def _drop_autocast(graph: fx.Graph) -> None:
     """Remove regions of autocast that cast nothing; a re-trace records the others with wrong dtypes: `Uncapturable`."""
     regions: list[fx.Node] = []
-    for node in list(module.graph.nodes):
+    for node in list(graph.nodes):
         if "enter_autocast" in _name(node):
             regions.append(node)
         elif "exit_autocast" in _name(node):
@@ -168,9 +171,8 @@ def _drop_autocast(module: fx.GraphModule) -> None:
             if enabled and (reason := "inside another" if around else _casts(entered, node)):
                 raise Uncapturable(f"autocast in the graph: {reason}, which would be lost in a re-trace")
             if not around:
-                module.graph.erase_node(node)
-                module.graph.erase_node(entered)
-    module.recompile()
+                graph.erase_node(node)
+                graph.erase_node(entered)
 
 
 def _casts(entered: fx.Node, left: fx.Node) -> str | None:
@@ -185,10 +187,10 @@ def _casts(entered: fx.Node, left: fx.Node) -> str | None:
     return None
 
 
-def _note_attention_kernels(module: fx.GraphModule) -> None:
+def _note_attention_kernels(graph: fx.Graph) -> None:
     """Write on each attention which kernels the `sdpa_kernel` around it allows: a re-trace forgets it."""
     allowed = ""
-    for node in module.graph.nodes:
+    for node in graph.nodes:
         if _name(node) == "_sdpa_kernel":
             names = [n.args[0] if isinstance(n, fx.Node) else n.name for n in node.args[0]]
             allowed = "" if len(names) == _KERNELS else ",".join(names)
@@ -196,12 +198,11 @@ def _note_attention_kernels(module: fx.GraphModule) -> None:
             node.meta["custom"] = {**node.meta.get("custom", {}), SDPA_CHOICE: allowed}
 
 
-def _detach_data(module: fx.GraphModule) -> None:
+def _detach_data(graph: fx.Graph) -> None:
     """`x.data` arrives as `_get_data_attr`, which a re-trace rejects; for values it is `detach`."""
-    for node in module.graph.nodes:
+    for node in graph.nodes:
         if node.op == "call_function" and getattr(node.target, "__name__", "") == "_get_data_attr":
             node.target, node.kwargs = torch.Tensor.detach, {}
-    module.recompile()
 
 
 def _one_spelling(module: fx.GraphModule) -> None:

@@ -21,6 +21,7 @@ _EMBEDDING = (
     *(*VIEWS, aten.cat.default, aten.stack.default, aten.slice.Tensor, aten.select.int, aten.mul.Tensor),
     *(aten.repeat.default, aten.repeat_interleave.self_int),
 )
+_LOOKUPS = (aten.embedding.default, aten.index.Tensor, aten.index_select.default)
 _TIME_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "noise_level")
 _NOT_TIME = ("guidance", "size", "meta", "ratio", "resolution", "fps")
 _LATENT_NAMES = ("hidden_states", "x", "latents", "sample", "img", "latent", "z")
@@ -44,7 +45,7 @@ def classify(capture: Capture) -> Roles:
     free = [i for i, entry in enumerate(capture.inputs) if entry.is_tensor and not entry.is_parameter]
     names = {i: capture.inputs[i].name.split(".")[-1] for i in free}
     timed, rotary = _sinusoids(capture.module)
-    times = [i for i in free if nodes[i] in timed]
+    times = [i for i in free if nodes[i] in timed] or [i for i in free if _looks_up(nodes[i], names[i])]
     timestep = _prefer(times, names, _TIME_NAMES, avoid=_NOT_TIME)
     ids = tuple(i for i in free if nodes[i] in rotary and nodes[i] not in timed)
     latents = _latents(capture, [i for i in free if i not in times and i not in ids], names)
@@ -73,6 +74,16 @@ def _sinusoids(module: fx.GraphModule) -> tuple[set[fx.Node], set[fx.Node]]:
         elif node.target in (aten.polar.default, aten.complex.default):
             rotary.update(placeholders(node))
     return timed, rotary
+
+
+def _looks_up(node: fx.Node, name: str) -> bool:
+    """A time of a table of times. Labels look up too: the name must say it."""
+    through = (*VIEWS, aten.clamp.default, aten.mul.Tensor, aten.sub.Tensor)
+    return (
+        name in _TIME_NAMES
+        and rank(node) <= 1
+        and reaches(node, through, lambda source, user: user.target in _LOOKUPS and user.args[0] is not source)
+    )
 
 
 def _latents(capture: Capture, candidates: Sequence[int], names: dict[int, str]) -> int | None:

@@ -17,14 +17,13 @@ _CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 _PADDING, _NO_MASK = 1, None  # what the fused layer calls its masks
 
 
-def open_up(module: fx.GraphModule) -> None:
-    """Regions within regions too; what is not known stays as it is."""
-    while region := next((n for n in module.graph.nodes if n.target is _CHECKPOINT), None):
-        _inline(module, region)
-    for node in module.graph.nodes:
+def open_up(graph: fx.Graph, module: fx.GraphModule) -> None:
+    """Regions within regions too; what is not known stays as it is. `module` holds what `graph` refers to."""
+    while region := next((n for n in graph.nodes if n.target is _CHECKPOINT), None):
+        _inline(graph, module, region)
+    for node in graph.nodes:
         if node.target is torch._transformer_encoder_layer_fwd and _is_plain(node):
             node.target = encoder_layer
-    module.recompile()
 
 
 def encoder_layer(
@@ -88,15 +87,15 @@ def _is_plain(layer: fx.Node) -> bool:
     return kind == _PADDING and isinstance(value, Tensor) and value.dtype == torch.bool and value.dim() == 2
 
 
-def _inline(module: fx.GraphModule, region: fx.Node) -> None:
+def _inline(graph: fx.Graph, module: fx.GraphModule, region: fx.Node) -> None:
     """The body of a region in the place of its call: its inputs are the call's arguments."""
     held, *arguments = region.args
     assert isinstance(held, fx.Node)
     body: Any = module.get_submodule(str(held.target))
     inputs = [n for n in body.graph.nodes if n.op == "placeholder"]
     copied: dict[fx.Node, Any] = dict(zip(inputs, arguments, strict=True))
-    with module.graph.inserting_before(region):
-        results = module.graph.graph_copy(body.graph, copied)
+    with graph.inserting_before(region):
+        results = graph.graph_copy(body.graph, copied)
     for node in copied.values():
         if isinstance(node, fx.Node) and node.op == "get_attr" and node not in arguments:
             node.target = f"{held.target}.{node.target}"
@@ -104,7 +103,7 @@ def _inline(module: fx.GraphModule, region: fx.Node) -> None:
         if user.target is not operator.getitem:
             raise NotImplementedError(f"{user} takes all results of {region}")
         user.replace_all_uses_with(results[user.args[1]])  # pyright: ignore
-        module.graph.erase_node(user)
-    module.graph.erase_node(region)
+        graph.erase_node(user)
+    graph.erase_node(region)
     if not held.users:
-        module.graph.erase_node(held)
+        graph.erase_node(held)

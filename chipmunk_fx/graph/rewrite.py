@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dynamo.source import ConstantSource
+from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from chipmunk_fx.config import Config
@@ -56,7 +57,8 @@ def rewrite(capture: Capture, plan: Plan, config: Config, phase: Phase, renew: b
 
 def _module(capture: Capture, graph: fx.Graph) -> fx.GraphModule:
     """What AOTAutograd takes for a graph of Dynamo's: with a source, or none, for all that comes in."""
-    module = fx.GraphModule(capture.module, graph)
+    with _use_lazy_graph_module(True):  # as Dynamo's own: code that nobody runs is not written
+        module = _make_graph_module(capture.module, graph)
     module.meta |= capture.module.meta
     constants = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
     module._param_name_to_source = {name: ConstantSource(f"chipmunk_{name}") for name in constants}  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]

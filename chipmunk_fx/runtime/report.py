@@ -23,6 +23,10 @@ from chipmunk_fx.graph.walk import shape
 from chipmunk_fx.runtime.registry import unwrap
 
 KINDS = ("attention", "mlp")
+_NO_TIMESTEP = (
+    "not found (calls are counted, by schedule.steps and schedule.branches; a Python int is a constant of the graph, a "
+    "tensor is an input)"
+)
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ class Report:
         lines = [
             f"{counts}; they hold {self.coverage:.1%} of {self.total_flops / 1e9:.3g} G floating-point operations, "
             f"accepted ones {self.accepted_coverage:.1%}",
-            f"timestep: {self.timestep or 'not found'}; latents: {self.latents or 'not found'}; "
+            f"timestep: {self.timestep or _NO_TIMESTEP}; latents: {self.latents or 'not found'}; "
             f"text: {', '.join(self.text) or 'none'}; grid: {self.geometry}",
             *self.notes,
         ]

@@ -62,13 +62,17 @@ class Seen:
         return None if found is None else self.names[found]
 
     def geometry(self, **options: Any) -> Geometry:
-        rows = [c.operands.q.shape[2] for c in self.candidates if isinstance(c.operands, AttentionOperands)]
-        return find_geometry(self.capture, self.roles, config_of(options).tokens, rows, self.inputs)
+        return self._geometry(self.candidates, config_of(options))
+
+    def _geometry(self, candidates: list[Candidate], config: Config) -> Geometry:
+        rows = [c.operands.q.shape[2] for c in candidates if isinstance(c.operands, AttentionOperands)]
+        return find_geometry(self.capture, self.roles, config.tokens, rows, self.inputs)
 
     def plan(self, judge: Callable[[Any], str | None] = lambda site: None, /, **options: Any) -> Plan:
         """Options with dots are written with two underscores; `judge` is the cost gate."""
-        geometry, config = self.geometry(**options), config_of(options)
-        return make_plan(self.capture, self.candidates, self.roles, geometry, config, judge, self.inputs)
+        candidates, config = self.candidates, config_of(options)
+        geometry = self._geometry(candidates, config)
+        return make_plan(self.capture, candidates, self.roles, geometry, config, judge, self.inputs)
 
 
 @cache

@@ -56,6 +56,19 @@ class Rotary(nn.Module):
         return self.block(hidden_states + self.time(waves)[:, None])
 
 
+class Table(TinyDiT):
+    """Times in a table, one for each of 1000 steps; labels are in another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times, self.labels = nn.Embedding(1000, WIDTH), nn.Embedding(10, WIDTH)
+
+    def forward(self, latents, timestep, labels):
+        x = self.embed(latents).flatten(2).transpose(1, 2)
+        x = x + self.times(timestep.long())[:, None] + self.labels(labels)[:, None]
+        return self.out(self.blocks[0](x))
+
+
 def ids(t: int, h: int, w: int) -> torch.Tensor:
     axes = torch.meshgrid(torch.arange(t), torch.arange(h), torch.arange(w), indexing="ij")
     return torch.stack(axes, -1).reshape(-1, 3)
@@ -70,6 +83,11 @@ def test_timestep_latents_and_text():
 def test_names_are_not_needed():
     seen = captured(Unnamed(), *calls([900])[0])
     assert (seen.role("timestep"), seen.role("latents"), seen.role("text")) == ("b", "a", ("c",))
+
+
+def test_a_time_may_be_looked_up():
+    seen = captured(Table(), noise(), torch.tensor([900]), torch.tensor([3]))
+    assert seen.role("timestep") == "timestep"
 
 
 def test_a_better_name_wins_between_two_sinusoids():

@@ -150,6 +150,31 @@ class LongSkips(Frame):
         return x[:, 2:]
 
 
+class AddedInPlace(Frame):
+    """What a block adds is written to the stream's own memory."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+            self.attention, self.mlp = FusedAttention(WIDTH, HEADS), GeluMlp(WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x += self.attention(self.norm1(x))
+            x += self.mlp(self.norm2(x))
+            return x
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(self.Block() for _ in range(DEPTH))
+
+    def run(self, x: Tensor, time: Tensor, label: Tensor) -> Tensor:
+        x = x + time + label
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
 class TwoStreams(Frame):
     """MM-DiT: registers beside the image, weights of their own, joined in attention."""
 
@@ -193,5 +218,6 @@ WHOLE: dict[str, Unlisted] = {
     "encoder, norm last": Unlisted(Encoder),
     "tokens first, padded": Unlisted(TokensFirst),
     "long skips": Unlisted(LongSkips, attention=3, mlp=3),
+    "added in place": Unlisted(AddedInPlace),
     "two streams": Unlisted(TwoStreams, mlp=2 * DEPTH),
 }
