@@ -1,16 +1,17 @@
-"""What the examples share: a table of runs, pictures side by side, and PSNR."""
+"""What the examples share: a table of runs, pictures side by side, PSNR, and the type to compute in."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image, ImageDraw
 from tabulate import tabulate
 from torch import Tensor
 
 from chipmunk_fx.images import psnr
 
-__all__ = ["print_table", "psnr", "side_by_side", "to_picture"]
+__all__ = ["default_dtype", "print_table", "psnr", "side_by_side", "to_picture"]
 
 MARGIN = 4  # pixels between pictures
 CAPTION = 16  # pixels above them
@@ -45,3 +46,14 @@ def side_by_side(dense: Sequence[Tensor], sparse: Sequence[Tensor], labels: tupl
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print rows that share their keys as a table; numbers get two decimals."""
     print(tabulate([dict(row) for row in rows], headers="keys", floatfmt=".2f"))
+
+
+def default_dtype(device: str) -> str:
+    """The name of bf16 where the device multiplies it, else of fp32.
+
+    A processor with neither AMX nor AVX-512-BF16 takes ten times as long for bf16.
+    """
+    if not device.startswith("cpu"):
+        return "bf16"
+    known = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return "bf16" if any(getattr(torch.cpu, name, bool)() for name in known) else "fp32"

@@ -19,7 +19,7 @@ from typing import Any
 import photos
 import torch
 import yaml
-from common import side_by_side, to_picture
+from common import default_dtype, side_by_side, to_picture
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from measure import Sampler, compare, run_dense, run_sparse, table
 from torch import Tensor, nn
@@ -164,6 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if given.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"--device {given.device}: PyTorch finds no CUDA device here; use --device cpu")
+    given.dtype = given.dtype or default_dtype(given.device)
     try:
         options = read_options(given)
         lowering = Config.from_options(options).lowering
@@ -239,7 +240,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--steps", type=count, default=50, help="default: 50")
     add("--guidance", type=float, help="classifier-free for the bundled model (1: off), distilled for a pipeline")
     add("--seed", type=int, default=0, help="of the first picture; default: 0")
-    add("--dtype", choices=tuple(DTYPES), default="bf16", help="default: bf16")
+    add("--dtype", choices=tuple(DTYPES), help="default: bf16 where the device multiplies it, else fp32")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is one")
     add("--option", action="append", default=[], metavar="KEY=VALUE", help="an option of the backend; repeatable")
     add("--config", type=Path, metavar="YAML", help="a config file of the backend")

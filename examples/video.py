@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import yaml
-from common import print_table
+from common import default_dtype, print_table
 from torch import Tensor, nn
 
 import chipmunk_fx
@@ -68,6 +68,7 @@ def main(family: Family, description: str, arguments: Sequence[str] | None = Non
     """Follow a command line; returns the figures that --json writes, and the frames of both runs."""
     parser = make_parser(family, description)
     given = parser.parse_args(arguments)
+    given.dtype = given.dtype or default_dtype(given.device)
     if given.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"--device {given.device}: PyTorch finds no CUDA device here; use --device cpu")
     try:
@@ -315,7 +316,7 @@ def make_parser(family: Family, description: str) -> argparse.ArgumentParser:
     add("--steps", type=int, default=50, help="default: 50")
     add("--guidance", type=float, help="default: the pipeline's own")
     add("--seed", type=int, default=0, help="default: 0")
-    add("--dtype", choices=tuple(DTYPES), default="bf16", help="default: bf16")
+    add("--dtype", choices=tuple(DTYPES), help="default: bf16 where the device multiplies it, else fp32")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is one")
     add("--offload", action="store_true", help="keep on the device only the part of the pipeline that is at work")
     add("--option", action="append", default=[], metavar="KEY=VALUE", help="an option of the backend; repeatable")

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import psnr
-from flux import BUNDLED, Photographs
+from common import default_dtype, psnr
+from flux import BUNDLED, DTYPES, Photographs
 from measure import Run, run_dense, run_sparse
 from photos import NAMES
 from tabulate import tabulate
@@ -103,7 +103,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     given = make_parser().parse_args(arguments)
-    sampler = bundled(given.device, given.images, given.size)
+    sampler = bundled(given.device, given.images, given.size, given.dtype)
     given.out.parent.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
         for row in seconds(sampler, given.seconds) if given.seconds else quality(sampler, given.only or SETTINGS):
@@ -116,9 +116,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         plot(rows, given.plot)
 
 
-def bundled(device: str, pictures: int = PICTURES, side: int = 256) -> Photographs:
+def bundled(device: str, pictures: int = PICTURES, side: int = 256, dtype: str | None = None) -> Photographs:
     asked = {"size": (side, side), "prompt": None, "classes": NAMES[:pictures], "images": pictures, "seed": 0}
-    return Photographs(BUNDLED, argparse.Namespace(**asked, guidance=None, device=device, dtype="bf16"))
+    return Photographs(
+        BUNDLED, argparse.Namespace(**asked, guidance=None, device=device, dtype=dtype or default_dtype(device))
+    )
 
 
 def quality(sampler: Photographs, names: Iterable[str]) -> Iterable[dict[str, Any]]:
@@ -231,6 +233,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--images", type=int, default=PICTURES, help=f"number of pictures, at most {len(NAMES)}; default: {PICTURES}")
     add("--size", type=int, default=256, help="pixels along an edge; default: 256")
+    add("--dtype", choices=tuple(DTYPES), help="default: bf16 where the device multiplies it, else fp32")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is one")
     add("--out", type=Path, default=Path("build/worth.jsonl"), metavar="FILE", help="default: build/worth.jsonl")
     add("--plot", type=Path, metavar="FILE", help="also draw PSNR against seconds or operations")

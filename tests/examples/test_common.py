@@ -45,3 +45,13 @@ def test_a_table_is_printed(common: ModuleType, capsys: pytest.CaptureFixture[st
     )
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in (lines[0], lines[-1])] == [["run", "seconds", "PSNR"], ["sparse", "1.26", "33.00"]]
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_bf16_is_the_default_where_it_is_multiplied(
+    common: ModuleType, supported: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported, raising=False)
+    assert common.default_dtype("cpu") == ("bf16" if supported else "fp32")
+    assert common.default_dtype("cuda:1") == "bf16"
