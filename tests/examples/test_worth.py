@@ -73,6 +73,7 @@ def test_settings_that_differ_in_their_schedule_share_times(worth: Any, tmp_path
     assert "seconds" not in rows["defaults"]  # its MLPs are sparse: nothing like it was timed
 
 
+@pytest.mark.full
 def test_steps_are_timed_by_phase(worth: Any, tmp_path: Path):
     worth.SETTINGS = {"one skipped": worth.skipping([2])}
     out = tmp_path / "worth.jsonl"

@@ -19,9 +19,9 @@ EVERY = [
 ]
 
 FIRST = [
-    *(ProductSettings("bf16", 3, columns, "gelu_tanh") for columns in range(96, 193, 16)),
-    *(ProductSettings("bf16", 2, columns, "gelu_tanh") for columns in (96, 176, 256)),
-    *(ProductSettings("f16", 3, 192, name) for name in ACTIVATIONS),
+    *(ProductSettings("bf16", 3, columns, "gelu_tanh") for columns in (96, 176, 192)),
+    ProductSettings("bf16", 2, 256, "gelu_tanh"),
+    *(ProductSettings("f16", 3, 192, name) for name in ("gelu", "relu2", "tanh")),
     *(
         ProductSettings(e, c, n, "silu", gated=True)
         for e, c, n in (("bf16", 3, 192), ("f16", 2, 256), ("bf16", 2, 112))
@@ -31,7 +31,13 @@ SECOND = [
     *(ProductSettings("bf16", 3, columns) for columns in (64, 128, 192)),
     *(ProductSettings("f16", 2, columns) for columns in (64, 128, 192, 256)),
 ]
-PRODUCTS = [*((settings, "first.cu") for settings in FIRST), *((settings, "second.cu") for settings in SECOND)]
+LONG = [
+    *(ProductSettings("bf16", 3, columns, "gelu_tanh") for columns in (112, 128, 144, 160)),
+    *(ProductSettings("bf16", 2, columns, "gelu_tanh") for columns in (96, 176)),
+    *(ProductSettings("bf16", 3, 192, name) for name in ACTIVATIONS),
+]
+PRODUCTS = [*(pytest.param(settings, "first.cu", marks=pytest.mark.full) for settings in LONG),
+            *((settings, "first.cu") for settings in FIRST), *((settings, "second.cu") for settings in SECOND)]  # fmt: skip
 
 
 @pytest.mark.parametrize("settings", EVERY, ids=repr)
