@@ -47,8 +47,7 @@ def on_hopper(kind: str, device: torch.device, dtype: torch.dtype, width: int) -
     """Whether kernels/hopper takes such sites in groups of its size."""
     if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip is not None:
         return False
-    fits = width in hopper.WIDTHS if kind == "attention" else width >= hopper.LEAST_WIDTH and width % 64 == 0
-    suits = dtype in hopper.DTYPES and fits
+    suits = dtype in hopper.DTYPES and hopper.refused_width(kind == "attention", width) is None
     return suits and torch.cuda.get_device_capability(device) == hopper.CAPABILITY and hopper._nvrtc() is not None
 
 

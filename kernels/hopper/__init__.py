@@ -30,10 +30,8 @@ def supports(op: str, arguments: Mapping[str, Any]) -> str | None:
         return f"compute capability {torch.cuda.get_device_capability(x.device)}, allowed is {CAPABILITY}"
     if x.dtype not in DTYPES:
         return f"{x.dtype}, allowed are {', '.join(map(str, DTYPES))}"
-    if attention and x.shape[-1] not in WIDTHS:
-        return f"head width {x.shape[-1]}, allowed are {', '.join(map(str, WIDTHS))}"
-    if not attention and (x.shape[-1] < LEAST_WIDTH or x.shape[-1] % 64):
-        return f"width {x.shape[-1]}, allowed are multiples of 64 from {LEAST_WIDTH} on"
+    if refused := refused_width(attention, x.shape[-1]):
+        return refused
     if not attention and arguments["w2"].shape[0] % 64:
         return f"a result {arguments['w2'].shape[0]} wide, allowed are multiples of 64"
     if all(group_rows % rows for rows in GROUP_ROWS):
@@ -41,6 +39,15 @@ def supports(op: str, arguments: Mapping[str, Any]) -> str | None:
     if _nvrtc() is None:
         return f"no NVRTC for CUDA {torch.version.cuda}, needed is that of the package nvidia-cuda-nvrtc"
     return triton.supports(op, arguments)
+
+
+def refused_width(attention: bool, width: int) -> str | None:
+    """Why heads, or an MLP's inputs, that are `width` wide are not taken; None where they are."""
+    if attention and width not in WIDTHS:
+        return f"head width {width}, allowed are {', '.join(map(str, WIDTHS))}"
+    if not attention and (width < LEAST_WIDTH or width % 64):
+        return f"width {width}, allowed are multiples of 64 from {LEAST_WIDTH} on"
+    return None
 
 
 def attention_refresh(**arguments: Any) -> Tensor:

@@ -31,7 +31,7 @@ struct Rows {  // the two of a thread
     __device__ __forceinline__ Rows(const Problem &p, int first) {
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            const int place = first + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4 + 8 * r;
+            const int place = first + row_of_thread(r);
             live[r] = place < p.grouped;
             row[r] = live[r] ? place : p.grouped - 1;
             if (p.order) row[r] = p.order[row[r]];
@@ -44,8 +44,6 @@ __device__ __forceinline__ int again(int x) {
     asm volatile("" : "+r"(x));
     return x;
 }
-
-__device__ __forceinline__ int byte_of_lane() { return threadIdx.x % 2 * 16 + threadIdx.x % 4 / 2 * 8; }
 
 __device__ __forceinline__ void load_old(uint2 (&old)[2][PAIRS], const Problem &p, const Place &at, const Rows &rows) {
 #pragma unroll

@@ -5,12 +5,12 @@ from ctypes import c_float, c_int, c_longlong, c_void_p
 from functools import cache
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from chipmunk_fx.kernels.hopper import nvrtc, tuning
 from chipmunk_fx.kernels.hopper.instructions import ELEMENTS, multiply, preamble
 from chipmunk_fx.kernels.hopper.tuning import Settings
+from chipmunk_fx.kernels.triton.launching import copyable
 
 LOG2E = 1.4426950408889634
 PARTS = ("primitives.cuh", "gather.cuh", "softmax.cuh", "columns.cu")
@@ -37,7 +37,7 @@ def attend_columns(
     lse: Tensor | None = None, *, scale: float, group_rows: int, power: float = 0.0, short: bool,
 ) -> None:  # fmt: skip
     """As `chipmunk_fx.kernels.triton.columns.attend_columns`, for what the backend takes."""
-    q, k, v = (_copyable(x) for x in (q, k, v))
+    q, k, v = (copyable(x) for x in (q, k, v))
     batch, heads, rows, width = q.shape
     settings = tuning.columns_settings(ELEMENTS[q.dtype], width, group_rows)
     parts = group_rows // settings.rows
@@ -51,9 +51,7 @@ def attend_columns(
         heads, heads // k.shape[1], rows, rows if order is None else order.shape[0], k.shape[2], *lists.shape[2:],
         parts, tiles, group_rows, scale * LOG2E, power, short,
     )  # fmt: skip
-    units = torch.cuda.get_device_properties(q.device).multi_processor_count
-    stream = torch.cuda.current_stream(q.device).cuda_stream
-    _kernel(settings, q.device.index).launch(min(tiles, units), [problem], stream)
+    _kernel(settings, q.device.index).launch(tiles, problem, q.device)
 
 
 def source(settings: Settings) -> str:
@@ -82,11 +80,3 @@ def _code(settings: Settings) -> bytes:
 def _strides(x: Tensor) -> tuple[int, ...]:
     """In bytes, of batch, heads and rows."""
     return tuple(stride * x.element_size() for stride in x.stride()[:3])
-
-
-def _copyable(x: Tensor) -> Tensor:
-    """x, copied where its rows cannot be read 16 bytes at a time, or lie further apart than 32 bits tell."""
-    strides = _strides(x)
-    aligned = x.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in strides)
-    fits = aligned and strides[2] < 1 << 32 and x.stride(-1) == 1
-    return x if fits else x.clone(memory_format=torch.contiguous_format)

@@ -33,10 +33,12 @@ struct Tables {
     }
 };
 
-template <class T>
-__device__ __forceinline__ void put(u32 address, T x) {
-    if (sizeof(T) == 8) asm volatile("st.shared.u64 [%0], %1;" ::"r"(address), "l"((u64)x) : "memory");
-    else asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"((u32)x) : "memory");
+__device__ __forceinline__ void put(u32 address, u64 x) {
+    asm volatile("st.shared.u64 [%0], %1;" ::"r"(address), "l"(x) : "memory");
+}
+
+__device__ __forceinline__ void put(u32 address, u32 x) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
 }
 
 __device__ __forceinline__ u32 taken(u32 address) {
@@ -195,14 +197,5 @@ __device__ __forceinline__ void consume(const Problem &p, const Shared &shared) 
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) exchange_listed(const __grid_constant__ Problem p) {
-    extern __shared__ __align__(1024) char memory[];
-    const Shared shared(shared_address(memory));
-    prepare(shared);
-    if (threadIdx.x < 128) {
-        registers_to_copy();
-        produce(p, shared);
-    } else {
-        registers_to_multiply();
-        consume(p, shared);
-    }
+    run(p);
 }

@@ -11,6 +11,7 @@ from torch import Tensor
 from chipmunk_fx.kernels.hopper import nvrtc, tuning
 from chipmunk_fx.kernels.hopper.instructions import ELEMENTS, activation_of, multiply, preamble
 from chipmunk_fx.kernels.hopper.tuning import ProductSettings
+from chipmunk_fx.kernels.triton.launching import copyable
 
 PARTS = ("primitives.cuh", "products.cuh")
 
@@ -40,7 +41,7 @@ def exchange_listed(
     lists: Tensor, mean: Tensor, means: Tensor, change: Tensor, *, activation: str, group_rows: int,
 ) -> None:  # fmt: skip
     """As `chipmunk_fx.kernels.triton.first.exchange_listed`, for what the backend takes."""
-    x, w1, wu = _copyable(x), _copyable(w1), None if wu is None else _copyable(wu)
+    x, w1, wu = copyable(x), copyable(w1), None if wu is None else copyable(wu)
     batch, groups, listed = lists.shape
     settings = tuning.first_settings(
         ELEMENTS[x.dtype], group_rows, batch * groups, x.shape[2], listed, activation, wu is not None, units(x.device)
@@ -53,7 +54,7 @@ def exchange_listed(
         hidden.data_ptr(), change.data_ptr(), means.data_ptr(), mean.data_ptr(),
         x.shape[1], x.shape[2] // 64, w1.shape[0], groups, listed, parts, batch * groups, tiles,
     )  # fmt: skip
-    _launch(settings, "first.cu", "exchange_listed", problem, tiles, x.device)
+    _kernel(settings, "first.cu", "exchange_listed", x.device.index).launch(tiles, problem, x.device)
 
 
 def add_listed(
@@ -71,16 +72,17 @@ def add_listed(
         change.data_ptr(), by_neuron.data_ptr(), _pointer(order), lists.data_ptr(), out.data_ptr(), result.data_ptr(),
         rows, width, groups, listed, parts, batch * groups, tiles,
     )  # fmt: skip
-    _launch(settings, "second.cu", "add_listed", problem, tiles, out.device)
+    _kernel(settings, "second.cu", "add_listed", out.device.index).launch(tiles, problem, out.device)
 
 
 def source(settings: ProductSettings, file: str) -> str:
     """The whole of the CUDA C++ of "first.cu" or "second.cu"."""
     first = settings.activation is not None
     sizes = {"consumers": settings.consumers, "columns": settings.columns, "buffers": settings.buffers}
+    sizes |= {"gated": settings.gated} if first else {}
     return "\n".join(
         [
-            preamble(settings.element, gated=settings.gated, **sizes),
+            preamble(settings.element, **sizes),
             multiply("multiply", settings.element, settings.columns, inner_apart=not first),
             *((Path(__file__).parent / name).read_text() for name in PARTS),
             activation_of(settings.activation, settings.element) if settings.activation else "",
@@ -92,13 +94,6 @@ def source(settings: ProductSettings, file: str) -> str:
 def units(device: torch.device) -> int:
     """Multiprocessors."""
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _launch(
-    settings: ProductSettings, file: str, name: str, problem: ctypes.Structure, tiles: int, device: torch.device
-) -> None:  # fmt: skip
-    stream = torch.cuda.current_stream(device).cuda_stream
-    _kernel(settings, file, name, device.index).launch(min(tiles, units(device)), [problem], stream)
 
 
 @cache
@@ -114,9 +109,3 @@ def _code(settings: ProductSettings, file: str) -> bytes:
 
 def _pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
-
-
-def _copyable(x: Tensor) -> Tensor:
-    """x, copied where its lines cannot be read 16 bytes at a time."""
-    aligned = x.data_ptr() % 16 == 0 and all(2 * stride % 16 == 0 for stride in x.stride()[:-1])
-    return x if aligned and x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)

@@ -1,7 +1,6 @@
 """CUDA C++ compiled at run time: NVRTC and the driver through ctypes, as torch brings them. Nothing loads on import."""
 
 import ctypes
-from collections.abc import Sequence
 from ctypes import byref, c_char_p, c_int, c_size_t, c_void_p
 from dataclasses import dataclass
 from functools import cache
@@ -74,9 +73,11 @@ class Kernel:
     threads: int
     shared: int
 
-    def launch(self, blocks: int, parameters: Sequence[ctypes.Structure], stream: int) -> None:
-        """Runs `blocks` blocks on a stream (its handle) of the current device; parameters are passed by value."""
-        pointers = (c_void_p * len(parameters))(*(ctypes.addressof(x) for x in parameters))
+    def launch(self, tiles: int, problem: ctypes.Structure, device: torch.device) -> None:
+        """Runs a block for each of `tiles`, at most one a multiprocessor, on the current stream; `problem` is passed by value."""
+        blocks = min(tiles, torch.cuda.get_device_properties(device).multi_processor_count)
+        stream = torch.cuda.current_stream(device).cuda_stream
+        pointers = (c_void_p * 1)(ctypes.addressof(problem))
         done = driver().cuLaunchKernel(
             self.function, blocks, 1, 1, self.threads, 1, 1, self.shared, c_void_p(stream), pointers, None
         )

@@ -114,6 +114,11 @@ struct Ring {
     }
 };
 
+// Of a result [64, n], the row of a thread's first (0) or second (1) values.
+__device__ __forceinline__ int row_of_thread(int r) {
+    return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4 + 8 * r;
+}
+
 // Between the layout of a result, where a lane has 2 neighbours of 8 columns in each of two chunks x and y, and one
 // where it has 4 neighbours of one chunk: 8 bytes. Its own inverse.
 __device__ __forceinline__ void swap_with_neighbour(u32 &x, u32 &y) {
@@ -122,3 +127,6 @@ __device__ __forceinline__ void swap_with_neighbour(u32 &x, u32 &y) {
     if (odd) x = got;
     else y = got;
 }
+
+// Where these lie among the 32 bytes of the two chunks.
+__device__ __forceinline__ int byte_of_lane() { return threadIdx.x % 2 * 16 + threadIdx.x % 4 / 2 * 8; }

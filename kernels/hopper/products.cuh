@@ -33,15 +33,6 @@ __device__ __forceinline__ void prepare(const Shared &shared) {
     __syncthreads();
 }
 
-// 65536 registers: 168 or 128 a thread at the start, then as many as each role needs
-__device__ __forceinline__ void registers_to_copy() {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(CONSUMERS == 2 ? 40 : 32));
-}
-
-__device__ __forceinline__ void registers_to_multiply() {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMERS == 2 ? 232 : 160));
-}
-
 // The place of a lane's 16 bytes in a block of lines of 128: 4 lines a warp, 16 lines in one instruction of all four,
 // chunks swizzled by line.
 __device__ __forceinline__ int line_of_lane() { return threadIdx.x % 128 / 8; }
@@ -98,4 +89,20 @@ struct Place {
 __device__ __forceinline__ Place locate(int tile, int lists, int groups, int parts) {
     const int at = tile % (lists * parts), list = at / parts, part = at % parts;
     return {list, list / groups, (list % groups * parts + part) * ROWS, part, tile / (lists * parts)};
+}
+
+// A kernel: `produce` and `consume` of its problem, in the registers that each needs of 65536: they begin with 168 or 128 a
+// thread.
+template <class Problem>
+__device__ __forceinline__ void run(const Problem &p) {
+    extern __shared__ __align__(1024) char memory[];
+    const Shared shared(shared_address(memory));
+    prepare(shared);
+    if (threadIdx.x < 128) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(CONSUMERS == 2 ? 40 : 32));
+        produce(p, shared);
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMERS == 2 ? 232 : 160));
+        consume(p, shared);
+    }
 }

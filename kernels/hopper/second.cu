@@ -67,7 +67,7 @@ struct Rows {  // the two of a thread: where they begin in the result, at the ti
     __device__ __forceinline__ Rows(const Problem &p, const Place &at, int number) {
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            const int place = number * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4 + 8 * r;
+            const int place = number * 64 + row_of_thread(r);
             live[r] = at.first + place < p.rows;
             start[r] = row_of(p, at, place) * p.width + at.column * COLUMNS;
         }
@@ -90,7 +90,6 @@ __device__ __forceinline__ void load_out(float (&d)[COLUMNS / 2], const Problem 
 }
 
 __device__ __forceinline__ void store_out(const float (&d)[COLUMNS / 2], const Problem &p, const Rows &rows) {
-    const int byte = threadIdx.x % 2 * 16 + threadIdx.x % 4 / 2 * 8;
 #pragma unroll
     for (int i = 0; i < PAIRS; i++)
 #pragma unroll
@@ -103,7 +102,7 @@ __device__ __forceinline__ void store_out(const float (&d)[COLUMNS / 2], const P
                 words[half] = pack(x.x, x.y);
             }
             swap_with_neighbour(words[0], words[1]);
-            if (rows.live[r]) store(p.result + rows.start[r] * 2 + i * 32 + byte, {words[0], words[1]});
+            if (rows.live[r]) store(p.result + rows.start[r] * 2 + i * 32 + byte_of_lane(), {words[0], words[1]});
         }
 }
 
@@ -128,14 +127,5 @@ __device__ __forceinline__ void consume(const Problem &p, const Shared &shared) 
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) add_listed(const __grid_constant__ Problem p) {
-    extern __shared__ __align__(1024) char memory[];
-    const Shared shared(shared_address(memory));
-    prepare(shared);
-    if (threadIdx.x < 128) {
-        registers_to_copy();
-        produce(p, shared);
-    } else {
-        registers_to_multiply();
-        consume(p, shared);
-    }
+    run(p);
 }

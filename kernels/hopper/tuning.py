@@ -7,23 +7,29 @@ UNITS = 132
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Of the attention over listed columns. element: "bf16" or "f16"; the rest as at the top of columns.cu."""
+class Block:
+    """Of a thread block. element: "bf16" or "f16"; consumers: warpgroups that multiply, beside one that copies."""
 
     element: str
-    width: int
     consumers: int
-    columns: int
-    buffers: int
 
     @property
     def rows(self) -> int:
-        """Of a group, that one thread block works on at once."""
+        """Of a group, that it works on at once."""
         return 64 * self.consumers
 
     @property
     def threads(self) -> int:
         return 128 * (self.consumers + 1)
+
+
+@dataclass(frozen=True)
+class Settings(Block):
+    """Of the attention over listed columns, as at the top of columns.cu."""
+
+    width: int
+    columns: int
+    buffers: int
 
     @property
     def shared(self) -> int:
@@ -38,30 +44,20 @@ def columns_settings(element: str, width: int, group_rows: int) -> Settings:
     with tiles of 96 columns 13.8 and 16.0; 128 rows 14.5 and 16.4. Buffers: as many as shared memory holds.
     """
     if group_rows % 192 == 0:
-        return Settings(element, width, consumers=3, columns=128, buffers={64: 10, 128: 5}[width])
-    return Settings(element, width, consumers=2, columns=128, buffers={64: 11, 128: 6}[width])
+        return Settings(element, 3, width, columns=128, buffers={64: 10, 128: 5}[width])
+    return Settings(element, 2, width, columns=128, buffers={64: 11, 128: 6}[width])
 
 
 @dataclass(frozen=True)
-class ProductSettings:
+class ProductSettings(Block):
     """Of one product of the MLP. columns: of the result in one tile; of the first product, gathered weights.
 
     activation: of the first product; of the second there is none.
     """
 
-    element: str
-    consumers: int
     columns: int
     activation: str | None = None
     gated: bool = False
-
-    @property
-    def rows(self) -> int:
-        return 64 * self.consumers
-
-    @property
-    def threads(self) -> int:
-        return 128 * (self.consumers + 1)
 
     @property
     def neurons(self) -> int:
@@ -87,7 +83,7 @@ class ProductSettings:
         return self.buffers * (self.stage + 16) + 16 + self.tables
 
 
-# H200, clocks of one multiprocessor: it gets 32 bytes a clock from the second-level cache and makes 2048 multiply-adds;
+# Of one multiprocessor of an H200: it makes 2048 multiply-adds a clock, and is taken to get 32 bytes from the second-level cache;
 # what else a tile costs (filling the ring, the epilogue) takes as long as so many stages.
 BYTES, PRODUCTS, EXTRA_STAGES = 32, 2048, 5
 
