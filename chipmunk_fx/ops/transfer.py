@@ -32,7 +32,7 @@ def cache_store(stage: Sequence[Tensor], host: Sequence[Tensor], lanes: Tensor, 
 
 
 def cache_watch(cache: Tensor, broken: Tensor) -> None:
-    """broken: bool [1], becomes true where `cache` holds nan or inf (or values that sum up to it)."""
+    """broken: bool [1], becomes true where `cache` holds nan or inf. Values that sum up to inf may count."""
     broken.logical_or_(cache.sum(dtype=torch.float32).isfinite().logical_not())
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chipmunk_fx.kernels import triton
+from chipmunk_fx.kernels import devices, triton
 
 name = "hopper"
 
@@ -26,8 +26,8 @@ def supports(op: str, arguments: Mapping[str, Any]) -> str | None:
     x, group_rows = arguments["q" if attention else "x"], arguments["group_rows"]
     if x.device.type != "cuda" or torch.version.hip is not None:
         return f"device {x.device.type}, allowed is cuda"
-    if torch.cuda.get_device_capability(x.device) != CAPABILITY:
-        return f"compute capability {torch.cuda.get_device_capability(x.device)}, allowed is {CAPABILITY}"
+    if devices.capability(x.device) != CAPABILITY:
+        return f"compute capability {devices.capability(x.device)}, allowed is {CAPABILITY}"
     if x.dtype not in DTYPES:
         return f"{x.dtype}, allowed are {', '.join(map(str, DTYPES))}"
     if refused := refused_width(attention, x.shape[-1]):

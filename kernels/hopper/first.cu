@@ -10,7 +10,7 @@
 constexpr int NEURONS = GATED ? COLUMNS / 2 : COLUMNS;
 constexpr int LINES = ROWS + COLUMNS;  // copied in each stage: rows of x, then weights
 constexpr int CHUNKS = NEURONS / 8;
-constexpr int AHEAD = 8;               // chunks of old values under way
+constexpr int AHEAD = COLUMNS == 192 ? 4 : 8;  // chunks of old values under way: as registers allow
 
 struct Problem {
     const char *x, *w1, *wu;            // bytes from here on: strides too
@@ -44,6 +44,12 @@ __device__ __forceinline__ void put(u32 address, u32 x) {
 __device__ __forceinline__ u32 taken(u32 address) {
     u32 x;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(address));
+    return x;
+}
+
+__device__ __forceinline__ u64 taken_pointer(u32 address) {
+    u64 x;
+    asm volatile("ld.shared.u64 %0, [%1];" : "=l"(x) : "r"(address));
     return x;
 }
 
@@ -89,15 +95,16 @@ __device__ __forceinline__ void produce(const Problem &p, const Shared &shared) 
         enter(p, locate(tile, p.batches, p.groups, p.parts), Tables(shared, turn));
         barrier_arrive(shared.listed);
         asm volatile("bar.sync 1, 128;" ::: "memory");
-        u64 byte = threadIdx.x % 8 * 16;
+        u64 from[LINES / 16];  // in registers: a read of shared memory before each copy would take as long as all the rest
+#pragma unroll
+        for (int i = 0; i < LINES / 16; i++) from[i] = taken_pointer(pointers + i * 128) + threadIdx.x % 8 * 16;
 #pragma unroll 1
-        for (int step = 0; step < p.steps; step++, byte += LINE) {
+        for (int step = 0; step < p.steps; step++) {
             const u32 to = place + free_stage(shared, ring);
 #pragma unroll
             for (int i = 0; i < LINES / 16; i++) {
-                u64 from;
-                asm volatile("ld.shared.u64 %0, [%1];" : "=l"(from) : "r"(pointers + i * 128));
-                copy16(to + i * 16 * LINE, from + byte);
+                copy16(to + i * 16 * LINE, from[i]);
+                from[i] += LINE;
             }
             barrier_arrive_after_copies(shared.full + ring.slot * 8);
             ring.advance();

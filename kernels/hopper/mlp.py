@@ -5,9 +5,9 @@ from ctypes import c_int, c_longlong, c_void_p
 from functools import cache
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
+from chipmunk_fx.kernels import devices
 from chipmunk_fx.kernels.hopper import nvrtc, tuning
 from chipmunk_fx.kernels.hopper.instructions import ELEMENTS, activation_of, multiply, preamble
 from chipmunk_fx.kernels.hopper.tuning import ProductSettings
@@ -44,7 +44,14 @@ def exchange_listed(
     x, w1, wu = copyable(x), copyable(w1), None if wu is None else copyable(wu)
     batch, groups, listed = lists.shape
     settings = tuning.first_settings(
-        ELEMENTS[x.dtype], group_rows, batch * groups, x.shape[2], listed, activation, wu is not None, units(x.device)
+        ELEMENTS[x.dtype],
+        group_rows,
+        batch * groups,
+        x.shape[2],
+        listed,
+        activation,
+        wu is not None,
+        devices.units(x.device),
     )
     parts = group_rows // settings.rows
     tiles = batch * groups * parts * -(-listed // settings.neurons)
@@ -64,7 +71,7 @@ def add_listed(
     batch, groups, listed = lists.shape
     rows, width = out.shape[1:]
     settings = tuning.second_settings(
-        ELEMENTS[change.dtype], group_rows, batch * groups, listed, width, units(out.device)
+        ELEMENTS[change.dtype], group_rows, batch * groups, listed, width, devices.units(out.device)
     )
     parts = group_rows // settings.rows
     tiles = batch * groups * parts * (width // settings.columns)
@@ -89,11 +96,6 @@ def source(settings: ProductSettings, file: str) -> str:
             (Path(__file__).parent / file).read_text(),
         ]
     )
-
-
-def units(device: torch.device) -> int:
-    """Multiprocessors."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from chipmunk_fx.kernels import devices
 from chipmunk_fx.log import logger
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -75,7 +76,7 @@ class Kernel:
 
     def launch(self, tiles: int, problem: ctypes.Structure, device: torch.device) -> None:
         """Runs a block for each of `tiles`, at most one a multiprocessor, on the current stream; `problem` is passed by value."""
-        blocks = min(tiles, torch.cuda.get_device_properties(device).multi_processor_count)
+        blocks = min(tiles, devices.units(device))
         stream = torch.cuda.current_stream(device).cuda_stream
         pointers = (c_void_p * 1)(ctypes.addressof(problem))
         done = driver().cuLaunchKernel(

@@ -23,40 +23,48 @@ __device__ __forceinline__ i64 row_of(const Problem &p, const Place &at, int pla
 __device__ __forceinline__ void produce(const Problem &p, const Shared &shared) {
     constexpr int PASSES = DEPTH / 16;
     Ring ring;
-    const u32 place = shared.stages + place_of_lane();
-    const int byte = threadIdx.x % 8 * 16, pitch = p.parts * ROWS * 2;
+    const u32 place = shared.stages + place_of_lane(), pitch = p.parts * ROWS * 2, row = p.width * 2;
+    const int line = line_of_lane(), byte = threadIdx.x % 8 * 16;
     for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
         const Place at = locate(tile, p.batches, p.groups, p.parts);
         const int *list = p.lists + (i64)at.list * p.listed;
-        const char *change = p.change + (i64)at.list * p.listed * pitch + at.part * ROWS * 2 + byte;
+        const char *left = p.change + ((i64)at.list * p.listed + line) * pitch + at.part * ROWS * 2 + byte;
         const char *weights = p.weights + at.column * COLUMNS * 2 + byte;
 #pragma unroll 1
         for (int line = threadIdx.x; line < ROWS; line += 128)
 #pragma unroll
             for (int i = 0; i < COLUMNS * 4; i += LINE)
                 prefetch((const char *)(p.out + row_of(p, at, line) * p.width + at.column * COLUMNS) + i);
-        int ids[PASSES];
+        u32 ids[2][PASSES];  // of this stage and the next: each is read two stages ahead
+        auto read = [&](u32 (&ids)[PASSES], int first) {
 #pragma unroll
-        for (int i = 0; i < PASSES; i++) ids[i] = list[min(i * 16 + line_of_lane(), p.listed - 1)];
+            for (int i = 0; i < PASSES; i++) ids[i] = list[min(first + i * 16 + line, p.listed - 1)];
+        };
+        read(ids[0], 0);
+        read(ids[1], DEPTH);
 #pragma unroll 1
-        for (int first = 0; first < p.listed; first += DEPTH) {
-            const u32 to = place + free_stage(shared, ring);
+        for (int pair = 0; pair < p.listed; pair += 2 * DEPTH)
 #pragma unroll
-            for (int i = 0; i < PASSES; i++) {
-                const int listed = first + i * 16 + line_of_lane();
-                const bool there = listed < p.listed;
-                const char *left = change + (i64)min(listed, p.listed - 1) * pitch;
-                const char *right = weights + (i64)ids[i] * (p.width * 2);
+            for (int half = 0; half < 2; half++) {
+                const int first = pair + half * DEPTH;
+                if (first >= p.listed) break;
+                const u32 to = place + free_stage(shared, ring);
 #pragma unroll
-                for (int c = 0; c < CONSUMERS; c++) copy16_if(to + i * 16 * LINE + c * BLOCK, left + c * LINE, there);
+                for (int i = 0; i < PASSES; i++) {
+                    const bool there = first + i * 16 + line < p.listed;
+                    const char *right = weights + (u64)ids[half][i] * row;
 #pragma unroll
-                for (int c = 0; c < COLUMNS / 64; c++)
-                    copy16_if(to + RIGHT + i * 16 * LINE + c * BLOCK, right + c * LINE, there);
-                ids[i] = list[min(listed + DEPTH, p.listed - 1)];
+                    for (int c = 0; c < CONSUMERS; c++)
+                        copy16_if(to + i * 16 * LINE + c * BLOCK, left + (i * 16 * pitch + c * LINE), there);
+#pragma unroll
+                    for (int c = 0; c < COLUMNS / 64; c++)
+                        copy16_if(to + RIGHT + i * 16 * LINE + c * BLOCK, right + c * LINE, there);
+                }
+                left += DEPTH * pitch;
+                barrier_arrive_after_copies(shared.full + ring.slot * 8);
+                ring.advance();
+                read(ids[half], first + 2 * DEPTH);
             }
-            barrier_arrive_after_copies(shared.full + ring.slot * 8);
-            ring.advance();
-        }
     }
 }
 

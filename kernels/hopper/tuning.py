@@ -1,6 +1,7 @@
 """Settings of the kernels: pure functions of dtype, sizes and the number of multiprocessors."""
 
 from dataclasses import dataclass
+from functools import cache
 
 SHARED = 232_448  # bytes that one thread block may take on sm_90
 UNITS = 132
@@ -37,6 +38,7 @@ class Settings(Block):
         return 2 * self.width * (self.rows + self.buffers * self.columns) + 16 * (self.buffers + self.consumers)
 
 
+@cache
 def columns_settings(element: str, width: int, group_rows: int) -> Settings:
     """Groups of 192 rows go to three warpgroups, which need a third less gathered for the same products.
 
@@ -88,6 +90,7 @@ class ProductSettings(Block):
 BYTES, PRODUCTS, EXTRA_STAGES = 32, 2048, 5
 
 
+@cache
 def first_settings(
     element: str,
     group_rows: int,
@@ -109,6 +112,7 @@ def first_settings(
     return ProductSettings(element, consumers, columns, activation, gated)
 
 
+@cache
 def second_settings(
     element: str, group_rows: int, groups: int, listed: int, width: int, units: int = UNITS
 ) -> ProductSettings:

@@ -1,4 +1,5 @@
-"""Triton kernels for all four sparse operators: any GPU that Triton serves, and its interpreter on a CPU.
+"""Triton kernels for the four sparse operators and the watch over their caches: any GPU that Triton serves, and its
+interpreter on a CPU.
 
 Nothing here imports triton until an operator runs; README.md beside this file describes the kernels.
 """
@@ -9,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from chipmunk_fx.kernels import devices
 
 name = "triton"
 
@@ -21,13 +24,15 @@ def supports(op: str, arguments: Mapping[str, Any]) -> str | None:
     if find_spec("triton") is None:
         return "triton is not installed"
     attention = op.startswith("attention")
-    x = arguments["q" if attention else "x"]
+    x = arguments["cache" if op == "cache_watch" else "q" if attention else "x"]
     if x.device.type != "cuda" and not _interpreted():
         return f"device {x.device.type}, allowed are cuda and, with TRITON_INTERPRET=1, cpu"
     if x.dtype not in DTYPES:
         return f"{x.dtype}, allowed are {', '.join(map(str, DTYPES))}"
-    if x.dtype == torch.bfloat16 and x.is_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if x.dtype == torch.bfloat16 and x.is_cuda and not devices.multiplies_bf16(x.device):
         return f"{x.dtype} on {torch.cuda.get_device_name(x.device)}, which has no products in it"
+    if op == "cache_watch":
+        return None
     if mixed := {v.dtype for v in _operands(op, arguments)} - {x.dtype}:
         return f"{x.dtype} together with {', '.join(map(str, mixed))}, allowed is one dtype"
     if arguments["group_rows"] % 16:
@@ -67,6 +72,13 @@ def mlp_sparse(**arguments: Any) -> Tensor:
     from chipmunk_fx.kernels.triton import mlp
 
     return mlp.sparse(**arguments)
+
+
+def cache_watch(**arguments: Any) -> None:
+    """As `chipmunk_fx.ops.transfer.cache_watch`."""
+    from chipmunk_fx.kernels.triton import watching
+
+    watching.watch(**arguments)
 
 
 def pack_bits(lists: Tensor, bits: Tensor, keys: int) -> None:

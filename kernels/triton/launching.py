@@ -8,7 +8,8 @@ from torch import Tensor
 
 def on_device_of(x: Tensor) -> AbstractContextManager:
     """Kernels go to the current device: make it that of x."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    there = not x.is_cuda or x.device.index == torch.cuda.current_device()
+    return nullcontext() if there else torch.cuda.device(x.device)
 
 
 def inner_contiguous(x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Tile sizes: pure functions from shape, dtype and device to frozen settings. No timing at run time."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -19,9 +20,12 @@ INTERPRETER = Device(shared=1 << 30, units=1)
 
 def device_of(x: torch.Tensor) -> Device:
     """The device that x lies on; a CPU stands for Triton's interpreter."""
-    if x.device.type != "cuda":
-        return INTERPRETER
-    found = torch.cuda.get_device_properties(x.device)
+    return INTERPRETER if x.device.type != "cuda" else _cuda_device(x.device)
+
+
+@cache
+def _cuda_device(device: torch.device) -> Device:
+    found = torch.cuda.get_device_properties(device)
     hip = torch.version.hip is not None
     shared = 65536 if hip else found.shared_memory_per_block_optin
     return Device(shared, found.multi_processor_count, hip)

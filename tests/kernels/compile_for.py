@@ -33,6 +33,7 @@ TARGETS = {  # what programs are compiled for, and what tile sizes depend on the
     "gfx942": (GPUTarget("hip", "gfx942", 64), tuning.Device(shared=65_536, units=304, hip=True)),
 }
 TYPES = {
+    torch.uint8: "*u8",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.float32: "*fp32",
@@ -107,6 +108,7 @@ def launches(device: tuning.Device, cases: Sequence[tuple[torch.dtype, Attention
         values = case.values(dtype)
         for op in ("attention_refresh", "attention_sparse") if "q" in values else ("mlp_refresh", "mlp_sparse"):
             getattr(backend, op)(**arguments(op, values))
+        backend.cache_watch(cache=values["rest" if "q" in values else "out"], broken=torch.zeros(1, dtype=torch.bool))
         if isinstance(case, AttentionCase):
             lists = values["lists"].flatten(0, 2)
             bits = torch.zeros(len(lists), line_bytes(case.keys), dtype=torch.uint8)

@@ -19,6 +19,7 @@ KERNELS = {
     "_add_listed",
     "_pack",
     "_unpack",
+    "_watch",
 }
 USUAL = ["sm_80", "sm_90", "gfx942"]
 ALL = [*USUAL, "sm_86", "sm_89", "sm_100", "sm_120"]
