@@ -46,9 +46,9 @@ def judge(found: Found) -> Accepted | Refused:
     mask = mask and unfolded(mask)
     scale = shape(q)[-1] ** -0.5 if scale is None else float(scale)
     sdpa = found.nodes[0].meta.get("custom", {}).get(SDPA_CHOICE, "")
-    return Accepted(
-        form, AttentionOperands(*operands, scale, None, mask, sdpa=sdpa), mask and padding_refusal(mask, found.nodes[0])
-    )
+    # PyTorch takes one dtype, that of the result: where an operand has another, autocast is on and casts it inside.
+    attended = AttentionOperands(*operands, scale, None, mask, sdpa=sdpa, cast=found.nodes[0].meta["val"].dtype)
+    return Accepted(form, attended, mask and padding_refusal(mask, found.nodes[0]))
 
 
 def attention_kind(q: fx.Node, k: fx.Node) -> tuple[str, str | None]:
@@ -74,8 +74,6 @@ def operand_shapes(q: Laid, k: Laid, v: Laid) -> str | None:
         return f"value width {v.shape[-1]} differs from query width {q.shape[-1]}"
     if q.shape[0] != k.shape[0]:
         return f"batch {k.shape[0]} of the keys differs from {q.shape[0]} of the queries"
-    if len(dtypes := {o.node.meta["val"].dtype for o in (q, k, v)}) > 1:
-        return f"mixed dtypes {sorted(map(str, dtypes))} (autocast casts them inside the attention)"
     return None
 
 

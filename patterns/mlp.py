@@ -107,7 +107,8 @@ def _dtype_refusal(found: Found) -> str | None:
     for node in found.nodes:
         if (made := dtype(node)) is not None and torch.promote_types(made, given) != made:
             return f"{node} rounds to {made} between the linears"
-    return None
+    made = dtype(found.nodes[0])
+    return None if made == given else f"autocast makes {made} of {given}"
 
 
 def plain_examples() -> Sequence[Example]:

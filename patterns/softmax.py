@@ -90,12 +90,17 @@ def judge(found: Found) -> Accepted | Refused:
     scale, problem = _scale(found)
     if (mask := bound.get("mask")) is not None and bound["masking"] == "added" and not _is_number(mask):
         problem = f"{mask} is added to the scores"
-    reason = reason or problem or operand_shapes(q, k, v) or _rounding(found) or open_end(found)
+    reason = reason or problem or operand_shapes(q, k, v) or _mixed(q, k, v) or _rounding(found) or open_end(found)
     if reason:
         return Refused(form, reason)
     hides, mask = bound["masking"] == "filled", mask and unfolded(mask)
     operands = AttentionOperands(q, k, v, scale, layout.out, mask, hides)
     return Accepted(form, operands, mask and padding_refusal(mask, found.nodes[0]))
+
+
+def _mixed(*operands: Laid) -> str | None:
+    dtypes = {str(dtype(o.node)) for o in operands}
+    return f"mixed dtypes {sorted(dtypes)} (autocast casts them inside the products)" if len(dtypes) > 1 else None
 
 
 _SUPPORTED = "[batch, heads, tokens, width] and [heads, tokens, width] are supported"
@@ -197,7 +202,8 @@ def _rounding(found: Found) -> str | None:
     for node in found.nodes:
         if (made := dtype(node)) is not None and torch.promote_types(made, given) != made:
             return f"{node} rounds to {made} between the products"
-    return None
+    made = dtype(found.nodes[0])
+    return None if made == given else f"autocast makes {made} of {given}"
 
 
 class _Module(nn.Module):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
+from warnings import catch_warnings
 
 import torch
 from torch import fx
@@ -41,7 +42,6 @@ _SYNONYMS = MappingProxyType(
         aten.special_expit.default: aten.sigmoid.default,
     }
 )
-_UNCAST = ("to", "float", "view", "reshape", "transpose", "permute")  # methods that autocast leaves alone
 _KERNELS = 5  # that a context puts back when it is left: all
 _OF_DYNAMO = ("dynamo_compile_id",)  # a graph without it has no static inputs for AOTAutograd, hence no CUDA graphs
 SDPA_CHOICE = "chipmunk_sdpa"  # in a node's meta["custom"]: names of the attention kernels that the user allows there
@@ -159,32 +159,22 @@ def _refuse_opaque(graph: fx.Graph) -> None:
 
 
 def _drop_autocast(graph: fx.Graph) -> None:
-    """Remove regions of autocast that cast nothing; a re-trace records the others with wrong dtypes: `Uncapturable`."""
+    """Remove the regions without autocast where there is none around them: models write them for the day there is."""
     regions: list[fx.Node] = []
     for node in list(graph.nodes):
-        if "enter_autocast" in _name(node):
+        if node.target is torch.amp.autocast_mode._enter_autocast:
             regions.append(node)
-        elif "exit_autocast" in _name(node):
+        elif node.target is torch.amp.autocast_mode._exit_autocast:
             entered = regions.pop()
-            enabled = len(entered.args) < 3 or entered.args[2] is not False
-            around = torch.is_autocast_enabled(str(entered.args[0]))
-            if enabled and (reason := "inside another" if around else _casts(entered, node)):
-                raise Uncapturable(f"autocast in the graph: {reason}, which would be lost in a re-trace")
-            if not around:
+            if not regions and not torch.is_autocast_enabled(str(entered.args[0])) and not _enables(entered):
                 graph.erase_node(node)
                 graph.erase_node(entered)
 
 
-def _casts(entered: fx.Node, left: fx.Node) -> str | None:
-    """An op between the two nodes that takes another dtype than that of the region."""
-    wanted, node = entered.args[1], entered.next
-    while node is not left:
-        for source in () if node.target in _UNCAST else node.all_input_nodes:
-            value = source.meta.get("example_value")
-            if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype != wanted:
-                return f"{node} takes {value.dtype} in a region of {wanted}"
-        node = node.next
-    return None
+def _enables(entered: fx.Node) -> bool:
+    """False also for a dtype that the device has no autocast for, of which the user's own call has warned."""
+    with catch_warnings(action="ignore"), torch.amp.autocast(*entered.args):  # pyright: ignore[reportArgumentType]
+        return torch.is_autocast_enabled(str(entered.args[0]))
 
 
 def _note_attention_kernels(graph: fx.Graph) -> None:

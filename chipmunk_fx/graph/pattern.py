@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from chipmunk_fx.graph.columns import Columns
@@ -46,7 +47,8 @@ class AttentionOperands:
 
     `mask`: key padding, [B or 1, 1, 1, M] or expanded from it, boolean or added to the scores; `hides`: a boolean one tells
     which keys are left out, not which are attended to. `sdpa`: the user's choice of
-    attention kernels (torch.nn.attention.SDPBackend names joined by commas), "" where there is none.
+    attention kernels (torch.nn.attention.SDPBackend names joined by commas), "" where there is none. `cast`: the dtype that
+    q, k and v are cast to, None where they stay as they are.
     """
 
     q: Laid
@@ -57,6 +59,7 @@ class AttentionOperands:
     mask: fx.Node | None = None
     hides: bool = False
     sdpa: str = ""
+    cast: torch.dtype | None = None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch._dispatch.python import no_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, snapshot_fake, track_tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
@@ -76,12 +77,30 @@ class Repeating(fx.Interpreter):
     def __init__(self, module: torch.nn.Module, graph: fx.Graph) -> None:
         super().__init__(module, graph=graph)
         self._seen: dict[Any, _Recorded | None] = {}
+        self._regions: list[torch.amp.autocast] = []  # that the graph is in
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().run(*args, **kwargs)
+        finally:  # what cannot be traced may end inside
+            while self._regions:
+                self._regions.pop().__exit__(None, None, None)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is _enter_autocast:  # called as such it would be recorded, but not change what dtypes follow
+            self._regions.append(torch.amp.autocast(*args))
+            return self._anew(self._regions[-1].__enter__())
+        if target is _exit_autocast:
+            return self._anew(self._regions.pop().__exit__(None, None, None))
         return self._once(super().call_function, target, args, kwargs)
 
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
         return self._once(super().call_method, target, args, kwargs)
+
+    def _anew(self, result: Any = None) -> Any:
+        """Forget what was seen: how what follows is traced may have changed, by autocast or gradients."""
+        self._seen.clear()
+        return result
 
     def _once(self, run: Callable[..., Any], target: Any, args: Any, kwargs: Any) -> Any:
         mode = get_proxy_mode()
@@ -91,7 +110,7 @@ class Repeating(fx.Interpreter):
         if not tensors:
             result = run(target, args, kwargs)
             if not any(isinstance(leaf, Tensor | int | float) for leaf in tree_leaves(result)):
-                self._seen.clear()  # it may have changed how what follows is traced: autocast, gradients
+                self._anew()
             return result
         with torch._C.DisableTorchFunction():  # the modes of a trace would be asked at every look at a tensor
             key, inputs = _key(values, tensors), _nodes(tensors, mode.tracer)

@@ -12,6 +12,7 @@ from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_modu
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from chipmunk_fx.config import Config
+from chipmunk_fx.graph.calls import dtype
 from chipmunk_fx.graph.capture import SDPA_CHOICE, Capture
 from chipmunk_fx.graph.pattern import AttentionOperands, Kept, MlpOperands, Part
 from chipmunk_fx.graph.plan import Plan, Site
@@ -152,7 +153,7 @@ class _Writer:
 
     def _attention(self, site: Site, operands: AttentionOperands) -> fx.Node:
         config, ops = self.config.attention, torch.ops.chipmunk
-        q, k, v = (self._laid(self.copied[o.node], o.dims) for o in (operands.q, operands.k, operands.v))
+        q, k, v = (self._laid(self._cast(o.node, operands.cast), o.dims) for o in (operands.q, operands.k, operands.v))
         mask = self.plan.mask_of(site)
         present = (None, None) if mask is None else (self.state[mask, "valid"], self.state[mask, "span"])
         common: dict[str, Any] = {"scale": operands.scale, "sdpa": operands.sdpa}
@@ -227,6 +228,10 @@ class _Writer:
             return None if part is None else self.copied[part.node]
         arguments = (self.copied[part.node], part.dim, part.start, part.stop)
         return self.graph.call_function(aten.slice.Tensor, arguments)
+
+    def _cast(self, source: fx.Node, to: torch.dtype | None) -> fx.Node:
+        node = self.copied[source]
+        return node if to in (None, dtype(source)) else self.graph.call_function(aten.to.dtype, (node, to))
 
     def _laid(self, node: fx.Node, dims: tuple[int | None, ...] | None) -> fx.Node:
         if dims is None:

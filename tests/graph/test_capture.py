@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention.flex_attention import flex_attention
 
 from chipmunk_fx.graph.capture import Uncapturable, capture, dotted
+from chipmunk_fx.graph.repeat import Repeating
 from tests.graph.capturing import captured
 from tests.runtime.models import Block, TinyDiT, calls, noise, words
 
@@ -24,6 +26,15 @@ class Autocast(TinyDiT):
 
 class NoAutocast(Autocast):
     enabled = False
+
+
+class Nested(TinyDiT):
+    def forward(self, *args):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            x = super().forward(*args)
+            with torch.autocast("cpu", enabled=False):
+                y = x.float() @ torch.ones(x.shape[-1], x.shape[-1])
+            return y + x @ x.mT @ x
 
 
 class Flex(nn.Module):
@@ -103,16 +114,41 @@ def test_a_detached_input_is_captured():
         torch.testing.assert_close(seen.capture.module(*seen.inputs)[0], model(*CALL))
 
 
-def test_autocast_in_the_graph_is_refused():
-    with pytest.raises(Uncapturable, match="autocast"):
-        captured(Autocast(), *CALL)
+@pytest.mark.parametrize("around", [False, True])
+@pytest.mark.parametrize("model", [Autocast(), NoAutocast(), Nested()], ids=lambda model: type(model).__name__)
+def test_autocast_in_the_graph_is_captured(model: nn.Module, around: bool):
+    with torch.autocast("cpu", torch.bfloat16, enabled=around), torch.no_grad():
+        seen = captured(model, *CALL)
+        got, want = seen.capture.module(*seen.inputs)[0], model(*CALL)
+        torch.testing.assert_close(got, want, atol=0, rtol=0)
+    (result,) = next(iter(reversed(seen.capture.module.graph.nodes))).args[0]
+    assert result.meta["val"].dtype == want.dtype
+    assert sum(c.kind == "attention" and not c.reason for c in seen.candidates) == len(model.blocks)
 
 
-def test_disabled_autocast_is_captured():
-    model = NoAutocast()
-    seen = captured(model, *CALL)
-    with torch.no_grad():
-        torch.testing.assert_close(seen.capture.module(*seen.inputs)[0], model(*CALL))
+def test_a_site_that_autocast_widens_is_refused():
+    """As CUDA does in a region of fp32, which the CPU has not."""
+    seen = captured(TinyDiT(), *CALL)
+    mlp = next(c for c in seen.candidates if c.kind != "attention")
+    mlp.anchor.meta["val"] = mlp.anchor.meta["val"].double()
+    again = next(c for c in seen.candidates if c.anchor is mlp.anchor)
+    assert not mlp.reason and "autocast makes torch.float64 of torch.float32" in str(again.reason)
+
+
+def test_autocast_is_left_where_a_trace_ends_inside():
+    class Half(Flex):
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                return super().forward(x)
+
+    with pytest.raises(Uncapturable):
+        captured(Half(), torch.randn(1, 128, 32))
+    graph = fx.Graph()
+    graph.call_function(torch.amp.autocast_mode._enter_autocast, ("cpu", torch.bfloat16, True, None))
+    graph.output(graph.call_function(torch.ops.aten.mm.default, (torch.ones(2), 1)))
+    with pytest.raises((RuntimeError, TypeError)):
+        make_fx(Repeating(nn.Module(), graph).run, pre_dispatch=True)()
+    assert not torch.is_autocast_enabled("cpu")
 
 
 def test_flex_attention_is_refused():

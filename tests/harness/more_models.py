@@ -78,6 +78,15 @@ class RotaryAttention(FusedAttention):
         return self.proj(out.transpose(1, 2).reshape(x.shape))
 
 
+class NormedAttention(FusedAttention):
+    """Norms of q and k, which autocast computes in fp32, and not v."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.split(x)
+        q, k = (F.layer_norm(t, t.shape[-1:]) for t in (q, k))
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
+
+
 class GroupedAttention(nn.Module):
     """Four query heads on two of the keys, repeated."""
 
@@ -324,6 +333,7 @@ ATTENTIONS: dict[str, Unlisted] = {
     "timm": Unlisted(dit(TimmAttention)),
     "chunked, heads in the batch": Unlisted(dit(ChunkedAttention, GegluMlp)),
     "complex rotary": Unlisted(dit(RotaryAttention)),
+    "normed": Unlisted(dit(NormedAttention)),
     "grouped heads repeated": Unlisted(dit(GroupedAttention, ReluSquaredMlp)),
     "bias of q and v": Unlisted(dit(SeparateBiasAttention)),
     "one attention a sample": Unlisted(dit(SampleLoopAttention), attention=2 * DEPTH),

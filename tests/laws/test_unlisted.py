@@ -120,6 +120,33 @@ def test_under_autocast_a_sparse_model_is_as_near_as_a_dense_one(whole: bool):
     assert furthest(ours, exact) <= 2 * furthest(dense, exact)
 
 
+class InForward(nn.Module):
+    """As original repositories do it: autocast within the model, none around its rotation and for the result."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            x = self.inner(x, t, y)
+            with torch.autocast("cpu", enabled=False):
+                return x.float()
+
+
+@pytest.mark.parametrize("name", ["normed", pytest.param("chunked, heads in the batch", marks=pytest.mark.full)])
+@pytest.mark.parametrize("lowering", ["eager", pytest.param("inductor", marks=pytest.mark.full)])
+def test_autocast_in_a_model_is_as_near_as_a_dense_one(name: str, lowering: str):
+    exact, steps = built(STYLES[name]), moving(0.3)
+    model = InForward(exact)
+    dense, want = outputs(model, steps), outputs(exact, steps)
+    ours = compiled(model, lowering, 1.0, True, **EVERYTHING)
+    assert furthest(outputs(ours, steps), want) <= 2 * furthest(dense, want)
+    assert [site.phases for site in rewritten(ours) if site.kind == "attention"] == [{0: PHASES}] * STYLES[
+        name
+    ].attention
+
+
 def furthest(got: list[Tensor], want: list[Tensor]) -> float:
     return max(((a.float() - b).norm() / b.norm()).item() for a, b in zip(got, want, strict=True))
 
