@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import chipmunk_fx
 from chipmunk_fx.runtime import registry
+from chipmunk_fx.runtime.graphs import Graph
 from chipmunk_fx.runtime.session import Session
 from chipmunk_fx.schedule.phase import Phase
 from chipmunk_fx.state.slots import Slot
@@ -121,6 +122,13 @@ class Life:
 
 def session_of(compiled: Any) -> Session | None:
     return next(iter(registry.sessions(compiled)), None)
+
+
+def graph_of(compiled: Any) -> Graph | None:
+    """One that a call has gone through to its end."""
+    session = session_of(compiled)
+    records = (record for track in session.tracks.values() for record in track.records) if session else ()
+    return next((record.graph() for record in records), None)
 
 
 class Lives(RuleBasedStateMachine):
@@ -311,7 +319,7 @@ class Lives(RuleBasedStateMachine):
 
     def twin_of(self, life: Life, turn: Turn) -> Any:
         """The life's twin, on which the sites are dense that had found no memory by then."""
-        if turn.exempt and session_of(life.twin) is None:
+        if turn.exempt and graph_of(life.twin) is None:
             for time in (900.0, 800.0):  # models that are called once and never again look like hooks at work
                 self.call(life.twin, "earlier", (noise(1), torch.full((1,), time), words(1)))
         if turn.exempt:
@@ -340,17 +348,12 @@ class Lives(RuleBasedStateMachine):
                 twin._free(twin.tracks.values())
 
     def excuse(self, twin: Any, turn: Turn) -> None:
-        session, parameters = session_of(twin), dict(twin._orig_mod.named_parameters())
-        assert session is not None
-        for record in next(iter(session.tracks.values())).records[:1]:
-            for site in record.graph().plan.sites:
-                for name, ordinal in turn.exempt:
-                    if ordinal == site.ordinal and self.owner(record.graph(), site) == name:
-                        session.faults.exempt(parameters[name], site, "as its twin")
-
-    @staticmethod
-    def owner(graph: Any, site: Any) -> str:
-        return graph.capture.inputs[site.owner].name
+        session, graph, parameters = session_of(twin), graph_of(twin), dict(twin._orig_mod.named_parameters())
+        assert session is not None and graph is not None
+        for site in graph.plan.sites:
+            name = graph.capture.inputs[site.owner].name
+            if (name, site.ordinal) in turn.exempt:
+                session.faults.exempt(parameters[name], site, "as its twin")
 
 
 def test_the_sequences_are_sparse_and_take_every_turn():
@@ -385,6 +388,17 @@ def test_the_sequences_are_sparse_and_take_every_turn():
         lives.walk(None, 4)
         lives.reset()
         lives.walk(None, 4)
+
+
+def test_threads_may_be_the_first_to_call():
+    with one_thread():
+        torch._dynamo.reset()
+        lives = Lives()
+        lives.begin("a", 16, 8)
+        lives.begin("b", 24, 8)
+        lives.threads(2, 2, anew=False, name="rest", times=0)
+        (session,) = registry.sessions(lives.ours)
+        assert session.tracks.keys() == {"a", "b"}
 
 
 def run_sequences(count: int, steps: int) -> None:
