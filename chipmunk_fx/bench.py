@@ -170,7 +170,7 @@ def _dense(shape: Shape, values: dict[str, Any], seconds: float) -> Iterator[tup
                 )
             except RuntimeError:  # not built in, or not for this card or dtype
                 continue
-    if flash4.pays(capability(device), q.dtype, shape.width, flash4.ROWS) and flash4.attend(q, k, v, scale):
+    if flash4.pays(capability(device), q.dtype, shape.width, flash4.ROWS) and flash4.works(q, k):
         yield milliseconds(lambda: flash4.attend(q, k, v, scale), device, seconds), "flash4"
 
 

@@ -25,7 +25,7 @@ from chipmunk_fx.config_yaml import ORIGINAL
 from chipmunk_fx.errors import BenchError
 from chipmunk_fx.runtime.report import Report
 from chipmunk_fx.schedule.phase import Phase
-from chipmunk_fx.schedule.policies import policy_from
+from chipmunk_fx.schedule.policies import History, policy_from
 
 # Published for 50 steps (arXiv 2506.03275); lists are literal.
 PUBLISHED_STEPS = 50
@@ -196,12 +196,10 @@ def steps_by_phase(way: Way, steps: int) -> Counter[str]:
         return Counter({str(Phase.DENSE): steps})
     schedule: ScheduleConfig = Config.from_options(way.options).schedule
     sparse = Phase.REFRESH in way.phases
-    policy, counted = policy_from(schedule), Counter[str]()
-    refreshed = computed = None
+    policy, history, counted = policy_from(schedule), History(), Counter[str]()
     for step in range(steps):
-        phase = policy.phase(step, refreshed, last_computed=computed)
-        refreshed = step if phase is Phase.REFRESH else refreshed
-        computed = computed if phase is Phase.SKIP else step
+        phase = policy.phase(step, history)
+        history = history.after(step, phase)
         counted[str(phase if sparse or phase is Phase.SKIP else Phase.DENSE)] += 1
     return counted
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import chipmunk_fx
 from chipmunk_fx.runtime.summary import Summary
-from chipmunk_fx.schedule import Phase, policy_from
+from chipmunk_fx.schedule import History, Phase, policy_from
 
 
 class Sampler(Protocol):
@@ -127,13 +127,12 @@ def steps_to_see_all(config: chipmunk_fx.Config, steps: int) -> int:
     """The length, at most `steps`, of the shortest generation that has every phase that one of `steps` steps has."""
     if config.schedule.skip_threshold is not None:
         return steps  # what is skipped depends on the picture
-    policy, last_refresh, last_computed = policy_from(config.schedule), None, None
+    policy, history = policy_from(config.schedule), History()
     first: dict[Phase, int] = {}
     for step in range(steps):
-        phase = policy.phase(step, last_refresh, None, last_computed)
+        phase = policy.phase(step, history)
         first.setdefault(phase, step)
-        last_refresh = step if phase is Phase.REFRESH else last_refresh
-        last_computed = last_computed if phase is Phase.SKIP else step
+        history = history.after(step, phase)
     return max(first.values()) + 1
 
 

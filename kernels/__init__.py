@@ -38,16 +38,18 @@ BACKENDS: tuple[Backend, ...] = (hopper, triton)
 HOPPER_GROUP_ROWS = 192
 
 
-def group_rows(kind: str, device: torch.device, dtype: torch.dtype, width: int) -> int:
-    """Rows of a group where the user leaves them to us, for "attention" of heads or an "mlp" of inputs that are `width` wide."""
-    return HOPPER_GROUP_ROWS if on_hopper(kind, device, dtype, width) else GROUP_ROWS
+def group_rows(kind: str, device: torch.device, dtype: torch.dtype, sizes: Sequence[int]) -> int:
+    """Rows of a group where the user leaves them to us. kind, sizes: those of a chipmunk_fx.graph.plan.Site."""
+    return HOPPER_GROUP_ROWS if on_hopper(kind, device, dtype, sizes) else GROUP_ROWS
 
 
-def on_hopper(kind: str, device: torch.device, dtype: torch.dtype, width: int) -> bool:
+def on_hopper(kind: str, device: torch.device, dtype: torch.dtype, sizes: Sequence[int]) -> bool:
     """Whether kernels/hopper takes such sites in groups of its size."""
     if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip is not None:
         return False
-    suits = dtype in hopper.DTYPES and hopper.refused_width(kind == "attention", width) is None
+    attention = kind == "attention"
+    refused = hopper.refused_width(attention, width=sizes[4 if attention else 2], result=sizes[4])
+    suits = dtype in hopper.DTYPES and refused is None
     return suits and torch.cuda.get_device_capability(device) == hopper.CAPABILITY and hopper._nvrtc() is not None
 
 

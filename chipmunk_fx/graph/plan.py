@@ -123,8 +123,8 @@ class Plan:
 Gate = Callable[[Site], str | None]
 """Says why a site would not gain from sparsity, None where it would."""
 
-GroupRows = Callable[[str, torch.device, torch.dtype, int], int]
-"""Rows that share a list where the user leaves it to us, from a site's kind, device, dtype and width of its heads (or of x)."""
+GroupRows = Callable[[str, torch.device, torch.dtype, Sequence[int]], int]
+"""Rows that share a list where the user leaves it to us, from a site's kind, device, dtype and sizes."""
 
 
 def make_plan(
@@ -283,10 +283,8 @@ def _site(
     value = candidate.anchor.meta["val"]
     kind = "attention" if candidate.kind == "attention" else "mlp"
     seen = evaluate(sizes, known)
-    if settings.group_rows == "auto":
-        rows = group_rows(kind, value.device, value.dtype, seen[4] if kind == "attention" else seen[2])
-    else:
-        rows = int(settings.group_rows)
+    wanted = settings.group_rows
+    rows = group_rows(kind, value.device, value.dtype, seen) if wanted == "auto" else int(wanted)
     return Site(
         index, candidate.name, kind, candidate.form, candidate.where, layer, candidate.operands, candidate.nodes,
         owner, ordinal, sizes, seen, value.dtype, value.device, rows,

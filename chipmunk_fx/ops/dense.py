@@ -39,8 +39,8 @@ def attend(
         return torch.zeros_like(q), q.new_full(q.shape[:-1], -torch.inf, dtype=torch.float32)
     q, k, v = (_inner_contiguous(x) for x in (q, k, v))
     with _only(sdpa):
-        if flash4.takes(q, k, valid) and (found := flash4.attend(q, k, v, scale)):
-            return found
+        if flash4.takes(q, k, valid):
+            return flash4.attend(q, k, v, scale)
         chosen = _kernel(q, k, v, valid)
     if chosen is not rows_at_a_time:
         k, v = (ungrouped(x, q.shape[1]) for x in (k, v))

@@ -31,7 +31,7 @@ def takes(q: Tensor, k: Tensor, valid: Tensor | None) -> bool:
         return False
     chosen = not (torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.cudnn_sdp_enabled())
     capability = torch.cuda.get_device_capability(q.device)
-    return not chosen and pays(capability, q.dtype, q.shape[-1], min(q.shape[2], k.shape[2])) and installed()
+    return not chosen and pays(capability, q.dtype, q.shape[-1], min(q.shape[2], k.shape[2])) and works(q, k)
 
 
 def pays(capability: tuple[int, int], dtype: torch.dtype, width: int, rows: int) -> bool:
@@ -40,49 +40,46 @@ def pays(capability: tuple[int, int], dtype: torch.dtype, width: int, rows: int)
 
 
 def installed() -> bool:
-    """Whether there is a flash-attn-4 that has not failed in this process."""
-    return _Library.get() is not None
+    return _imported() is not None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
-    """As `chipmunk_fx.ops.dense.attend`; None where flash-attn-4 failed, which is said once and not tried again."""
-    library = _Library.get()
-    if library is None:
-        return None
-    try:
-        return library.attend(q, k, v, scale)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as problem:  # of a compiler, a driver, another version's signature
-        library.broken = True
-        logger("runtime").warning("flash-attn-4 failed, PyTorch's attention takes over: %s", problem)
-        return None
+def works(q: Tensor, k: Tensor) -> bool:
+    """Whether flash-attn-4 is installed and takes tensors like these. A failure is said once."""
+    return _tried(q.device, q.dtype, q.shape[-1], q.shape[1] // k.shape[1])
 
 
-class _Library:
-    """The imported function, and whether it has failed."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function, self.broken = function, False
-
-    @staticmethod
-    def get() -> "_Library | None":
-        library = _imported()
-        return None if library is None or library.broken else library
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """Tokens come before heads in its arguments; heads of keys may be fewer."""
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out, lse = self.function(q, k, v, softmax_scale=scale, return_lse=True)
-        return out.transpose(1, 2), lse
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """As `chipmunk_fx.ops.dense.attend`, where it `works`."""
+    function = _imported()
+    assert function is not None
+    # tokens come before heads in its arguments; heads of keys may be fewer
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out, lse = function(q, k, v, softmax_scale=scale, return_lse=True)
+    return out.transpose(1, 2), lse
 
 
 @cache
-def _imported() -> _Library | None:
+def _tried(device: torch.device, dtype: torch.dtype, width: int, share: int) -> bool:
+    """Whether it computes a few rows, which compiles what serves longer ones. share: heads of queries a head of keys."""
+    if not installed():
+        return False
+    q = torch.zeros(1, share, 128, width, dtype=dtype, device=device)
+    try:
+        attend(q, q[:, :1], q[:, :1], 1.0)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as problem:  # of a compiler, a driver, another version's signature
+        logger("runtime").warning("flash-attn-4 failed, PyTorch's attention takes over: %s", problem)
+        return False
+    return True
+
+
+@cache
+def _imported() -> Callable[..., Any] | None:
     try:
         if find_spec("flash_attn.cute") is None:
             return None
-        return _Library(import_module("flash_attn.cute").flash_attn_func)
+        return import_module("flash_attn.cute").flash_attn_func
     except ModuleNotFoundError as missing:
         if missing.name == "flash_attn":
             return None

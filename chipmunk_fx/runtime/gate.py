@@ -54,8 +54,8 @@ def _on_cuda(site: Site, config: Config) -> str | None:
         return 'no kernel backend for cuda: plain PyTorch is slower than dense (gate="off" runs it)'
     if site.dtype not in _CUDA_DTYPES:
         return f"{site.kind} in {site.dtype} on cuda: sparse is not faster"
-    width = site.hints[4] if site.kind == "attention" else site.hints[2]
-    hopper = on_hopper(site.kind, site.device, site.dtype, width) and site.group_rows % HOPPER_GROUP_ROWS == 0
+    in_groups = site.group_rows % HOPPER_GROUP_ROWS == 0
+    hopper = in_groups and on_hopper(site.kind, site.device, site.dtype, site.hints)
     share, every = density(site, config), config.schedule.refresh_every
     if site.kind == "attention":
         rows = site.hints[2]
@@ -64,7 +64,7 @@ def _on_cuda(site: Site, config: Config) -> str | None:
         size, cost = f"{rows} rows", at(rows, CUDA_ATTENTION_HOPPER if hopper else CUDA_ATTENTION).steps(share, every)
     else:
         if not hopper:
-            return "mlp on cuda: sparse is faster only by the kernels for compute capability 9.0, in groups of 192 rows"
+            return "mlp on cuda: sparse is faster only by the Hopper kernels, in groups of 192 rows and multiples of 64 wide"
         if site.dense_flops < _CUDA_MLP_FLOPS:
             return f"{site.dense_flops:.1e} operations on cuda: sparse is not faster below {_CUDA_MLP_FLOPS:.0e}"
         size, cost = f"{site.dense_flops:.1e} operations", CUDA_MLP_HOPPER.steps(share, every)

@@ -14,7 +14,7 @@ from chipmunk_fx.graph.geometry import Grid
 from chipmunk_fx.runtime.known import Known
 from chipmunk_fx.runtime.tables import Tables
 from chipmunk_fx.schedule.phase import Phase
-from chipmunk_fx.schedule.policies import Drift
+from chipmunk_fx.schedule.policies import Drift, History
 from chipmunk_fx.schedule.timeline import Timeline
 from chipmunk_fx.state.health import Health
 from chipmunk_fx.state.store import Home
@@ -73,6 +73,10 @@ class Branch:
         """`step` has left a residual that can serve again."""
         self.apart = None if self.last_computed is None else step - self.last_computed
         self.last_computed = step
+
+    @property
+    def history(self) -> History:
+        return History(self.last_refresh, self.last_computed, self.drift)
 
     @property
     def drift(self) -> Drift | None:

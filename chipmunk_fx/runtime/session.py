@@ -206,14 +206,14 @@ class Session:
         if problem := (graph.rewrites and known.problem) or self.faults.of(graph):
             return self._fall_back(track, position, problem)
         if not graph.rewrites:
-            phase = self.policy.phase(position.step, None, branch.drift, branch.last_computed)
+            phase = self.policy.phase(position.step, replace(branch.history, last_refresh=None))
             return phase if phase is Phase.SKIP else Phase.DENSE
         if graph.skips:
-            return self.policy.phase(position.step, branch.last_refresh, branch.drift, branch.last_computed)
+            return self.policy.phase(position.step, branch.history)
         if self.policy is not self.computing and self.policy != self.computing:
             why = "a block does not show what is around it" if graph.is_piece else graph.plan.region
             self.notices.once(_log, f"no step is skipped, whatever schedule.skip_* say ({why})", key="skip")
-        return self.computing.phase(position.step, branch.last_refresh)
+        return self.computing.phase(position.step, branch.history)
 
     def _look_for_damage(self, track: Track, branch: Branch, position: Position) -> None:
         """Caches with nan or inf in them are made anew."""

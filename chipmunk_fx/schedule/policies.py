@@ -1,9 +1,7 @@
 """Which step is a refresh, which is sparse, which is skipped: pure functions of the step index.
 
-A policy answers `phase(step, last_refresh, drift, last_computed)`: `last_refresh` is the step at which the branch in
-question last filled its caches in this generation, None if it has not, `drift` what its computed steps have shown, and
-`last_computed` the last of those that left what a skipped step can add again. A new schedule is a class here and an
-entry in POLICIES.
+A policy answers `phase(step, history)`, where the history is that of the branch in question. A new schedule is a class
+here and an entry in POLICIES.
 """
 
 from __future__ import annotations
@@ -28,10 +26,26 @@ class Drift:
     last: int
 
 
+@dataclass(frozen=True)
+class History:
+    """What one branch has done in this generation.
+
+    last_refresh: the step at which it last filled its caches. last_computed: the last one that left what a skipped step
+    can add again. drift: what such steps have shown.
+    """
+
+    last_refresh: int | None = None
+    last_computed: int | None = None
+    drift: Drift | None = None
+
+    def after(self, step: int, phase: Phase) -> History:
+        """With `step`, where all that is computed can serve a skipped one."""
+        refreshed = step if phase is Phase.REFRESH else self.last_refresh
+        return History(refreshed, self.last_computed if phase is Phase.SKIP else step, self.drift)
+
+
 class Policy(Protocol):
-    def phase(
-        self, step: int, last_refresh: int | None, drift: Drift | None = None, last_computed: int | None = None
-    ) -> Phase: ...
+    def phase(self, step: int, history: History) -> Phase: ...
 
 
 @dataclass(frozen=True)
@@ -40,11 +54,10 @@ class Interval:
 
     every: int
 
-    def phase(
-        self, step: int, last_refresh: int | None, drift: Drift | None = None, last_computed: int | None = None
-    ) -> Phase:
+    def phase(self, step: int, history: History) -> Phase:
         # Not `step % every`: a branch that was not called at its refresh step makes up for it when it is called next.
-        due = last_refresh is None or step // self.every > last_refresh // self.every
+        last = history.last_refresh
+        due = last is None or step // self.every > last // self.every
         return Phase.REFRESH if due else Phase.SPARSE
 
 
@@ -54,10 +67,9 @@ class Explicit:
 
     steps: tuple[int, ...]
 
-    def phase(
-        self, step: int, last_refresh: int | None, drift: Drift | None = None, last_computed: int | None = None
-    ) -> Phase:
-        due = last_refresh is None or any(last_refresh < listed <= step for listed in self.steps)
+    def phase(self, step: int, history: History) -> Phase:
+        last = history.last_refresh
+        due = last is None or any(last < listed <= step for listed in self.steps)
         return Phase.REFRESH if due else Phase.SPARSE
 
 
@@ -68,12 +80,10 @@ class Skipping:
     policy: Policy
     steps: tuple[int, ...]
 
-    def phase(
-        self, step: int, last_refresh: int | None, drift: Drift | None = None, last_computed: int | None = None
-    ) -> Phase:
-        if step in self.steps and not (last_refresh is None and last_computed is None):
+    def phase(self, step: int, history: History) -> Phase:
+        if step in self.steps and (history.last_refresh, history.last_computed) != (None, None):
             return Phase.SKIP
-        return self.policy.phase(step, last_refresh, drift, last_computed)
+        return self.policy.phase(step, history)
 
 
 @dataclass(frozen=True)
@@ -83,10 +93,8 @@ class Whole:
     policy: Policy
     steps: tuple[int, ...]
 
-    def phase(
-        self, step: int, last_refresh: int | None, drift: Drift | None = None, last_computed: int | None = None
-    ) -> Phase:
-        return Phase.DENSE if step in self.steps else self.policy.phase(step, last_refresh, drift, last_computed)
+    def phase(self, step: int, history: History) -> Phase:
+        return Phase.DENSE if step in self.steps else self.policy.phase(step, history)
 
 
 @dataclass(frozen=True)
@@ -99,14 +107,12 @@ class Steady:
     policy: Policy
     threshold: float
 
-    def phase(
-        self, step: int, last_refresh: int | None, drift: Drift | None = None, last_computed: int | None = None
-    ) -> Phase:
-        if drift is not None:
+    def phase(self, step: int, history: History) -> Phase:
+        if (drift := history.drift) is not None:
             expected = drift.change / drift.apart * (step - drift.last)
             if expected < self.threshold:
                 return Phase.SKIP
-        return self.policy.phase(step, last_refresh, drift, last_computed)
+        return self.policy.phase(step, history)
 
 
 POLICIES: Mapping[str, type] = MappingProxyType({"interval": Interval, "explicit": Explicit})

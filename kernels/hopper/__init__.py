@@ -30,10 +30,8 @@ def supports(op: str, arguments: Mapping[str, Any]) -> str | None:
         return f"compute capability {devices.capability(x.device)}, allowed is {CAPABILITY}"
     if x.dtype not in DTYPES:
         return f"{x.dtype}, allowed are {', '.join(map(str, DTYPES))}"
-    if refused := refused_width(attention, x.shape[-1]):
+    if refused := refused_width(attention, x.shape[-1], x.shape[-1] if attention else arguments["w2"].shape[0]):
         return refused
-    if not attention and arguments["w2"].shape[0] % 64:
-        return f"a result {arguments['w2'].shape[0]} wide, allowed are multiples of 64"
     if all(group_rows % rows for rows in GROUP_ROWS):
         return f"groups of {group_rows} rows, allowed are multiples of {' and of '.join(map(str, GROUP_ROWS))}"
     if _nvrtc() is None:
@@ -41,12 +39,14 @@ def supports(op: str, arguments: Mapping[str, Any]) -> str | None:
     return triton.supports(op, arguments)
 
 
-def refused_width(attention: bool, width: int) -> str | None:
-    """Why heads, or an MLP's inputs, that are `width` wide are not taken; None where they are."""
+def refused_width(attention: bool, width: int, result: int) -> str | None:
+    """Why heads, or an MLP's inputs, that are `width` wide and their `result` are not taken; None where they are."""
     if attention and width not in WIDTHS:
         return f"head width {width}, allowed are {', '.join(map(str, WIDTHS))}"
     if not attention and (width < LEAST_WIDTH or width % 64):
         return f"width {width}, allowed are multiples of 64 from {LEAST_WIDTH} on"
+    if not attention and result % 64:
+        return f"a result {result} wide, allowed are multiples of 64"
     return None
 
 

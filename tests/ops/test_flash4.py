@@ -33,10 +33,15 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
     monkeypatch.setitem(sys.modules, "flash_attn.cute", module)
     monkeypatch.setattr(flash4, "find_spec", lambda name: name)
-    flash4._imported.cache_clear()
+    forget()
     CALLS.clear()
     yield module
+    forget()
+
+
+def forget() -> None:
     flash4._imported.cache_clear()
+    flash4._tried.cache_clear()
 
 
 class OnHopper:
@@ -50,6 +55,7 @@ class OnHopper:
 
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flash4, "works", lambda *_: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
 
@@ -86,9 +92,9 @@ def test_without_the_package_nothing_is_said(caplog: pytest.LogCaptureFixture, m
         raise ModuleNotFoundError(name="flash_attn")
 
     monkeypatch.setattr(flash4, "find_spec", missing)
-    flash4._imported.cache_clear()
-    assert not flash4.installed() and not caplog.records
-    flash4._imported.cache_clear()
+    forget()
+    assert not flash4.works(*operands()[:2]) and not caplog.records
+    forget()
 
 
 def operands(heads: int = 4, key_heads: int = 2) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,8 +120,8 @@ def test_a_failure_falls_back_with_one_warning(
     q, k, v = operands()
     out, _ = attend(q, k, v, 0.3)
     library.flash_attn_func = broken  # pyright: ignore
-    monkeypatch.setattr(flash4, "takes", lambda *_: flash4.installed())
+    monkeypatch.setattr(flash4, "takes", lambda q, k, _: flash4.works(q, k))
     for _ in range(2):
         torch.testing.assert_close(attend(q, k, v, 0.3)[0], out)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "no such instruction" in caplog.text and not flash4.installed()
+    assert "no such instruction" in caplog.text and not flash4.works(q, k)

@@ -75,12 +75,14 @@ def hopper_card(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_groups_are_as_large_as_the_kernel_likes(hopper_card: None, monkeypatch: pytest.MonkeyPatch):
     cuda, cpu = torch.device("cuda", 0), torch.device("cpu")
-    assert group_rows("attention", cuda, torch.bfloat16, 128) == HOPPER_GROUP_ROWS == 192
-    assert group_rows("mlp", cuda, torch.bfloat16, 3072) == HOPPER_GROUP_ROWS
-    others = [(cpu, torch.bfloat16, 128), (cuda, torch.float32, 128), (cuda, torch.bfloat16, 96)]
+    heads, narrow = (1, 4, 8192, 8192, 128), (1, 4, 8192, 8192, 96)
+    assert group_rows("attention", cuda, torch.bfloat16, heads) == HOPPER_GROUP_ROWS == 192
+    others = [(cpu, torch.bfloat16, heads), (cuda, torch.float32, heads), (cuda, torch.bfloat16, narrow)]
     assert {group_rows("attention", *other) for other in others} == {GROUP_ROWS}
+    mlps = [(1, 4352, width, 12288, result) for width, result in ((3072, 3072), (3072, 96), (96, 3072))]
+    assert [group_rows("mlp", cuda, torch.bfloat16, sizes) for sizes in mlps] == [192, GROUP_ROWS, GROUP_ROWS]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
-    assert group_rows("attention", cuda, torch.bfloat16, 128) == GROUP_ROWS
+    assert group_rows("attention", cuda, torch.bfloat16, heads) == GROUP_ROWS
 
 
 def test_the_plan_asks_for_rows_of_groups_that_the_user_left_open():
@@ -96,7 +98,7 @@ def test_the_plan_asks_for_rows_of_groups_that_the_user_left_open():
         seen.capture, seen.candidates, seen.roles, seen.geometry(), config, lambda _: None, seen.inputs, rows
     ).sites
     assert {(site.kind, site.group_rows) for site in sites} == {("attention", 64), ("mlp", 32)}
-    assert {(kind, width) for kind, *_, width in asked} == {("attention", sites[0].hints[4])}
+    assert {(kind, sizes) for kind, *_, sizes in asked} == {("attention", sites[0].hints)}
 
 
 def test_groups_that_hopper_takes_allow_more_columns(sites, hopper_card: None):
@@ -113,6 +115,7 @@ def test_large_mlps_are_sparse_on_hopper(sites, hopper_card: None):
     sometimes = Config.from_options({"mlp.density": 0.3, "schedule.refresh_every": 10})
     assert cost_gate(mlp, sometimes) is None
     assert "192 rows" in (cost_gate(replace(mlp, group_rows=64), sometimes) or "")
+    assert "64 wide" in (cost_gate(replace(mlp, hints=(1, 4352, 3072, 12288, 3080)), sometimes) or "")
     assert "operations" in (cost_gate(replace(mlp, hints=(1, 512, 3072, 12288, 3072)), sometimes) or "")
     often = Config.from_options({"mlp.density": 0.6, "schedule.refresh_every": 2})
     assert "every 2 steps" in (cost_gate(mlp, often) or "")

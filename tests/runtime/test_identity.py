@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import cpu_offload
-from diffusers.hooks import apply_group_offloading
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
@@ -131,17 +130,6 @@ def test_parameters_replaced_at_every_call_are_noticed(strict: bool, caplog: pyt
 def test_sequential_offloading_is_right():
     model, plain = TinyDiT(depth=2), TinyDiT(depth=2)
     cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=False)
-    ours = exactly(model)
-    for seed in range(2):
-        assert_same(run(ours, calls(TIMES, seed=seed)), run(plain, calls(TIMES, seed=seed)))
-
-
-@pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
-def test_group_offloading_is_right(kind: str):
-    model, plain = TinyDiT(depth=2), TinyDiT(depth=2)
-    options = {"num_blocks_per_group": 1} if kind == "block_level" else {}
-    cpu = torch.device("cpu")
-    apply_group_offloading(model, onload_device=cpu, offload_device=cpu, offload_type=kind, **options)
     ours = exactly(model)
     for seed in range(2):
         assert_same(run(ours, calls(TIMES, seed=seed)), run(plain, calls(TIMES, seed=seed)))

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chipmunk_fx.schedule import POLICIES, Explicit, Interval, Phase, Skipping, Whole, beyond, policy_from
+from chipmunk_fx.schedule import POLICIES, Explicit, History, Interval, Phase, Skipping, Whole, beyond, policy_from
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ def phases(policy, steps):
     """The phases of a branch that is called at `steps`."""
     found, last = [], None
     for step in steps:
-        phase = policy.phase(step, last)
+        phase = policy.phase(step, History(last))
         found.append(str(phase))
         last = step if phase is Phase.REFRESH else last
     return found
@@ -89,7 +89,8 @@ def test_dense_steps_come_before_and_between():
     # a refresh that falls on one is made up for; a dense step leaves what a skipped one adds again
     assert phases(Whole(Interval(2), (2,)), range(4)) == ["refresh", "sparse", "dense", "refresh"]
     skipping = policy_from(Values(dense_steps=(0,), skip_steps=(1,)))
-    assert skipping.phase(1, None) is Phase.REFRESH and skipping.phase(1, None, None, 0) is Phase.SKIP
+    assert skipping.phase(1, History()) is Phase.REFRESH
+    assert skipping.phase(1, History(last_computed=0)) is Phase.SKIP
 
 
 def test_policies_are_values():
@@ -114,7 +115,7 @@ def test_sparse_never_runs_past_a_listed_refresh(every, listed, skipped, called)
     for policy, due in ((Interval(every), multiples), (Explicit(tuple(sorted(listed))), sorted(listed))):
         last = None
         for step in sorted(called):
-            phase = Skipping(policy, tuple(sorted(skipped))).phase(step, last)
+            phase = Skipping(policy, tuple(sorted(skipped))).phase(step, History(last))
             assert phase is not Phase.DENSE
             if last is None:
                 assert phase is Phase.REFRESH

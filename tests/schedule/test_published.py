@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from chipmunk_fx.config import Config
-from chipmunk_fx.schedule import Observation, Phase, Timeline, policy_from, strip
+from chipmunk_fx.schedule import History, Observation, Phase, Timeline, policy_from, strip
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "schedules.txt"
 EXAMPLES = Path(__file__).parents[2] / "examples" / "configs"
@@ -28,14 +28,13 @@ def phases(config: Config, texts: tuple[str, ...]) -> dict[int, list[Phase]]:
     """Branch -> phase of each step, for a sampler that calls the model once a text at falling timesteps."""
     policy, timeline = policy_from(config.schedule), Timeline(STEPS, len(texts))
     found: dict[int, list[Phase]] = defaultdict(list)
-    refreshed: dict[int, int] = {}
+    histories: dict[int, History] = defaultdict(History)
     for step in range(STEPS):
         for text in texts:
             position = timeline.advance(Observation((float(STEPS - step),), text))
             assert (position.step, position.decided) == (step, True)
-            phase = policy.phase(step, refreshed.get(position.branch))
-            if phase is Phase.REFRESH:
-                refreshed[position.branch] = step
+            phase = policy.phase(step, histories[position.branch])
+            histories[position.branch] = histories[position.branch].after(step, phase)
             found[position.branch].append(phase)
     return found
 
