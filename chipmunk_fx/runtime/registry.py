@@ -51,6 +51,10 @@ class _Registry:
             self.row += piece
             return session
 
+    def others(self, owner: torch.Tensor, session: Session) -> list[Session]:
+        with self.lock:
+            return [known for known in self.by_parameter.get(owner, ()) if known is not session]
+
     def held(self, tag: Any) -> Account:
         with self.lock:
             own = [s.held for known in self.by_parameter.values() for s in known if s.tag == tag]
@@ -85,6 +89,11 @@ def session_of(owner: torch.Tensor, tag: Any, piece: bool, make: Make) -> Sessio
 def held(tag: Any) -> Account:
     """Bytes of the caches of all sessions with these settings: the blocks of a model share its memory budget."""
     return _REGISTRY.held(tag)
+
+
+def others(owner: torch.Tensor, session: Session) -> list[Session]:
+    """The sessions that other settings have for the parameter `owner`."""
+    return _REGISTRY.others(owner, session)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -19,7 +19,7 @@ from chipmunk_fx.runtime.generations import BIRTHS, Branch, Fallback, Prepared, 
 from chipmunk_fx.runtime.graphs import Graph
 from chipmunk_fx.runtime.known import Known, Prober
 from chipmunk_fx.runtime.observe import Observer
-from chipmunk_fx.runtime.registry import Unnamed, active_scope, held
+from chipmunk_fx.runtime.registry import Unnamed, active_scope, held, others
 from chipmunk_fx.schedule.phase import Phase
 from chipmunk_fx.schedule.policies import policy_from
 from chipmunk_fx.schedule.timeline import Position, Timeline
@@ -52,6 +52,19 @@ class Session:
     def call(self, graph: Graph, values: Sequence[Any]) -> Any:
         with self.lock:
             return self._serve(graph, values)
+
+    def release(self) -> bool:
+        """Free all caches, for settings that need the memory; false where there are none, or a call is under way."""
+        if not self.lock.acquire(blocking=False):
+            return False
+        try:
+            had = self.account().total > 0
+            self._free(self.tracks.values())
+            self.store.forget()
+            self.held = self.account()
+            return had
+        finally:
+            self.lock.release()
 
     def example_state(self, graph: Graph, values: Sequence[Any]) -> list[torch.Tensor]:
         """State of the right shapes for compiling `graph`, kept by no one."""
@@ -249,10 +262,10 @@ class Session:
         clock.copy_(torch.tensor([step, int(renew)]))
 
     def _exempt(self, track: Track, position: Position, values: Sequence[Any], error: SiteOutOfMemory) -> None:
-        """The site stays dense from now on, unless idle generations had memory to give."""
-        if self._free_idle():
-            return
+        """The site stays dense from now on, unless idle generations or other settings had memory to give."""
         site, owner = error.site, values[error.site.owner]
+        if self._free_idle() or any([other.release() for other in others(owner, self)]):
+            return
         self._fall_back(track, position, str(error))
         self.faults.exempt(owner, site, str(error))
         for home in self._homes():

@@ -7,7 +7,7 @@ patches made of 4x4 ones, or 4x6x8 voxels in video (method.md, "Order of tokens"
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from math import ceil, prod
 
@@ -79,10 +79,14 @@ def local_columns(
     return near
 
 
+@lru_cache(maxsize=16)  # of each site's length for a few sizes of picture
 def attention_tables(
     layout: Layout | None, queries: int, keys: int, rows: int, config: AttentionConfig, raster: bool
 ) -> Tables:
-    """Tables of an attention site with `queries` rows, `keys` columns and groups of `rows` rows."""
+    """Tables of an attention site with `queries` rows, `keys` columns and groups of `rows` rows; nobody writes to them.
+
+    Remembered: windows of 75,600 keys take a second to find, and every generation asks for them.
+    """
     order = raster_rows(queries) if layout is None else row_order(layout, raster)
     always = text_columns(layout, keys)
     if config.local_window or config.local_voxels:

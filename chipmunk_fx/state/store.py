@@ -131,6 +131,13 @@ class Store:
             for name, tensor in cell.tensors.items():
                 self._spare.setdefault(Slot(name, tuple(tensor.shape), tensor.dtype), []).append(tensor)
 
+    def forget(self) -> None:
+        """Free what branches share, what is staged, and what is spare."""
+        for cell in self.stage.values():
+            _wait(cell.place.device)
+        for kept in (self.shared, self.stage, self._spare):
+            kept.clear()
+
     def _tensor(self, slot: Slot, place: Place) -> torch.Tensor:
         if place.on_host:
             plain = Slot(slot.name, slot.shape, slot.dtype)

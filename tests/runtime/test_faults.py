@@ -113,6 +113,28 @@ def test_memory_of_idle_generations_is_given_first():
     assert not session.tracks["a"].branches and session.tracks["b"].branches
 
 
+def test_memory_of_other_settings_is_given_before_a_site_stays_dense():
+    """Settings tried one after the other on the same weights; the first go on with caches made anew."""
+    model, steps = TinyDiT(depth=2), calls(TIMES)
+    first = begun(model)
+    run(first, steps[1:2])
+    second = begun(model, schedule__steps=4)
+    old, new = registry.sessions(model)
+
+    def scarce(slot: Slot, place: Place) -> torch.Tensor:
+        if old.account().total:
+            raise torch.OutOfMemoryError("full")
+        return allocate(slot, place)
+
+    new.store.allocate = scarce
+    larger = calls(TIMES, side=24)
+    assert_same(run(second, larger), run(model, larger))
+    assert new.account().total and not old.account().total
+    assert [len(t.fallbacks) for t in new.tracks.values()] == [0]
+    assert_same(run(first, steps[2:]), run(model, steps[2:]))
+    assert [str(record.phase) for record in old.tracks[None].records] == ["refresh", "sparse", "refresh", "sparse"]
+
+
 def test_strict_raises_for_want_of_memory():
     ours = begun(TinyDiT(), strict=True)
     session_of(ours).store.allocate = Refusing("rest")
