@@ -102,11 +102,13 @@ def measure(make: Callable[[], Built], request: Request, device: torch.device) -
 
 def _dense_ways(request: Request, padded: bool) -> Iterator[Way]:
     phases = ("dense",) * request.sparse_steps
+    mode = Config.from_options(request.options).inductor_mode  # CUDA graphs for all ways, or for none
+    options = {} if mode is None else {"inductor.mode": mode}
     if request.eager:
         yield Way("uncompiled", None, {}, phases)
-    yield Way("dense, as shipped" if padded else "dense", request.backend, {}, phases)
+    yield Way("dense, as shipped" if padded else "dense", request.backend, options, phases)
     if padded:
-        yield Way("dense, mask dropped", request.backend, {}, phases, unpadded=True)
+        yield Way("dense, mask dropped", request.backend, options, phases, unpadded=True)
 
 
 def _sparse_ways(request: Request) -> Iterator[Way]:
@@ -239,6 +241,8 @@ def _compiled(built: Built, backend: str | None, options: Mapping[str, Any], ker
     if backend is None:
         return built.model
     given: dict[str, Any] = {"options": dict(options)} if backend == "chipmunk" else {}
+    if backend == "inductor" and kernel != FLASH4:
+        given["mode"] = options.get("inductor.mode")
     compiler = through_op(backend) if kernel == FLASH4 and backend != "chipmunk" else backend
     return torch.compile(built.model, backend=compiler, fullgraph=built.fullgraph, dynamic=False, **given)
 
