@@ -93,14 +93,15 @@ def measure(make: Callable[[], Built], request: Request, device: torch.device) -
     if not report.count("attention") + report.count("mlp"):
         raise BenchError(f"nothing of this model is understood, so only its dense speed could be measured:\n{report}")
     found, best = [], "default"
-    for way in _dense_ways(request, padded):
+    for way in dense_ways(request, padded):
         for kernel in kernels(device) if way.backend else ("default",):
             found.append(_measure(make, way, kernel, report, request, device))
     best = min(found, key=lambda figures: figures.total_s).kernel
-    return found + [_measure(make, way, best, report, request, device) for way in _sparse_ways(request)]
+    return found + [_measure(make, way, best, report, request, device) for way in sparse_ways(request)]
 
 
-def _dense_ways(request: Request, padded: bool) -> Iterator[Way]:
+def dense_ways(request: Request, padded: bool) -> Iterator[Way]:
+    """`padded`: there are inputs without padding to run, too."""
     phases = ("dense",) * request.sparse_steps
     mode = Config.from_options(request.options).inductor_mode  # CUDA graphs for all ways, or for none
     options = {} if mode is None else {"inductor.mode": mode}
@@ -111,7 +112,7 @@ def _dense_ways(request: Request, padded: bool) -> Iterator[Way]:
         yield Way("dense, mask dropped", request.backend, options, phases, unpadded=True)
 
 
-def _sparse_ways(request: Request) -> Iterator[Way]:
+def sparse_ways(request: Request) -> Iterator[Way]:
     """Steps are skipped by the list in the settings, or the published one where it fits the number of steps; not by how
     far the model drifts, which random weights do not show."""
     own_list = Config.from_options(request.options).schedule.skip_steps

@@ -79,4 +79,5 @@ def _register() -> torch.library.Library:
     return library
 
 
-LIBRARY = _register()
+# Where the repository is on the path, diffusers takes this folder for the distribution of its name, and imports it again.
+LIBRARY = _register() if __name__ == "chipmunk_fx.kernels" else None

@@ -13,7 +13,16 @@ from torch.profiler import profile
 
 from chipmunk_fx import bench_model, bench_subjects
 from chipmunk_fx.bench_dense import kernels, through_op
-from chipmunk_fx.bench_measure import SKIPPED, Figures, Request, Way, measure, steps_by_phase
+from chipmunk_fx.bench_measure import (
+    SKIPPED,
+    Figures,
+    Request,
+    Way,
+    dense_ways,
+    measure,
+    sparse_ways,
+    steps_by_phase,
+)
 from chipmunk_fx.bench_subjects import SUBJECTS, Subject, build, ignore_masks, own
 from chipmunk_fx.errors import BenchError, ConfigError, UsageError
 from tests.runtime.models import SPARSE, TinyDiT, noise, one_thread, words
@@ -176,6 +185,13 @@ def test_steps_are_counted_as_they_would_be_run():
     assert steps_by_phase(sparse, 8) == {"dense": 2, "skip": 2, "refresh": 2, "sparse": 2}
     assert steps_by_phase(Way("skip alone", "chipmunk", settings, ("dense", "skip")), 8) == {"dense": 6, "skip": 2}
     assert steps_by_phase(Way("dense", "inductor", {}, ("dense",)), 8) == {"dense": 8}
+
+
+def test_all_compiled_ways_are_in_the_mode_that_is_asked_for():
+    asked = Request({"inductor.mode": "reduce-overhead"}, eager=True)
+    modes = {way.name: way.options.get("inductor.mode") for way in (*dense_ways(asked, True), *sparse_ways(asked))}
+    assert modes.pop("uncompiled") is None
+    assert len(modes) == 5 and set(modes.values()) == {"reduce-overhead"}
 
 
 def test_dense_attention_through_the_operator_is_the_same():

@@ -2,11 +2,13 @@
 
 import tomllib
 from importlib.metadata import entry_points, version
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import torch
 
 import chipmunk_fx
+import chipmunk_fx.kernels
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -31,6 +33,14 @@ def test_the_backend_is_known_by_name():
     (entry,) = entry_points(group="torch_dynamo_backends", name="chipmunk")
     assert callable(entry.load())
     assert "chipmunk" in torch._dynamo.list_backends(exclude_tags=())
+
+
+def test_kernels_found_by_another_name_register_nothing():
+    """As diffusers finds them, which looks for a distribution of that name, where the repository is on the path."""
+    spec = spec_from_file_location("kernels", ROOT / "kernels" / "__init__.py")
+    assert spec and spec.loader and chipmunk_fx.kernels.LIBRARY is not None
+    spec.loader.exec_module(twin := module_from_spec(spec))
+    assert twin.LIBRARY is None and twin.BACKENDS == chipmunk_fx.kernels.BACKENDS
 
 
 def test_the_command_resolves():
