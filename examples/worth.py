@@ -37,6 +37,7 @@ FLUX = {"preset": "flux"}
 DENSE_MLP = {"mlp.enabled": False}
 LISTS = {"schedule.refresh_steps": "R", "schedule.skip_steps": ".", "schedule.dense_steps": "D"}
 THRESHOLDS = (0.03, 0.05, 0.08, 0.1, 0.12, 0.2)
+UNTOUCHED = ("dense", "skip")  # steps that are the same whatever is sparse in others
 TENTH = {"attention.density": 0.1, **DENSE_MLP}
 ENDS = {"schedule.dense_steps": [*range(8), *range(44, STEPS)]}
 QUARTERS = {**ENDS, **DENSE_MLP, "schedule.refresh_every": 4}
@@ -178,7 +179,9 @@ def read(path: Path) -> list[dict[str, Any]]:
         row = json.loads(line)
         rows[row["name"]] = rows.get(row["name"], {}) | row
         timed[computed(row["name"])] = timed.get(computed(row["name"]), {}) | row.get("ms", {})
-    return [row | taken(row, timed[computed(row["name"])]) for row in rows.values()]
+    every = {phase: [ms[phase] for row in rows.values() if phase in (ms := row.get("ms", {}))] for phase in UNTOUCHED}
+    alike = {phase: statistics.median(ms) for phase, ms in every.items() if ms}
+    return [row | taken(row, timed[computed(row["name"])] | alike) for row in rows.values()]
 
 
 def computed(name: str) -> str:
