@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from chipmunk_fx.graph.alike import FOLDS, alike
 from chipmunk_fx.graph.calls import dtype, is_identity
@@ -66,12 +67,24 @@ class Probe:
 
 
 def unfolded(mask: fx.Node) -> fx.Node:
-    """The mask before reshapes in a row that end in the shape they began with: batch and heads folded and unfolded."""
+    """The mask before reshapes in a row that end in the shape they began with, and before it was copied for heads or rows.
+
+    The first fold and unfold batch and heads; the copies would be made anew whenever the values are asked for.
+    """
     node = found = mask
-    while node.target in FOLDS:
-        node = node.all_input_nodes[0]
-        found = node if shape(node) == shape(mask) else found
+    while (node.target in FOLDS or _is_copy(node)) and not writers([node]):
+        source = node.all_input_nodes[0]
+        copied = _is_copy(node) and node is found
+        node, found = source, source if copied or shape(source) == shape(found) else found
     return found
+
+
+def _is_copy(node: fx.Node) -> bool:
+    """Whether a mask [B, H, N, M] is one [B, 1 or H, 1 or N, M], copied."""
+    if node.target not in (aten.expand.default, aten.repeat.default) or rank(node.all_input_nodes[0]) != 4:
+        return False
+    before, after = shape(node.all_input_nodes[0]), shape(node)
+    return len(after) == 4 and all(statically_known_true(before[d] == after[d]) for d in (0, 3))
 
 
 def divided(mask: fx.Node, anchor: fx.Node) -> tuple[fx.Node, fx.Node | None]:
@@ -88,7 +101,7 @@ def divided(mask: fx.Node, anchor: fx.Node) -> tuple[fx.Node, fx.Node | None]:
         return mask, None
     for keys, rows in (sides, sides[::-1]):
         if alike(keys, 2) and alike(rows, 3) and not alike(keys, 3):
-            return (mask, None) if mutated_between(node, anchor, [*passed, *sides]) else (keys, rows)
+            return (mask, None) if mutated_between(node, anchor, [*passed, *sides]) else (unfolded(keys), rows)
     return mask, None
 
 
