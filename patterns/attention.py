@@ -6,7 +6,7 @@ lengths (text and image lengths can be equal).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from chipmunk_fx.graph.capture import SDPA_CHOICE
 from chipmunk_fx.graph.language import Call, Found, Var
-from chipmunk_fx.graph.masks import padding_refusal, unfolded
+from chipmunk_fx.graph.masks import divided, padding_refusal, unfolded
 from chipmunk_fx.graph.pattern import Accepted, AttentionOperands, Example, Laid, Pattern, Refused
 from chipmunk_fx.graph.walk import roots, shape
 
@@ -43,11 +43,13 @@ def judge(found: Found) -> Accepted | Refused:
     if reason:
         return Refused(form, reason)
     scale, mask = found.bound["scale"], found.bound["mask"]
-    mask = mask and unfolded(mask)
+    mask, rows = divided(unfolded(mask), found.nodes[0]) if mask else (None, None)
     scale = shape(q)[-1] ** -0.5 if scale is None else float(scale)
     sdpa = found.nodes[0].meta.get("custom", {}).get(SDPA_CHOICE, "")
     # PyTorch takes one dtype, that of the result: where an operand has another, autocast is on and casts it inside.
-    attended = AttentionOperands(*operands, scale, None, mask, sdpa=sdpa, cast=found.nodes[0].meta["val"].dtype)
+    attended = AttentionOperands(
+        *operands, scale, None, mask, rows=rows, sdpa=sdpa, cast=found.nodes[0].meta["val"].dtype
+    )
     return Accepted(form, attended, mask and padding_refusal(mask, found.nodes[0]))
 
 
@@ -142,12 +144,13 @@ class _Registers(SelfAttention):
 
 
 class _Padded(SelfAttention):
-    def __init__(self) -> None:
+    def __init__(self, spell: Callable[[torch.Tensor], torch.Tensor] = lambda present: present[:, None, None]) -> None:
         super().__init__(F.scaled_dot_product_attention)
+        self.spell = spell
 
     def forward(self, x: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
         q, k, v = (layer(x).unflatten(-1, (2, 8)).transpose(1, 2) for layer in (self.q, self.k, self.v))
-        return self.call(q, k, v, present[:, None, None]).transpose(1, 2).flatten(2)
+        return self.call(q, k, v, self.spell(present)).transpose(1, 2).flatten(2)
 
 
 class _Unprojected(nn.Module):
@@ -162,6 +165,11 @@ def _x(tokens: int = 24) -> torch.Tensor:
 
 def examples() -> Sequence[Example]:
     sdpa = F.scaled_dot_product_attention
+    paddings: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "padded keys": lambda present: present[:, None, None],
+        "padded keys, copied for every head": lambda present: present[:, None, None].repeat_interleave(2, dim=1),
+        "padded keys and rows": lambda present: present[:, None, None] & present[:, None, :, None],
+    }
     return [
         Example("self", lambda: (SelfAttention(sdpa), (_x(),))),
         Example("scale", lambda: (SelfAttention(lambda q, k, v: sdpa(q, k, v, scale=0.5)), (_x(),))),
@@ -172,7 +180,10 @@ def examples() -> Sequence[Example]:
             "grouped heads",
             lambda: (SelfAttention(lambda q, k, v: sdpa(q, k[:, :1], v[:, :1], enable_gqa=True)), (_x(),)),
         ),
-        Example("padded keys", lambda: (_Padded(), (_x(), torch.arange(24).expand(1, -1) < 17))),
+        *(
+            Example(name, lambda spell=spell: (_Padded(spell), (_x(), torch.arange(24).expand(1, -1) < 17)))
+            for name, spell in paddings.items()
+        ),
     ]
 
 

@@ -13,17 +13,17 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from chipmunk_fx.graph.alike import FOLDS, alike
+from chipmunk_fx.graph.calls import dtype, is_identity
 from chipmunk_fx.graph.sizes import unbacked
-from chipmunk_fx.graph.walk import PROJECTIONS, ancestors, shape, storage, written
+from chipmunk_fx.graph.walk import PROJECTIONS, ancestors, mutated_between, rank, shape, storage, writers, written
 
 aten = torch.ops.aten
 
 _SIZES = (aten.sym_size.int, aten.sym_size.default)
-_FOLDS = (
-    *(aten.reshape.default, aten.view.default, aten._unsafe_view.default),
-    *(aten.flatten.using_ints, aten.unflatten.int, aten.contiguous.default, aten.clone.default),
-)
+_BOTH = (aten.__and__.Tensor, aten.bitwise_and.Tensor, aten.logical_and.default, aten.mul.Tensor)
 _COSTLY = (
     *PROJECTIONS,
     aten.matmul.default,
@@ -67,12 +67,42 @@ class Probe:
 
 
 def unfolded(mask: fx.Node) -> fx.Node:
-    """The mask before reshapes in a row that end in the shape they began with: batch and heads folded and unfolded."""
+    """The mask before reshapes in a row that end in the shape they began with, and before it was copied for heads or rows.
+
+    The first fold and unfold batch and heads; the copies would be made anew whenever the values are asked for.
+    """
     node = found = mask
-    while node.target in _FOLDS:
-        node = node.all_input_nodes[0]
-        found = node if shape(node) == shape(mask) else found
+    while (node.target in FOLDS or _is_copy(node)) and not writers([node]):
+        source = node.all_input_nodes[0]
+        copied = _is_copy(node) and node is found
+        node, found = source, source if copied or shape(source) == shape(found) else found
     return found
+
+
+def _is_copy(node: fx.Node) -> bool:
+    """Whether a mask [B, H, N, M] is one [B, 1 or H, 1 or N, M], copied."""
+    if node.target not in (aten.expand.default, aten.repeat.default) or rank(node.all_input_nodes[0]) != 4:
+        return False
+    before, after = shape(node.all_input_nodes[0]), shape(node)
+    return len(after) == 4 and all(statically_known_true(before[d] == after[d]) for d in (0, 3))
+
+
+def divided(mask: fx.Node, anchor: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    """(keys, rows) of a boolean mask that is both: one is the same for every row, one for every key; else (mask, None).
+
+    `anchor`: the attention.
+    """
+    node, passed = mask, [mask]
+    while is_identity(node):
+        node = node.all_input_nodes[0]
+        passed.append(node)
+    sides = node.all_input_nodes if node.target in _BOTH else []
+    if len(sides) != 2 or any(rank(n) != 4 or dtype(n) != torch.bool for n in (mask, *sides)):
+        return mask, None
+    for keys, rows in (sides, sides[::-1]):
+        if alike(keys, 2) and alike(rows, 3) and not alike(keys, 3):
+            return (mask, None) if mutated_between(node, anchor, [*passed, *sides]) else (unfolded(keys), rows)
+    return mask, None
 
 
 def padding_refusal(mask: fx.Node, anchor: fx.Node) -> str | None:
@@ -84,8 +114,7 @@ def padding_refusal(mask: fx.Node, anchor: fx.Node) -> str | None:
     sizes = f"attention mask {tuple(value.shape)} {value.dtype}"
     if value.dim() not in (2, 4) or value.shape[-1] == 1:
         return f"{sizes}; key padding is [batch, 1, 1, keys]"
-    shared = [size == 1 or stride == 0 for size, stride in zip(value.shape, value.stride(), strict=True)]
-    if not all(shared[1:-1] if value.dim() == 4 else shared[:1]):
+    if not all(alike(mask, dim) for dim in ((1, 2) if value.dim() == 4 else (0,))):
         return f"{sizes} differs from row to row or head to head; key padding is supported"
     if reason := probe_refusal(mask):
         return f"{sizes}: {reason}"
@@ -141,21 +170,7 @@ def _behind(node: fx.Node) -> list[fx.Node]:
     """What computes `node`, as far as the first costly op on each way, and what writes to any of it in place."""
     found = dict.fromkeys(ancestors(node, lambda n: n.target in _COSTLY))
     fresh = list(found)
-    while writers := [writer for writer in _writers(fresh) if writer not in found]:
-        fresh = [n for writer in writers for n in ancestors(writer, lambda n: n.target in _COSTLY) if n not in found]
+    while new := [writer for writer in writers(fresh) if writer not in found]:
+        fresh = [n for writer in new for n in ancestors(writer, lambda n: n.target in _COSTLY) if n not in found]
         found.update(dict.fromkeys(fresh))
     return list(found)
-
-
-def _writers(nodes: Iterable[fx.Node]) -> list[fx.Node]:
-    """The ops that write in place to memory of `nodes`, or by way of a view of it."""
-    queue, seen, writers = list(nodes), set(), []
-    while queue:
-        node = queue.pop()
-        for user in (u for u in node.users if u not in seen and storage(node) is not None):
-            if any(storage(target) == storage(node) for target in written(user)):
-                writers.append(user)
-            if storage(user) == storage(node):
-                seen.add(user)
-                queue.append(user)
-    return writers

@@ -46,7 +46,8 @@ class AttentionOperands:
     and may leave a dimension of size 1 away.
 
     `mask`: key padding, [B or 1, 1, 1, M] or expanded from it, boolean or added to the scores; `hides`: a boolean one tells
-    which keys are left out, not which are attended to. `sdpa`: the user's choice of
+    which keys are left out, not which are attended to. `rows`: a boolean one [B or 1, H or 1, N, 1], or expanded from it, of
+    the rows that attend at all; the others are 0. `sdpa`: the user's choice of
     attention kernels (torch.nn.attention.SDPBackend names joined by commas), "" where there is none. `cast`: the dtype that
     q, k and v are cast to, None where they stay as they are.
     """
@@ -58,6 +59,7 @@ class AttentionOperands:
     out: tuple[int, ...] | None = None
     mask: fx.Node | None = None
     hides: bool = False
+    rows: fx.Node | None = None
     sdpa: str = ""
     cast: torch.dtype | None = None
 

@@ -159,13 +159,13 @@ class _Writer:
         common: dict[str, Any] = {"scale": operands.scale, "sdpa": operands.sdpa}
         if site.status == "dense" or self.phase is Phase.DENSE:
             out = self.graph.call_function(ops.attention_dense.default, (q, k, v, *present), common)
-            return self._back(out, operands.out)
+            return self._attended(out, operands)
         common["group_rows"] = site.group_rows
         slots = [self._slot(site, name) for name in ("rest", "share", "lists")]
         order = self.state.get((site.index, "order"))
         if self.phase is Phase.SPARSE:
             out = self.graph.call_function(ops.attention_sparse.default, (q, k, v, order, *present, *slots), common)
-            return self._back(out, operands.out)
+            return self._attended(out, operands)
         extra = {
             "random_density": config.random_density,
             "power": POWER[config.combine],
@@ -177,6 +177,13 @@ class _Writer:
         always, clock = self.state.get((site.index, "always")), self.state[None, "clock"]
         arguments = (q, k, v, order, always, *present, clock, *slots)
         out = self.graph.call_function(ops.attention_refresh.default, arguments, common | extra)
+        return self._attended(out, operands)
+
+    def _attended(self, out: fx.Node, operands: AttentionOperands) -> fx.Node:
+        """The result as the graph wants it, 0 in rows that attend to nothing."""
+        if operands.rows is not None:
+            attends = self.graph.call_function(aten.slice.Tensor, (self.copied[operands.rows], -1, 0, 1))
+            out = self.graph.call_function(aten.where.ScalarOther, (attends, out, 0.0))
         return self._back(out, operands.out)
 
     def _mlp(self, site: Site, operands: MlpOperands) -> fx.Node:

@@ -128,6 +128,20 @@ def written(node: fx.Node) -> list[fx.Node]:
     return [n for a, n in given if a.alias_info is not None and a.alias_info.is_write and isinstance(n, fx.Node)]
 
 
+def writers(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    """The ops that write in place to memory of `nodes`, or by way of a view of it."""
+    queue, seen, writers = list(nodes), set(), []
+    while queue:
+        node = queue.pop()
+        for user in (u for u in node.users if u not in seen and storage(node) is not None):
+            if any(storage(target) == storage(node) for target in written(user)):
+                writers.append(user)
+            if storage(user) == storage(node):
+                seen.add(user)
+                queue.append(user)
+    return writers
+
+
 def rank(node: fx.Node) -> int:
     value = node.meta.get("val")
     return value.dim() if isinstance(value, torch.Tensor) else 0

@@ -16,13 +16,18 @@ VIDEO_HEADS = {"num_attention_heads": 2, "attention_head_dim": 12}
 
 @dataclass(frozen=True)
 class Listed:
-    """`inputs` of `draw`; attention and MLP sites by reading the class; the timestep of step 0."""
+    """`inputs` of `draw`; attention and MLP sites by reading the class; the timestep of step 0.
+
+    `dense`: how many of the sites have a mask that keeps them dense; `names` of latents and timestep.
+    """
 
     config: dict[str, Any]
     inputs: Callable[[Callable[..., Tensor]], Inputs]
     attention: int = 2
     mlp: int = 2
     horizon: float = 1000.0
+    dense: int = 0
+    names: tuple[str, str] = ("hidden_states", "timestep")
 
 
 def _sized(draw: Callable[..., Tensor]) -> Inputs:

@@ -138,5 +138,5 @@ def cast(name: str, model: nn.Module, inputs: Inputs, dtype: torch.dtype) -> tup
 
 
 def first_tensor(output: Any) -> Tensor:
-    """The prediction, whether a model returns a tensor, a tuple or a diffusers output."""
-    return output if isinstance(output, Tensor) else output[0]
+    """The prediction, whether a model returns a tensor, a tuple or a diffusers output, of a tensor or a list of them."""
+    return output if isinstance(output, Tensor) else first_tensor(output[0])

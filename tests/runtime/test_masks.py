@@ -19,10 +19,20 @@ TIMES = (900, 700, 500, 300)
 PHASES = {0: ["refresh", "sparse", "sparse", "sparse"]}
 Spell = Callable[[Tensor], Tensor]
 
+
+def both(present: Tensor) -> Tensor:
+    """Of keys and of rows."""
+    keys = present[:, None, None].repeat(1, 1, present.shape[1], 1)
+    return (keys & keys.transpose(2, 3)).bool()
+
+
 SPELLINGS: dict[str, Spell] = {
     "boolean": lambda present: present[:, None, None],
     "expanded": lambda present: present[:, None, None].expand(-1, HEADS, present.shape[1], -1),
     "added": lambda present: torch.zeros(present.shape).masked_fill(~present, -torch.inf)[:, None, None],
+    "for every head": lambda present: present[:, None].repeat_interleave(HEADS, 0).view(len(present), HEADS, 1, -1),
+    "for every row": lambda present: present[:, None, None].repeat(1, HEADS, present.shape[1], 1),
+    "of rows too": both,
     "added -10000": lambda present: (1.0 - present.float())[:, None, None] * -10000.0,
 }
 
@@ -179,7 +189,8 @@ def test_an_entry_without_keys_runs_dense():
 
 
 OTHERS: dict[str, tuple[Spell, str]] = {
-    "by row": (lambda present: (present[:, None] & present[:, :, None])[:, None], "row to row"),
+    "by row": (lambda present: (present[:, None] | present[:, :, None])[:, None], "row to row"),
+    "written to": (lambda present: both(present).index_fill_(3, torch.zeros(1, dtype=torch.long), True), "row to row"),
     "by head": (lambda present: torch.stack([present, ~present], 1)[:, :, None], "head to head"),
     "rank 3": (lambda present: present[:, None], "key padding is"),
 }
