@@ -54,6 +54,13 @@ class Shape:
         return self.rows if self.kind == "attention" else self.neurons
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """As a site of a plan has them."""
+        if self.kind == "attention":
+            return 1, self.heads, self.rows, self.rows, self.width
+        return 1, self.rows, self.width, self.neurons, self.width
+
+    @property
     def density(self) -> float:
         return self.columns / self.total
 
@@ -124,7 +131,7 @@ def measure(shapes: Iterable[Shape], dtype: torch.dtype, device: str, seconds: f
     dense: dict[tuple, tuple[float, str]] = {}
     for shape in shapes:
         with torch.no_grad():
-            rows = group_rows(shape.kind, torch.device(device), dtype, shape.width)
+            rows = group_rows(shape.kind, torch.device(device), dtype, shape.sizes)
             values = shape.case(rows).values(dtype, device)
             if shape.kind == "attention":  # lists as they are kept between steps
                 kept, indices = smallest(values["lists"].shape, shape.rows, device)

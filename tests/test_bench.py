@@ -33,6 +33,11 @@ def test_operations_count_products_alone():
     assert MLP.dense_flops == 2 * 2 * 256 * 32 * 128
 
 
+def test_sizes_are_those_of_a_site():
+    assert ATTENTION.sizes == (1, 2, 256, 256, 16)
+    assert MLP.sizes == (1, 256, 32, 128, 32)
+
+
 def test_the_sweep_has_every_pair():
     shapes = list(sweep([1024, 65536], [0.03, 0.5]))
     assert [(s.kind, s.rows) for s in shapes[:2]] == [("attention", 1024), ("mlp", 1024)]
