@@ -1,13 +1,17 @@
 """The runtime's own time a call: everything between Dynamo and the compiled graph, and nothing of either."""
 
-import gc
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import pytest
 import torch
+
+if __name__ == "__main__":
+    sys.path.append(str(Path(__file__).parents[2]))  # last: a folder of ours has the name of a distribution
 
 from chipmunk_fx.runtime import registry
 from chipmunk_fx.schedule.phase import Phase
@@ -43,20 +47,16 @@ def own_times(depth: int, count: int = 200) -> list[float]:
     return spent
 
 
-@pytest.fixture
-def no_collection() -> Iterator[None]:
-    """What earlier tests left in this process is theirs to sweep."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
-
-
-@pytest.mark.usefixtures("no_collection")
 @pytest.mark.parametrize("depth", [1, 20])
 def test_a_call_costs_the_host_little(depth: int):
-    """The least of three medians: the machine may be busy with something else."""
-    with torch.no_grad():
-        spent = min(median(own_times(depth)) for _ in range(3))
+    """In a process of its own, which earlier tests have left nothing in; the least of three medians: the machine may be busy."""
+    done = subprocess.run([sys.executable, "-P", __file__, str(depth)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    spent = float(done.stdout.splitlines()[-1])
     print(f"{2 * depth} sites: {spent * 1e6:.0f} us a call")
     assert spent < FIXED + A_SITE * 2 * depth
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        print(min(median(own_times(int(sys.argv[1]))) for _ in range(3)))
