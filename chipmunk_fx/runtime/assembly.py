@@ -183,7 +183,7 @@ class Assembly:
             raster = self.config.tokens.order == "raster"
             # An MLP shares the order of rows, not what attention adds to it: dense text rows, local windows.
             settings = self.config.attention if attention else AttentionConfig()
-            new = attention_tables(layout, rows, columns, site.group_rows, settings, raster)
-            with torch.inference_mode(False):
+            with torch.inference_mode(False):  # they are remembered, and may be asked for outside it
+                new = attention_tables(layout, rows, columns, site.group_rows, settings, raster)
                 made[key] = Tables(new.order.to(self.device), new.always.to(self.device))
         return made[key]

@@ -160,6 +160,16 @@ def test_inference_mode_and_no_grad_may_be_mixed():
     assert chipmunk_fx.summary(ours).phases == {0: ["refresh", "sparse", "sparse", "sparse"]}
 
 
+def test_tables_made_in_inference_mode_serve_outside_it():
+    """They are remembered from generation to generation."""
+    ours = compiled(TinyDiT())
+    with torch.inference_mode():
+        run(ours, calls((900,), side=20))
+    (session,) = registry.sessions(ours)
+    (tables, *others) = session.tracks[None].tables.values()
+    assert not any(kept.is_inference() for made in (tables, *others) for kept in (made.order, made.always))
+
+
 def test_inputs_made_in_inference_mode():
     model = TinyDiT()
     ours = exactly(model)
