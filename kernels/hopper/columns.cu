@@ -182,12 +182,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_columns(const __
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
-    // 65536 registers: 168 or 128 a thread at the start, then as many as each role needs
+    using Roles = Registers<CONSUMERS == 2 ? 40 : 32, CONSUMERS == 2 ? 232 : 160>;
     if (threadIdx.x < 128) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(CONSUMERS == 2 ? 40 : 32));
+        Roles::give();
         produce(p, shared);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMERS == 2 ? 232 : 160));
+        Roles::take();
         consume(p, shared);
     }
 }

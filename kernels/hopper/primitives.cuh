@@ -25,6 +25,17 @@ __device__ __forceinline__ void barrier_arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// The first warpgroup of a block copies, the others multiply, in as many registers a thread as each needs. BEGIN: what the
+// compiler lets a block of so many threads begin with. A warpgroup that asks for more than others have given waits for ever.
+constexpr int BEGIN = CONSUMERS == 2 ? 168 : 128;
+
+template <int COPYING, int MULTIPLYING>
+struct Registers {
+    static_assert(COPYING + CONSUMERS * MULTIPLYING <= (CONSUMERS + 1) * BEGIN, "more registers than a block begins with");
+    static __device__ __forceinline__ void give() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COPYING)); }
+    static __device__ __forceinline__ void take() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MULTIPLYING)); }
+};
+
 // Arrives when all copies that this thread has started are there
 __device__ __forceinline__ void barrier_arrive_after_copies(u32 barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");

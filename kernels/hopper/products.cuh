@@ -91,22 +91,18 @@ __device__ __forceinline__ Place locate(int tile, int lists, int groups, int par
     return {list, list / groups, (list % groups * parts + part) * ROWS, part, tile / (lists * parts)};
 }
 
-// Registers a thread: as many as the compiler lets a block of so many threads begin with, then what copying and multiplying
-// need. A warpgroup that asks for more than the others have given back waits for ever.
-constexpr int BEGIN = CONSUMERS == 2 ? 168 : 128, COPYING = CONSUMERS == 2 ? 88 : 80, MULTIPLYING = CONSUMERS == 2 ? 208 : 144;
-static_assert(COPYING + CONSUMERS * MULTIPLYING <= (CONSUMERS + 1) * BEGIN, "more registers than a block begins with");
-
 // A kernel: `produce` and `consume` of its problem.
 template <class Problem>
 __device__ __forceinline__ void run(const Problem &p) {
     extern __shared__ __align__(1024) char memory[];
     const Shared shared(shared_address(memory));
     prepare(shared);
+    using Roles = Registers<CONSUMERS == 2 ? 88 : 80, CONSUMERS == 2 ? 208 : 144>;
     if (threadIdx.x < 128) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COPYING));
+        Roles::give();
         produce(p, shared);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MULTIPLYING));
+        Roles::take();
         consume(p, shared);
     }
 }

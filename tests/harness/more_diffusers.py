@@ -40,7 +40,7 @@ def _sized(draw: Callable[..., Tensor]) -> Inputs:
     }
 
 
-def _packed(draw: Callable[..., Tensor]) -> Inputs:
+def packed(draw: Callable[..., Tensor]) -> Inputs:
     return {
         "hidden_states": draw(1, 256, 4),
         "encoder_hidden_states": draw(1, 24, 32),
@@ -50,7 +50,7 @@ def _packed(draw: Callable[..., Tensor]) -> Inputs:
     }
 
 
-def _video(draw: Callable[..., Tensor]) -> Inputs:
+def video(draw: Callable[..., Tensor]) -> Inputs:
     return {
         "hidden_states": draw(1, 4, 2, 24, 24),
         "encoder_hidden_states": draw(1, 10, 16),
@@ -116,14 +116,14 @@ LISTED: dict[str, Listed] = {
     "CogView4Transformer2DModel": Listed(_COGVIEW | {"rope_axes_dim": (8, 8)}, _sized, mlp=4),
     # the approximator of the modulation is a stack of MLPs over tokens of its own
     "ChromaTransformer2DModel": Listed(
-        _TWO_STREAMS | _APPROXIMATOR | {"axes_dims_rope": (4, 4, 8)}, _packed, attention=4, mlp=7, horizon=1.0
+        _TWO_STREAMS | _APPROXIMATOR | {"axes_dims_rope": (4, 4, 8)}, packed, attention=4, mlp=7, horizon=1.0
     ),
     "OvisImageTransformer2DModel": Listed(
-        _TWO_STREAMS | {"out_channels": 4, "axes_dims_rope": (4, 4, 8)}, _packed, attention=4, mlp=6, horizon=1.0
+        _TWO_STREAMS | {"out_channels": 4, "axes_dims_rope": (4, 4, 8)}, packed, attention=4, mlp=6, horizon=1.0
     ),
-    "BriaTransformer2DModel": Listed(_TWO_STREAMS | {"axes_dims_rope": [0, 8, 8]}, _packed, attention=4, mlp=6),
-    "SkyReelsV2Transformer3DModel": Listed(_WAN | {"num_layers": 2}, _video),
-    "ChronoEditTransformer3DModel": Listed(_WAN | {"num_layers": 2}, _video),
+    "BriaTransformer2DModel": Listed(_TWO_STREAMS | {"axes_dims_rope": [0, 8, 8]}, packed, attention=4, mlp=6),
+    "SkyReelsV2Transformer3DModel": Listed(_WAN | {"num_layers": 2}, video),
+    "ChronoEditTransformer3DModel": Listed(_WAN | {"num_layers": 2}, video),
     # two layers of two towers
     "LTX2VideoTransformer3DModel": Listed(_SOUND_AND_VIDEO, _sound_and_video, attention=4, mlp=4),
     "StableAudioDiTModel": Listed(_SOUND, _sound),

@@ -6,36 +6,18 @@ import torch
 from torch import Tensor
 
 from tests.harness.diffusers_models import position_ids
-from tests.harness.more_diffusers import HEADS, VIDEO_HEADS, Inputs, Listed
+from tests.harness.more_diffusers import HEADS, VIDEO_HEADS, Inputs, Listed, packed, video
 
 Draw = Callable[..., Tensor]
 
 
-def _video(draw: Draw) -> Inputs:
-    return {
-        "hidden_states": draw(1, 4, 2, 24, 24),
-        "encoder_hidden_states": draw(1, 10, 16),
-        "timestep": torch.tensor([500]),
-    }
-
-
-def _packed(draw: Draw) -> Inputs:
-    return {
-        "hidden_states": draw(1, 256, 4),
-        "encoder_hidden_states": draw(1, 24, 32),
-        "img_ids": position_ids(1, 16, 16),
-        "txt_ids": torch.zeros(24, 3),
-        "timestep": torch.ones(1),
-    }
-
-
 def _packed_in_time(draw: Draw) -> Inputs:
     places = torch.cat([position_ids(1, 16, 16), torch.zeros(256, 1)], 1)
-    return _packed(draw) | {"img_ids": places, "txt_ids": torch.zeros(24, 4)}
+    return packed(draw) | {"img_ids": places, "txt_ids": torch.zeros(24, 4)}
 
 
 def _layers_of_text(draw: Draw) -> Inputs:
-    return _packed(draw) | {"text_encoder_layers": [draw(1, 24, 16) for _ in range(4)]}
+    return packed(draw) | {"text_encoder_layers": [draw(1, 24, 16) for _ in range(4)]}
 
 
 def _prior(draw: Draw) -> Inputs:
@@ -54,7 +36,7 @@ def _padded_frames(draw: Draw) -> Inputs:
     present = torch.ones(1, 2, 24, 24)
     present[:, :, 20:] = 0
     angles = (torch.ones(32, 4), torch.zeros(32, 4))
-    return _video(draw) | {
+    return video(draw) | {
         "attention_mask": present,
         "encoder_attention_mask": torch.ones(1, 10),
         "image_rotary_emb": ([angles] * 3, list(position_ids(2, 12, 12).long().T[:, None])),
@@ -202,15 +184,15 @@ _FLUX_3 = _TWO_STREAMS | {
 }
 
 NEWER: dict[str, Listed] = {
-    "EasyAnimateTransformer3DModel": Listed(_EASY, _video, mlp=4),
+    "EasyAnimateTransformer3DModel": Listed(_EASY, video, mlp=4),
     "CosmosTransformer3DModel": Listed(
         _COSMOS | {"concat_padding_mask": False, "extra_pos_embed_type": "learnable"},
-        lambda draw: _video(draw) | {"timestep": torch.tensor([0.5]), "fps": 30},
+        lambda draw: video(draw) | {"timestep": torch.tensor([0.5]), "fps": 30},
         horizon=1.0,
     ),
     "LongCatImageTransformer2DModel": Listed(
         _TWO_STREAMS | {"joint_attention_dim": 32, "pooled_projection_dim": 32, "axes_dims_rope": [4, 4, 8]},
-        *(_packed, 4, 6, 1.0),
+        *(packed, 4, 6, 1.0),
     ),
     "BriaFiboTransformer2DModel": Listed(
         _TWO_STREAMS | {"joint_attention_dim": 32, "axes_dims_rope": [0, 8, 8], "text_encoder_dim": 16},
@@ -220,13 +202,13 @@ NEWER: dict[str, Listed] = {
     "Flux3Transformer2DModel": Listed(_FLUX_3, _packed_in_time, 6, 6, 1.0),
     "WanVACETransformer3DModel": Listed(
         _WAN | {"vace_layers": [0], "vace_in_channels": 6},
-        lambda draw: _video(draw) | {"control_hidden_states": draw(1, 6, 2, 24, 24)},
+        lambda draw: video(draw) | {"control_hidden_states": draw(1, 6, 2, 24, 24)},
         *(3, 3),
     ),
     "AnyFlowTransformer3DModel": Listed(
         _WAN,
         lambda draw: (
-            _video(draw)
+            video(draw)
             | {"hidden_states": draw(1, 2, 4, 24, 24)}
             | {"timestep": torch.full((1, 2), 500), "r_timestep": torch.full((1, 2), 400)}
         ),
@@ -244,11 +226,11 @@ NEWER: dict[str, Listed] = {
     # of the experts those that every token goes to
     "HiDreamImageTransformer2DModel": Listed(_HIDREAM, _llama, 2, 2, names=("hidden_states", "timesteps")),
     "JoyImageEditTransformer3DModel": Listed(
-        _JOY, lambda draw: _video(draw) | {"hidden_states": draw(1, 1, 4, 2, 24, 24)}, mlp=4
+        _JOY, lambda draw: video(draw) | {"hidden_states": draw(1, 1, 4, 2, 24, 24)}, mlp=4
     ),
     "MotifVideoTransformer3DModel": Listed(
         _TWO_STREAMS | {"out_channels": 4, "patch_size": 2, "text_embed_dim": 16, "rope_axes_dim": (4, 6, 6)},
-        lambda draw: _video(draw) | {"encoder_attention_mask": torch.arange(10)[None] < 8},
+        lambda draw: video(draw) | {"encoder_attention_mask": torch.arange(10)[None] < 8},
         *(4, 6),
     ),
     # differential attention: two a layer; two MLPs embed what is added to the latents

@@ -22,7 +22,7 @@ EVERY = [
     for element, width, rows in product(("bf16", "f16"), hopper.WIDTHS, hopper.GROUP_ROWS)
 ]
 
-BEGIN = {2: 168, 3: 128}  # registers a thread of a block, by its multiplying warpgroups: BEGIN of products.cuh
+BEGIN = {2: 168, 3: 128}  # registers a thread of a block, by its multiplying warpgroups: BEGIN of primitives.cuh
 FIRST = [
     *(ProductSettings("bf16", 3, columns, "gelu_tanh") for columns in (96, 176, 192)),
     ProductSettings("bf16", 2, 256, "gelu_tanh"),
@@ -71,6 +71,22 @@ def test_a_product_compiles_without_spilling(
     kernel = {"first.cu": "exchange_listed", "second.cu": "add_listed"}[file]
     assert_in_registers(code, kernel, tmp_path, BEGIN[settings.consumers])
     assert "serialized" not in caplog.text
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    ("source", "copying", "more"),
+    [
+        (columns.source(tuning.columns_settings("bf16", 128, 128)), "2 ? 40 :", "2 ? 48 :"),
+        (mlp.source(ProductSettings("bf16", 2, 256), "second.cu"), "2 ? 88 :", "2 ? 96 :"),
+    ],
+    ids=["attention", "product"],
+)
+def test_registers_that_a_block_has_not_are_not_asked_for(source: str, copying: str, more: str):
+    """Its warpgroups would wait for them for ever."""
+    assert source.count(copying) == 1
+    with pytest.raises(nvrtc.CudaError, match="more registers than a block begins with"):
+        nvrtc.compiled(source.replace(copying, more), "sm_90a")
 
 
 def assert_in_registers(code: bytes, kernel: str, folder: Path, begin: int):

@@ -356,49 +356,51 @@ class Lives(RuleBasedStateMachine):
                 session.faults.exempt(parameters[name], site, "as its twin")
 
 
-def test_the_sequences_are_sparse_and_take_every_turn():
+@pytest.fixture
+def lives() -> Iterator[Lives]:
+    """A model that is driven by hand, one generation begun."""
+    with one_thread():
+        torch._dynamo.reset()
+        lives = Lives()
+        lives.begin("a", 16, 8)
+        yield lives
+
+
+def test_the_sequences_are_sparse_and_take_every_turn(lives: Lives):
     """What random sequences may leave out, once by hand."""
-    with one_thread():
-        torch._dynamo.reset()
-        lives = Lives()
-        lives.begin("a", 16, 8)
-        lives.begin("b", 24, 5)
-        for _ in range(2):
-            lives.step("a", 2)
-            lives.threads(1, 1, anew=False, name="rest", times=0)
-        lives.abort("a", 0)
-        lives.second_order("b")
-        lives.run_out_of_memory("hidden", 3)
-        lives.unnamed(2, 16)
-        lives.replace_a_parameter(1, "qkv")
-        lives.walk("a", 3)
-        lives.walk("b", 2)
-        session = session_of(lives.ours)
-        assert session is not None and lives.exempt == {("blocks.0.fc1.weight", 0)}
-        records = [record for track in session.tracks.values() for record in track.records]
-        assert {record.phase for record in records} >= {Phase.REFRESH, Phase.SPARSE}
-        sites = chipmunk_fx.summary(lives.ours, key="a").sites
-        assert all(site.density < 0.5 for site in sites if site.status == "rewritten")
-        lives.run_out_of_memory_half_way("a", 0)
-        assert not any(track.branches for track in session.tracks.values())
-        lives.threads(2, 3, anew=True, name="hidden", times=2)
-        assert lives.exempt
-        lives.change_weights_in_place("fc2")
-        lives.begin(None, 16, 8)
-        lives.walk(None, 4)
-        lives.reset()
-        lives.walk(None, 4)
+    lives.begin("b", 24, 5)
+    for _ in range(2):
+        lives.step("a", 2)
+        lives.threads(1, 1, anew=False, name="rest", times=0)
+    lives.abort("a", 0)
+    lives.second_order("b")
+    lives.run_out_of_memory("hidden", 3)
+    lives.unnamed(2, 16)
+    lives.replace_a_parameter(1, "qkv")
+    lives.walk("a", 3)
+    lives.walk("b", 2)
+    session = session_of(lives.ours)
+    assert session is not None and lives.exempt == {("blocks.0.fc1.weight", 0)}
+    records = [record for track in session.tracks.values() for record in track.records]
+    assert {record.phase for record in records} >= {Phase.REFRESH, Phase.SPARSE}
+    sites = chipmunk_fx.summary(lives.ours, key="a").sites
+    assert all(site.density < 0.5 for site in sites if site.status == "rewritten")
+    lives.run_out_of_memory_half_way("a", 0)
+    assert not any(track.branches for track in session.tracks.values())
+    lives.threads(2, 3, anew=True, name="hidden", times=2)
+    assert lives.exempt
+    lives.change_weights_in_place("fc2")
+    lives.begin(None, 16, 8)
+    lives.walk(None, 4)
+    lives.reset()
+    lives.walk(None, 4)
 
 
-def test_threads_may_be_the_first_to_call():
-    with one_thread():
-        torch._dynamo.reset()
-        lives = Lives()
-        lives.begin("a", 16, 8)
-        lives.begin("b", 24, 8)
-        lives.threads(2, 2, anew=False, name="rest", times=0)
-        (session,) = registry.sessions(lives.ours)
-        assert session.tracks.keys() == {"a", "b"}
+def test_threads_may_be_the_first_to_call(lives: Lives):
+    lives.begin("b", 24, 8)
+    lives.threads(2, 2, anew=False, name="rest", times=0)
+    (session,) = registry.sessions(lives.ours)
+    assert session.tracks.keys() == {"a", "b"}
 
 
 def run_sequences(count: int, steps: int) -> None:
