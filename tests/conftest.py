@@ -1,12 +1,17 @@
-"""What holds for all tests: Triton without a GPU, a Dynamo that has seen nothing of other files, and no model half begun."""
+"""What holds for all tests: Triton without a GPU, a Dynamo that has seen nothing of other files, no model half begun."""
 
 import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from chipmunk_fx.runtime import registry
+
+# How fast inputs are drawn tells of the process, which pauses for a second to sweep what hundreds of tests have left.
+settings.register_profile("one process", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("one process")
 
 # Without a GPU, Triton kernels run in Triton's interpreter, which has to be chosen before triton is imported.
 if not torch.cuda.is_available():
