@@ -83,6 +83,11 @@ class AttentionConfig(SiteSection):
     dense_layers: int = option(2, integer(0))
     layers: tuple[tuple[int, int, float | Literal["dense"]], ...] = option((), layers())
 
+    @property
+    def local_columns(self) -> bool:
+        """Groups always compute columns of their own, some more than others."""
+        return self.local_window > 0 or self.local_voxels > 0
+
 
 @dataclass(frozen=True)
 class MlpConfig(SiteSection):

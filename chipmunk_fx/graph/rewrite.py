@@ -160,7 +160,7 @@ class _Writer:
         if site.status == "dense" or self.phase is Phase.DENSE:
             out = self.graph.call_function(ops.attention_dense.default, (q, k, v, *present), common)
             return self._attended(out, operands)
-        common["group_rows"] = site.group_rows
+        common |= {"group_rows": site.group_rows, "ragged": config.local_columns}
         slots = [self._slot(site, name) for name in ("rest", "share", "lists")]
         order = self.state.get((site.index, "order"))
         if self.phase is Phase.SPARSE:

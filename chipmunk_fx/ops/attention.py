@@ -16,7 +16,7 @@ from torch import Tensor
 
 from chipmunk_fx.ops.dense import attend
 from chipmunk_fx.ops.groups import Span, group_count, groups_at_once, left_out, put, spans, take
-from chipmunk_fx.ops.selection import random_count, select, stream, substream
+from chipmunk_fx.ops.selection import random_count, select, spare_places, stream, substream
 
 
 def attention_refresh(
@@ -37,6 +37,7 @@ def attention_refresh(
     power: float,
     mass_stride: int,
     renew: bool,
+    ragged: bool,
     seed: int,
     site: int,
     sdpa: str,
@@ -45,7 +46,8 @@ def attention_refresh(
 
     o, lse   = softmax(scale q k^T) v over all valid keys, with its log denominators
     m[g, j]  = sum over every mass_stride-th row i of group g of exp(scale q_i.k_j - lse_i)
-    lists[g] = the `always` columns and those of the largest m, then ceil(random_density M) random ones
+    lists[g] = the `always` columns and those of the largest m, then ceil(random_density M) random ones; `ragged`: a group
+               with fewer `always` columns than another has as many places less, and M in the last ones
     share    = exp(power (lse over lists - lse)), at most 1
     rest     = o - share * (softmax over lists)
 
@@ -56,14 +58,16 @@ def attention_refresh(
     key = stream(seed, site, clock[0])
     drawn = random_count(total, random_density, columns)
     positions = _positions(q, order, rest, share)
+    spare = spare_places(always, valid) if ragged and always is not None else None
     out, lse = attend(q, k, v, scale, valid, sdpa)
     out = _tokens_first(out)
     for index, (b, h) in enumerate(product(range(q.shape[0]), range(q.shape[1]))):
-        head = _head(q, k, v, valid, b, h, positions, scale, group_rows)
+        head = _head(q, k, v, valid, b, h, positions, scale, group_rows, ragged)
         if renew:
             # with every column computed the masses decide nothing
             masses = head.masses(lse[b, h], mass_stride) if columns < total else lse.new_zeros(lists.shape[2], total)
-            lists[b, h] = select(masses, columns, drawn, substream(key, index), always, head.valid)
+            less = None if spare is None else spare[b % len(spare)]
+            lists[b, h] = select(masses, columns, drawn, substream(key, index), always, head.valid, less)
         for span in head.spans(columns):
             part, part_lse = head.selected(lists[b, h], span)
             weight = (part_lse - take(lse[b, h], positions, span)).mul_(power).exp_().nan_to_num_(0).clamp_(max=1)
@@ -85,6 +89,7 @@ def attention_sparse(
     *,
     scale: float,
     group_rows: int,
+    ragged: bool,
     sdpa: str,
 ) -> Tensor:
     """o[row] = rest[row] + share[row] * softmax(scale q_row k[list]^T) v[list]; rows that `order` omits are dense.
@@ -94,7 +99,7 @@ def attention_sparse(
     out = _empty_tokens_first(q)
     positions = None if order is None else order.long()
     for b, h in product(range(q.shape[0]), range(q.shape[1])):
-        head = _head(q, k, v, valid, b, h, positions, scale, group_rows)
+        head = _head(q, k, v, valid, b, h, positions, scale, group_rows, ragged)
         for span in head.spans(lists.shape[-1]):
             part, _ = head.selected(lists[b, h], span)
             weight = take(share[b, h], positions, span).unsqueeze(-1)
@@ -114,7 +119,7 @@ def attention_dense(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, *, sc
 class Head:
     """One head of one batch entry: q [N, D], k and v [M, D], valid bool [M] or None for all keys.
 
-    positions: int64 [P] or None for all rows as they come.
+    positions: int64 [P] or None for all rows as they come. short: lists may hold M, which stands for no column.
     """
 
     q: Tensor
@@ -124,6 +129,7 @@ class Head:
     positions: Tensor | None
     scale: float
     group_rows: int
+    short: bool
 
     def spans(self, columns: int) -> Iterator[Span]:
         """Spans whose gathered keys and values stay in cache."""
@@ -133,9 +139,9 @@ class Head:
         """Attention of a span's rows over the columns of their groups: [count, height, D], fp32 [count, height]."""
         some = lists[span.groups]
         total = self.k.shape[0]
-        columns = (some if self.valid is None else some.clamp(max=total - 1)).reshape(-1)
+        columns = (some.clamp(max=total - 1) if self.short else some).reshape(-1)
         keys, values = (x.index_select(0, columns).view(*some.shape, -1).unsqueeze(1) for x in (self.k, self.v))
-        present = None if self.valid is None else some < total
+        present = some < total if self.short else None
         out, lse = attend(take(self.q, self.positions, span).unsqueeze(1), keys, values, self.scale, present)
         return out.squeeze(1), lse.squeeze(1)
 
@@ -180,9 +186,10 @@ def _head(
     positions: Tensor | None,
     scale: float,
     rows: int,
+    ragged: bool,
 ) -> Head:
-    group = h // (q.shape[1] // k.shape[1])
-    return Head(q[b, h], k[b, group], v[b, group], None if valid is None else valid[b], positions, scale, rows)
+    group, short = h // (q.shape[1] // k.shape[1]), ragged or valid is not None
+    return Head(q[b, h], k[b, group], v[b, group], None if valid is None else valid[b], positions, scale, rows, short)
 
 
 def _positions(q: Tensor, order: Tensor | None, rest: Tensor, share: Tensor) -> Tensor | None:

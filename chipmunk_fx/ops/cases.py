@@ -42,6 +42,7 @@ def arguments(op: str, values: Mapping[str, Any]) -> dict[str, Any]:
 class AttentionCase:
     """rows and keys: N and M; grouped: rows that the order names (None: no order, all rows); fixed: always-on columns.
 
+    near: always-on columns beyond `fixed`, of the group of most (None: no group has its own, lists are not ragged).
     layout: "heads_first" is contiguous [B, H, N, D]; "tokens_first" the transpose of [B, N, H, D]; "fused" slices of
     one [B, N, 3, H, D] (rows equal keys). key_heads: heads of k and v (None: as many as of q). present: valid keys of
     each batch entry, scattered over the sequence (None: all of all).
@@ -57,6 +58,7 @@ class AttentionCase:
     layout: str = "tokens_first"
     grouped: int | None = None
     fixed: int = 0
+    near: int | None = None
     random_density: float = 0.02
     power: float = 0.5
     mass_stride: int = 1
@@ -94,7 +96,8 @@ class AttentionCase:
         if self.fixed:
             always = torch.zeros(1, self.keys, dtype=torch.bool)
             always[0, torch.randperm(self.keys, generator=generator)[: self.fixed]] = True
-            always = always.to(device)
+        if self.near is not None:
+            always = self._own_columns(always, generator)
         valid = None
         if self.present is not None:
             ranks = torch.rand(self.batch, self.keys, generator=generator).argsort(1)
@@ -102,7 +105,7 @@ class AttentionCase:
         head = (self.batch, self.heads)
         return self.projections(dtype, device, seed) | {
             "order": order,
-            "always": always,
+            "always": None if always is None else always.to(device),
             "valid": valid,
             "span": None,
             "clock": torch.tensor([self.step, 1], device=device),
@@ -115,10 +118,17 @@ class AttentionCase:
             "power": self.power,
             "mass_stride": self.mass_stride,
             "renew": True,
+            "ragged": self.near is not None,
             "seed": 11,
             "site": 5,
             "sdpa": "",
         }
+
+    def _own_columns(self, always: Tensor | None, generator: torch.Generator) -> Tensor:
+        """bool [G, M]: of the first group none but those of all, of the last `near` more."""
+        counts = torch.linspace(0, self.near or 0, self.groups).long().unsqueeze(1)
+        own = torch.rand(self.groups, self.keys, generator=generator).argsort(1) < counts
+        return own if always is None else own | always
 
 
 @dataclass(frozen=True)
@@ -207,6 +217,9 @@ ATTENTION_CASES = (
     AttentionCase(rows=63, keys=63, width=64, group_rows=32, columns=63, batch=2, present=(63, 40), key_heads=1),
     AttentionCase(rows=63, keys=63, width=32, group_rows=16, columns=16, batch=2, present=(0, 30)),
     AttentionCase(rows=63, keys=2500, width=64, group_rows=32, columns=300, heads=1, fixed=11, mass_stride=8),
+    AttentionCase(rows=200, keys=200, width=64, group_rows=32, columns=112, fixed=9, near=60, grouped=180, heads=3),
+    AttentionCase(rows=111, keys=111, width=64, group_rows=16, columns=80, near=70, random_density=0.0),
+    AttentionCase(rows=111, keys=111, width=64, group_rows=32, columns=64, batch=3, present=(111, 60, 9), near=40),
     AttentionCase(
         rows=300, keys=120, width=256, group_rows=192, columns=64, heads=1, mass_stride=4, layout="heads_first"
     ),
@@ -218,6 +231,7 @@ LONG_ATTENTION_CASES = (
     AttentionCase(
         rows=700, keys=900, width=128, group_rows=192, columns=200, heads=4, key_heads=2, batch=2, present=(900, 130)
     ),
+    AttentionCase(rows=900, keys=900, width=128, group_rows=192, columns=500, grouped=860, fixed=20, near=300),
     AttentionCase(rows=900, keys=700, width=128, group_rows=256, columns=333, batch=2, present=(0, 500), power=0.0),
     AttentionCase(rows=500, keys=500, width=64, group_rows=384, columns=131, grouped=450, layout="heads_first"),
 )

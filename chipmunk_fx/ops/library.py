@@ -36,11 +36,11 @@ SCHEMAS = MappingProxyType(
         "attention_refresh": (
             "(Tensor q, Tensor k, Tensor v, Tensor? order, Tensor? always, Tensor? valid, Tensor? span, Tensor clock, "
             "Tensor(a!) rest, Tensor(b!) share, Tensor(c!) lists, *, float scale, int group_rows, float random_density, "
-            "float power, int mass_stride, bool renew, int seed, int site, str sdpa) -> Tensor"
+            "float power, int mass_stride, bool renew, bool ragged, int seed, int site, str sdpa) -> Tensor"
         ),
         "attention_sparse": (
             "(Tensor q, Tensor k, Tensor v, Tensor? order, Tensor? valid, Tensor? span, Tensor rest, Tensor share, "
-            "Tensor lists, *, float scale, int group_rows, str sdpa) -> Tensor"
+            "Tensor lists, *, float scale, int group_rows, bool ragged, str sdpa) -> Tensor"
         ),
         "region_store": "(Tensor start, Tensor stop, Tensor(a!) residual, Tensor(b!)? change) -> ()",
         "region_add": "(Tensor start, Tensor residual) -> Tensor",

@@ -21,7 +21,13 @@ def random_count(total: int, random_density: float, columns: int) -> int:
 
 
 def select(
-    scores: Tensor, columns: int, drawn: int, key: Tensor, always: Tensor | None = None, valid: Tensor | None = None
+    scores: Tensor,
+    columns: int,
+    drawn: int,
+    key: Tensor,
+    always: Tensor | None = None,
+    valid: Tensor | None = None,
+    spare: Tensor | None = None,
 ) -> Tensor:
     """int32 [G, columns]: the columns of each row of `scores` to compute, ascending, none twice.
 
@@ -30,6 +36,7 @@ def select(
     key     0-d int64 from `stream`, unlike for every call of a step
     always  bool [1 or G, M]: columns taken first; `columns - drawn` must not be less than their number
     valid   bool [M]: columns that may be taken; where they are fewer than `columns`, M fills the places left
+    spare   int64 [1 or G] from `spare_places`: as many of the places by score hold M, in the last places
     """
     groups, total = scores.shape
     if columns >= total:
@@ -40,17 +47,31 @@ def select(
         scores = scores.masked_fill(always, math.inf)
     if valid is not None:
         scores = scores.masked_fill(~valid, -math.inf)
-    best = scores.topk(columns - drawn, dim=-1, sorted=False).indices
+    best = scores.topk(columns - drawn, dim=-1, sorted=spare is not None).indices
+    if spare is not None:
+        places = torch.arange(columns - drawn, 0, -1, device=scores.device)
+        best = best.masked_fill(places <= spare.unsqueeze(1), total)
     if drawn:
-        taken = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device).scatter_(1, best, True)
-        free: int | Tensor = total - columns + drawn
+        wide = torch.zeros(groups, total + 1, dtype=torch.bool, device=scores.device)
+        taken = wide.scatter_(1, best, True)[:, :total]
+        free: int | Tensor = total - columns + drawn + (0 if spare is None else spare.unsqueeze(1))
         if valid is not None:
             taken |= ~valid
-            free = (valid.sum() - columns + drawn).clamp(min=0)
+            free = (free - total + valid.sum()).clamp(min=0)
         best = torch.cat([best, draw(taken, free, drawn, key)], dim=-1)
     if valid is not None:  # of too few valid columns, topk takes others too
         best = best.masked_fill(~torch.cat([valid, valid.new_ones(1)])[best], total)
     return best.int().sort(dim=-1).values
+
+
+def spare_places(always: Tensor, valid: Tensor | None) -> Tensor:
+    """int64 [1 or B, 1 or G]: by how many always-on columns a group has fewer than the group of most.
+
+    Its list has as many places less, so that all groups take equally many columns by score.
+    always: bool [1 or G, M]; valid: bool [B, M].
+    """
+    fixed = always.sum(1).unsqueeze(0) if valid is None else (always.unsqueeze(0) & valid.unsqueeze(1)).sum(-1)
+    return fixed.max() - fixed
 
 
 def draw(taken: Tensor, free: int | Tensor, drawn: int, key: Tensor) -> Tensor:
@@ -60,7 +81,7 @@ def draw(taken: Tensor, free: int | Tensor, drawn: int, key: Tensor) -> Tensor:
     """
     (groups, total), device = taken.shape, taken.device
     edges = torch.arange(drawn + 1, device=device) * free // drawn
-    low, width = edges[:-1], edges.diff()
+    low, width = edges[..., :-1], edges.diff()
     counter = torch.arange(groups * drawn, device=device).view(groups, drawn)
     rank = low + _mix(key ^ _mix(counter + _GOLDEN)) % width.clamp(min=1)
     # the r-th free column (from 0) is the first with r + 1 free ones up to and including itself

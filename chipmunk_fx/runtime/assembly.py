@@ -18,7 +18,7 @@ from chipmunk_fx.runtime.footprint import site_columns, site_slots
 from chipmunk_fx.runtime.generations import Branch, Held, Track
 from chipmunk_fx.runtime.graphs import Graph
 from chipmunk_fx.runtime.known import Known
-from chipmunk_fx.runtime.tables import Tables, attention_tables
+from chipmunk_fx.runtime.tables import Fixed, Tables, attention_tables
 from chipmunk_fx.state.health import Health
 from chipmunk_fx.state.slots import Slot
 from chipmunk_fx.state.store import CacheOutOfMemory, Cell, Home, Place, Store
@@ -134,7 +134,8 @@ class Assembly:
                 raise SiteOutOfMemory(site, str(error)) from None
 
     def _site(self, site: Site) -> None:
-        columns, owner = self._columns(site), self.values[site.owner]
+        columns, share = self._columns(site)
+        owner = self.values[site.owner]
         slots = site_slots(site, self.sizes[site.index], columns, len(self._tables(site).order))
         place = Place(self.device, on_host=site.place == "host")
         tensors: dict[str, torch.Tensor] = {}
@@ -146,7 +147,7 @@ class Assembly:
         own = {slot.name: slot.bytes for slot in slots if not slot.shared}
         self.cells[site.index] = tensors
         self.shared_bytes[site.index] = {slot.name: slot.bytes for slot in slots if slot.shared}
-        self.branch.held[site.index] = Held(columns / self._available(site), own)
+        self.branch.held[site.index] = Held(share, own)
 
     def _cell(self, home: Home, owner: torch.Tensor, ordinal: int, slots: Sequence[Slot], place: Place) -> Cell:
         """The buffers of one site, of one branch or shared by all; allocated where they do not fit the slots."""
@@ -164,14 +165,16 @@ class Assembly:
         mask = self.plan.mask_of(site)
         return self.sizes[site.index][3] if mask is None else self.known.paddings[mask].keys
 
-    def _columns(self, site: Site) -> int:
-        """Columns in a list."""
-        mask, always = self.plan.mask_of(site), 0
+    def _columns(self, site: Site) -> tuple[int, float]:
+        """Places in a list, and the share of the columns that lists hold in the mean."""
+        mask, fixed = self.plan.mask_of(site), Fixed()
         if site.kind == "attention":
             tables = self._tables(site)
-            always = tables.always_count if mask is None else self.known.paddings[mask].fixed(tables.always)
-        sizes = self.sizes[site.index]
-        return site_columns(site, (*sizes[:3], self._available(site), sizes[4]), self.config, always)
+            fixed = tables.fixed if mask is None else self.known.paddings[mask].fixed(tables.always)
+        sizes, available = self.sizes[site.index], self._available(site)
+        columns = site_columns(site, (*sizes[:3], available, sizes[4]), self.config, fixed.most)
+        spare = fixed.most - fixed.mean if self.config.attention.local_columns and columns < available else 0
+        return columns, (columns - spare) / available
 
     def _tables(self, site: Site) -> Tables:
         sizes, attention = self.sizes[site.index], site.kind == "attention"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from chipmunk_fx.graph.masks import Probe
+from chipmunk_fx.runtime.tables import Fixed
 
 _KEPT = 8  # answers that are remembered: branches take turns
 _NOTHING_ADDED = -9e3  # exp() of a score plus this (-1e4 in bf16 is -9984) is 0 beside that of any other
@@ -26,10 +27,10 @@ class Padding:
     span: torch.Tensor
     keys: int
 
-    def fixed(self, always: torch.Tensor) -> int:
-        """The largest number of valid columns that a group always takes. always: bool [1 or G, M] on any device."""
+    def fixed(self, always: torch.Tensor) -> Fixed:
+        """Of the valid columns that groups always take. always: bool [1 or G, M] on any device."""
         taken = always.to("cpu").unsqueeze(0) & self.host.unsqueeze(1)
-        return int(taken.sum(-1).max())
+        return Fixed.of(taken.sum(-1))
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,18 @@ VOXELS = ((4, 6, 8),)
 
 
 @dataclass(frozen=True)
+class Fixed:
+    """How many columns the group of most always takes, and all groups in the mean."""
+
+    most: int = 0
+    mean: float = 0.0
+
+    @classmethod
+    def of(cls, counts: torch.Tensor) -> Fixed:
+        return cls(int(counts.max()), float(counts.float().mean()))
+
+
+@dataclass(frozen=True)
 class Tables:
     """order: int32 [P], rows in group order (rows left out are dense). always: bool [1 or G, M]."""
 
@@ -28,8 +40,8 @@ class Tables:
     always: torch.Tensor
 
     @cached_property  # reads a device, which no later step may wait for
-    def always_count(self) -> int:
-        return int(self.always.sum(1).max())
+    def fixed(self) -> Fixed:
+        return Fixed.of(self.always.sum(1))
 
 
 def row_order(layout: Layout, raster: bool) -> torch.Tensor:
@@ -89,7 +101,7 @@ def attention_tables(
     """
     order = raster_rows(queries) if layout is None else row_order(layout, raster)
     always = text_columns(layout, keys)
-    if config.local_window or config.local_voxels:
+    if config.local_columns:
         always = always | local_columns(order, layout, keys, rows, config)
     if layout is not None and config.text_rows == "dense":
         order = order[: layout.image]

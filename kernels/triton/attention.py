@@ -11,7 +11,7 @@ from chipmunk_fx.kernels.triton.masses import column_masses
 from chipmunk_fx.kernels.triton.selection import select
 from chipmunk_fx.ops.dense import attend
 from chipmunk_fx.ops.groups import left_out
-from chipmunk_fx.ops.selection import random_count
+from chipmunk_fx.ops.selection import random_count, spare_places
 
 MASS_BYTES = 1 << 30  # of column masses held at once
 
@@ -19,7 +19,8 @@ MASS_BYTES = 1 << 30  # of column masses held at once
 def refresh(
     *, q: Tensor, k: Tensor, v: Tensor, order: Tensor | None, always: Tensor | None, valid: Tensor | None, clock: Tensor,
     rest: Tensor, share: Tensor, lists: Tensor, scale: float, group_rows: int, random_density: float, power: float,
-    mass_stride: int, renew: bool, seed: int, site: int, sdpa: str, over_columns: Callable[..., None] = attend_columns,
+    mass_stride: int, renew: bool, ragged: bool, seed: int, site: int, sdpa: str,
+    over_columns: Callable[..., None] = attend_columns,
 ) -> Tensor:  # fmt: skip
     """As `chipmunk_fx.ops.attention.attention_refresh`. over_columns: called like `attend_columns`."""
     with on_device_of(q):
@@ -30,6 +31,7 @@ def refresh(
         total, columns = k.shape[2], lists.shape[3]
         if renew and columns < total:
             drawn = random_count(total, random_density, columns)
+            spare = spare_places(always, valid).int() if ragged and always is not None else None
             for heads, groups in _chunks(lists, total):
                 masses = column_masses(
                     q, k, order, lse, heads, groups, scale=scale, group_rows=group_rows, stride=mass_stride
@@ -38,7 +40,7 @@ def refresh(
                 # a chunk of several heads has all their groups: its lists are neighbours either way
                 select(
                     some.view(-1, columns), masses.flatten(0, 1), None, clock, drawn=drawn, seed=seed, site=site,
-                    first=heads.start * lists.shape[2] + groups.start, always=always, valid=valid,
+                    first=heads.start * lists.shape[2] + groups.start, always=always, valid=valid, spare=spare,
                     rows_a_batch=lists.shape[1] * lists.shape[2],
                 )  # fmt: skip
         elif renew:
@@ -51,22 +53,24 @@ def refresh(
             share.zero_()
         over_columns(
             q, k, v, order, lists, rest, share, out, lse,
-            scale=scale, group_rows=group_rows, power=power, short=valid is not None,
+            scale=scale, group_rows=group_rows, power=power, short=ragged or valid is not None,
         )  # fmt: skip
         return out
 
 
 def sparse(
     *, q: Tensor, k: Tensor, v: Tensor, order: Tensor | None, valid: Tensor | None, rest: Tensor, share: Tensor,
-    lists: Tensor, scale: float, group_rows: int, sdpa: str, over_columns: Callable[..., None] = attend_columns,
+    lists: Tensor, scale: float, group_rows: int, ragged: bool, sdpa: str,
+    over_columns: Callable[..., None] = attend_columns,
 ) -> Tensor:  # fmt: skip
     """As `chipmunk_fx.ops.attention.attention_sparse`. over_columns: called like `attend_columns`."""
     with on_device_of(q):
         q, k, v = (inner_contiguous(x) for x in (q, k, v))
         out = _empty_tokens_first(q)
         over_columns(
-            q, k, v, order, lists, rest, share, out, scale=scale, group_rows=group_rows, short=valid is not None
-        )
+            q, k, v, order, lists, rest, share, out,
+            scale=scale, group_rows=group_rows, short=ragged or valid is not None,
+        )  # fmt: skip
         if order is not None and order.shape[0] < q.shape[2]:
             rows = left_out(order, q.shape[2])
             out.index_copy_(2, rows, attend(q.index_select(2, rows), k, v, scale, valid, sdpa)[0])

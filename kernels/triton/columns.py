@@ -68,7 +68,9 @@ def _attend_columns(
     top = tl.full([ROWS], -1e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, WIDE], tl.float32)
-    whole = 0 if SHORT else columns // COLUMNS * COLUMNS
+    if SHORT:
+        columns = _listed(lists, columns, keys)
+    whole = columns // COLUMNS * COLUMNS
     for first in range(0, whole, COLUMNS):
         column = tl.load(lists + first + tl.arange(0, COLUMNS))
         top, total, acc = _pass(
@@ -98,6 +100,18 @@ def _attend_columns(
         tl.store(share + kept, weight, mask=live)
         all_ = tl.load(out, mask=mask, other=0.0).to(tl.float32)
         tl.store(rest, cast(all_ - weight[:, None] * acc, rest.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _listed(list_, places, keys):
+    """How many places of an ascending list hold columns; those behind hold `keys`."""
+    low = 0
+    while low < places:
+        middle = (low + places) // 2
+        found = tl.load(list_ + middle) < keys
+        low = tl.where(found, middle + 1, low)
+        places = tl.where(found, places, middle)
+    return low
 
 
 @triton.jit

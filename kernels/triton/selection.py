@@ -26,14 +26,15 @@ LEAST_EXPONENT = tl.constexpr(72)  # biased, of the smallest code: 2^-55, the la
 
 def select(
     lists: Tensor, scores: Tensor, minus: Tensor | None, clock: Tensor, *, drawn: int, seed: int, site: int,
-    first: int = 0, always: Tensor | None = None, valid: Tensor | None = None, rows_a_batch: int = 1,
-    renewed: bool = False,
+    first: int = 0, always: Tensor | None = None, valid: Tensor | None = None, spare: Tensor | None = None,
+    rows_a_batch: int = 1, renewed: bool = False,
 ) -> None:  # fmt: skip
     """Write lists int32 [rows, K] from scores [rows, M], or from |scores - minus|; contiguous, or rows of scores apart.
 
     scores: fp32, or uint16 as `coded` makes them (without minus). clock int64 [2] on the device: the step feeds the draws;
     renewed: leave lists alone where clock[1] is 0. first: index of the first row of this call; always bool [1 or groups, M],
-    valid bool [B, M], rows_a_batch: rows of each batch entry. Where too few columns are valid, M fills the places left.
+    valid bool [B, M], rows_a_batch: rows of each batch entry. Where too few columns are valid, M fills the places left; so it
+    does in the places that `spare` int32 [1 or B, 1 or groups] counts.
     """
     rows, columns = lists.shape
     total = scores.shape[1]
@@ -42,10 +43,10 @@ def select(
     warps = min(max(block // HELD_A_WARP, 4), 16) if whole else LONG_WARPS
     counts = None if whole else torch.empty(rows, BINS, dtype=torch.int32, device=scores.device)
     _select[(rows,)](
-        lists, scores, minus, always, valid, clock, counts, columns, total, scores.stride(0), drawn,
+        lists, scores, minus, always, valid, spare, clock, counts, columns, total, scores.stride(0), drawn,
         (seed ^ 0x5BD1E995) & 0x7FFFFFFF, site & 0x7FFFFFFF, first, rows_a_batch,
-        1 if always is None else always.shape[0], RENEWED=renewed, WHOLE=whole, BLOCK=block, BINS=BINS,
-        LINES=32 * warps, PARTS=PARTS, num_warps=warps,
+        1 if always is None else always.shape[0], 1 if spare is None else spare.shape[0], RENEWED=renewed,
+        WHOLE=whole, BLOCK=block, BINS=BINS, LINES=32 * warps, PARTS=PARTS, num_warps=warps,
     )  # fmt: skip
 
 
@@ -58,8 +59,8 @@ def coded(mass):
 
 @triton.jit(do_not_specialize=["seed", "site", "first"])
 def _select(
-    lists, scores, minus, always, valid, clock, counts, columns, total, pitch, drawn, seed, site, first, rows_a_batch,
-    always_rows, RENEWED: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr,
+    lists, scores, minus, always, valid, spare, clock, counts, columns, total, pitch, drawn, seed, site, first,
+    rows_a_batch, always_rows, spare_rows, RENEWED: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr,
     LINES: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -76,7 +77,11 @@ def _select(
     eligible = total
     if valid is not None:
         eligible = _count(valid, total, BLOCK)
-    wanted = tl.minimum(columns - drawn, eligible)
+    wanted = columns - drawn
+    if spare is not None:
+        entry = (first + row) // rows_a_batch % spare_rows
+        wanted -= tl.load(spare + entry * always_rows + (first + row) % always_rows)
+    wanted = tl.minimum(wanted, eligible)
     if drawn >= eligible - wanted:  # all others would be drawn
         wanted = eligible
         drawn = 0

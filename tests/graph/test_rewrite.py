@@ -90,6 +90,7 @@ def test_settings_are_constants_of_the_ops(seen: Seen):
         "power": 0.0,
         "mass_stride": 2,
         "renew": True,
+        "ragged": False,
         "seed": 7,
         "site": 0,
         "sdpa": "",

@@ -9,6 +9,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from chipmunk_fx.kernels.triton import selection
+from chipmunk_fx.ops.selection import spare_places
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # row lengths and where a row counts as long: held at once, or bracketed by a sample and a histogram
@@ -41,9 +42,9 @@ def expected(row: Tensor, count: int, always: Tensor | None, valid: Tensor | Non
 
 
 def assert_list(
-    row: Tensor, own: Tensor, drawn: int, always: Tensor | None = None, valid: Tensor | None = None
+    row: Tensor, own: Tensor, drawn: int, always: Tensor | None = None, valid: Tensor | None = None, spare: int = 0
 ) -> None:
-    total, columns = row.shape[0], own.shape[0]
+    total, columns = row.shape[0], own.shape[0] - spare
     eligible = total if valid is None else int(valid.sum())
     wanted = min(columns - drawn, eligible)
     if drawn >= eligible - wanted:
@@ -104,6 +105,24 @@ def test_of_valid_columns_with_some_always_on(whole: int, present: int, monkeypa
             assert_list(scores[index].int(), own, 10, always[0] & mask, mask)
         else:
             assert (own == 300).all()
+
+
+@ROUTES
+def test_of_groups_with_more_or_fewer_always_on(whole: int, monkeypatch: pytest.MonkeyPatch):
+    """Rows are of two batch entries with three groups each; in the last entry most columns are not valid."""
+    monkeypatch.setattr(selection, "WHOLE", whole)
+    scores, always, valid = codes(6, 300, 50), torch.zeros(3, 300, dtype=torch.bool), torch.ones(2, 300) > 0
+    always[1, 100:120], always[2, 40:75] = True, True
+    valid[1, 50:280] = False
+    spare = spare_places(always, valid)
+    assert spare.tolist() == [[35, 15, 0], [35, 35, 25]]
+    lists = chosen(
+        scores.to(DEVICE), 60, 10, always=always.to(DEVICE), valid=valid.to(DEVICE), rows_a_batch=3,
+        spare=spare.int().to(DEVICE),
+    )  # fmt: skip
+    for index, own in enumerate(lists):
+        b, g = divmod(index, 3)
+        assert_list(scores[index].int(), own, 10, always[g] & valid[b], valid[b], int(spare[b, g]))
 
 
 def test_a_bracket_that_misses_is_left(monkeypatch: pytest.MonkeyPatch):

@@ -1,5 +1,6 @@
 """Every implementation of every operator against its formula in fp64, on the cases that the operators bring."""
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from chipmunk_fx.ops.cases import (
     tolerance,
 )
 from chipmunk_fx.ops.library import REFERENCE
-from chipmunk_fx.ops.selection import random_count
+from chipmunk_fx.ops.selection import random_count, spare_places
 from tests.ops import oracle
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -61,11 +62,26 @@ def within(got: Tensor, plain: Tensor, exact: Tensor) -> None:
 
 
 def assert_selected(
-    lists: Tensor, scores: Tensor, plain: Tensor, drawn: int, always: Tensor | None, valid: Tensor | None
+    lists: Tensor,
+    scores: Tensor,
+    plain: Tensor,
+    drawn: int,
+    always: Tensor | None,
+    valid: Tensor | None,
+    spare: Tensor | None = None,
 ) -> None:
     """Ascending, none twice, the largest scores (as far as the dtype tells them apart) and the always-on ones."""
     total, columns = scores.shape[-1], lists.shape[-1]
     assert lists.dtype == torch.int32
+    if spare is not None:  # each group has its own number of columns to choose from
+        for b, g in product(range(lists.shape[0]), range(lists.shape[2])):
+            places = columns - int(spare[b % len(spare), g])
+            own, fixed = lists[b : b + 1, :, g : g + 1], None if always is None else always[g : g + 1]
+            assert (own[..., places:] == total).all()
+            part = (x[b : b + 1, :, g : g + 1] for x in (scores, plain))
+            keys = None if valid is None else valid[b : b + 1]
+            assert_selected(own[..., :places], *part, drawn, fixed, keys)
+        return
     if valid is not None:  # each batch entry has its own number of columns to choose from
         for b, keys in enumerate(valid):
             own, count = lists[b], int(keys.sum())
@@ -100,7 +116,9 @@ def test_attention_refresh(implementation: str, dtype: torch.dtype, case: Attent
     within(out, plain_out, exact_out)
     drawn = random_count(case.keys, case.random_density, case.columns)
     masses = oracle.masses(exact), oracle.masses(values)
-    assert_selected(values["lists"], *masses, drawn, values["always"], values["valid"])
+    spare = spare_places(values["always"], values["valid"]) if case.near is not None else None
+    assert spare is None or spare.max() > 0
+    assert_selected(values["lists"], *masses, drawn, values["always"], values["valid"], spare)
     assert_remainder(case, values, exact, (plain_out, plain_lse), (exact_out, exact_lse))
 
 

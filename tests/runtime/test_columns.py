@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import chipmunk_fx
 from chipmunk_fx.runtime import registry
 from tests.runtime.models import TinyDiT, calls, compiled, run
 
@@ -26,7 +27,7 @@ def lists(model: Any, kind: str, times: tuple[int, ...] = (900, 700)) -> Tensor:
 def listed(model: Any) -> Tensor:
     """bool [heads x groups, WORDS + IMAGE]: which columns of attention."""
     rows = lists(model, "attention")
-    return torch.zeros(len(rows), WORDS + IMAGE, dtype=torch.bool).scatter_(1, rows, True)
+    return torch.zeros(len(rows), WORDS + IMAGE + 1, dtype=torch.bool).scatter_(1, rows, True)[:, : WORDS + IMAGE]
 
 
 def patches(edge: int, reach: int) -> Tensor:
@@ -73,6 +74,16 @@ def test_a_cube_of_voxels_is_always_listed(edge: int, reach: int):
         assert (head[:groups, WORDS:] | ~near).all()
     plain = listed(compiled(TinyDiT(), attention__density=0.02)).view(2, -1, WORDS + IMAGE)
     assert not (plain[:, :groups, WORDS:] | ~near).all()
+
+
+def test_what_one_group_always_lists_makes_no_other_list_longer():
+    """The group of text has no place in the picture: its list is shorter by the 64 tokens of a patch, the density less."""
+    model = compiled(TinyDiT(), attention__density=0.1, attention__local_voxels=1)
+    chosen = listed(model).view(2, -1, WORDS + IMAGE)
+    counts = chosen.sum(-1)
+    assert (counts[:, :-1] == counts[0, 0]).all() and (counts[:, -1] == counts[0, 0] - 64).all()
+    (site,) = [site for site in chipmunk_fx.summary(model).sites if site.kind == "attention"]
+    assert site.density == pytest.approx(chosen.float().mean().item())
 
 
 def test_a_window_along_the_order_is_always_listed():

@@ -5,7 +5,7 @@ import torch
 
 from chipmunk_fx.config import AttentionConfig
 from chipmunk_fx.graph.geometry import Layout
-from chipmunk_fx.runtime.tables import attention_tables, raster_rows, row_order
+from chipmunk_fx.runtime.tables import Fixed, attention_tables, raster_rows, row_order
 
 SQUARE = Layout(((1, 16, 16),), None, 0)
 VIDEO = Layout(((4, 12, 16),), None, 0)
@@ -51,7 +51,7 @@ def test_text_columns_are_always_on():
     first, last = (tables(Layout(((1, 4, 4),), side, 3)) for side in ("first", "last"))
     assert first.always.nonzero()[:, 1].tolist() == [0, 1, 2] and first.always.shape == (1, 19)
     assert last.always.nonzero()[:, 1].tolist() == [16, 17, 18]
-    assert first.always_count == 3 and tables(SQUARE).always_count == 0
+    assert first.fixed.most == 3 and tables(SQUARE).fixed.most == 0
     assert first.order.dtype == torch.int32
 
 
@@ -63,7 +63,7 @@ def test_text_rows_may_be_left_out():
 
 def test_without_a_layout_rows_stay_as_they_come():
     made = tables(None, count=20)
-    assert made.order.tolist() == list(range(20)) and made.always_count == 0
+    assert made.order.tolist() == list(range(20)) and made.fixed.most == 0
 
 
 def test_a_window_is_a_share_of_the_sequence_around_each_group():
@@ -71,7 +71,7 @@ def test_a_window_is_a_share_of_the_sequence_around_each_group():
     assert made.always.shape == (4, 64)
     spans = [(int(row.nonzero().min()), int(row.nonzero().max()) + 1) for row in made.always]
     assert spans == [(0, 24), (8, 40), (24, 56), (40, 64)]
-    assert made.always_count == 32
+    assert made.fixed == Fixed(most=32, mean=28.0)
 
 
 def test_a_window_follows_the_order_of_the_groups():
@@ -98,7 +98,7 @@ def test_a_cube_leaves_text_to_itself():
 
 def test_keys_of_another_sequence_have_no_windows():
     made = attention_tables(Layout(((1, 4, 4),), None, 0), 16, 24, 16, AttentionConfig(local_window=0.5), False)
-    assert made.always.shape[-1] == 24 and made.always_count == 0
+    assert made.always.shape[-1] == 24 and made.fixed.most == 0
 
 
 PICTURES = Layout(((1, 16, 16), (1, 8, 24)), None, 0)
