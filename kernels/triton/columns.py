@@ -106,11 +106,12 @@ def _attend_columns(
 def _listed(list_, places, keys):
     """How many places of an ascending list hold columns; those behind hold `keys`."""
     low = 0
-    while low < places:
-        middle = (low + places) // 2
+    high = tl.maximum(places, 0)
+    while low < high:
+        middle = (low + high) // 2
         found = tl.load(list_ + middle) < keys
         low = tl.where(found, middle + 1, low)
-        places = tl.where(found, places, middle)
+        high = tl.where(found, high, middle)
     return low
 
 

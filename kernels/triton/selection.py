@@ -82,9 +82,9 @@ def _select(
         entry = (first + row) // rows_a_batch % spare_rows
         wanted -= tl.load(spare + entry * always_rows + (first + row) % always_rows)
     wanted = tl.minimum(wanted, eligible)
-    if drawn >= eligible - wanted:  # all others would be drawn
-        wanted = eligible
-        drawn = 0
+    spent = drawn >= eligible - wanted  # all others would be drawn
+    wanted = tl.where(spent, eligible, wanted)
+    drawn = tl.where(spent, 0, drawn)
     free = eligible - wanted
 
     if WHOLE:

@@ -45,12 +45,17 @@ TYPES = {
 _WIDE = AttentionCase(rows=256, keys=256, width=128, group_rows=128, columns=128, heads=1, mass_stride=4)
 _LONG = AttentionCase(rows=192, keys=16400, width=64, group_rows=192, columns=1600, heads=1, mass_stride=4)
 _FLUX = MlpCase(lead=(1, 256), width=128, neurons=512, group_rows=128, columns=128, result=128)
+# numbers that are 1 are constants of a kernel
+_ONE = replace(_WIDE, keys=16400, columns=1, random_density=1e-5, present=(200,))
 CASES = (
     (torch.bfloat16, _WIDE),
+    (torch.bfloat16, _ONE),
     (torch.bfloat16, _LONG),
     (torch.bfloat16, _FLUX),
 )
 MORE_CASES = (
+    (torch.bfloat16, replace(_WIDE, random_density=0.001, near=40)),
+    (torch.bfloat16, replace(_FLUX, columns=1, random_density=0.001)),
     (torch.float16, replace(_WIDE, width=64, group_rows=64, present=(200,), fixed=8, grouped=256)),
     (torch.float32, replace(_WIDE, width=72, columns=40, group_rows=48)),
     (torch.bfloat16, replace(_WIDE, width=256, group_rows=192, mass_stride=1)),

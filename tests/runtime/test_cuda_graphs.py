@@ -96,7 +96,7 @@ def test_recorded_graphs_change_no_bit(offload: str):
     torch._dynamo.utils.counters.clear()
     model = TinyDiT(depth=3).cuda()
     steps = [tuple(t.cuda() for t in call) for call in calls(TIMES, [words(1), words(2)])]
-    plain = run(exactly(model, lowering="inductor"), steps)
+    plain = run(exactly(model, lowering="inductor", memory__offload=offload), steps)
     ours = exactly(model, lowering="inductor", inductor__mode="reduce-overhead", memory__offload=offload)
     for _ in range(3):
         assert identical([out.clone() for out in map(lambda call: run(ours, [call])[0], steps)], plain)
