@@ -11,7 +11,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -63,8 +63,9 @@ class Way:
 
 @dataclass(frozen=True)
 class Figures:
-    """`ms`: median of a step by phase, all calls of the step together. `total_s` of `steps` steps: "composed" of these or
-    "measured". `attention`, `mlp`: share of columns a sparse step computes, mean over the rewritten sites."""
+    """`ms`: median of a step by phase, all calls of the step together. `total_s` of `steps` steps: "composed" of these,
+    "measured", or "extrapolated" as these are. `density`: share of columns a sparse step computes, mean over the rewritten
+    sites of a kind."""
 
     way: str
     kernel: str
@@ -211,6 +212,37 @@ def _composed(ms: Mapping[str, float], counted: Mapping[str, int]) -> float:
     """Seconds. Phases that the model never went through (a fallback, nothing skippable) cost what its slowest one does."""
     slowest = max(ms.values())
     return sum(number * ms.get(phase, slowest) for phase, number in counted.items()) / 1e3
+
+
+def extrapolated(figures: Sequence[Figures], blocks: int, whole: int, dense_layers: int) -> list[Figures]:
+    """What a model of `whole` blocks would take, from one of `blocks` blocks that are all sparse.
+
+    A skipped step is what is not blocks, and blocks are taken to be alike. `dense_layers` of the whole take what they take
+    the best dense way. Raises BenchError where no step was skipped.
+    """
+    skipped = [way.ms[Phase.SKIP] for way in figures if Phase.SKIP in way.ms]
+    if not skipped:
+        raise BenchError(
+            "what is not blocks is told from skipped steps, of which there are none; leave out --extrapolate"
+        )
+    beside = min(skipped)
+    dense = min(way.ms[Phase.DENSE] for way in figures if set(way.ms) == {Phase.DENSE} and way.way != "uncompiled")
+
+    def step(phase: str, ms: float) -> float:
+        fixed = dense_layers if phase in (Phase.REFRESH, Phase.SPARSE) else 0
+        return (
+            ms
+            if phase == Phase.SKIP
+            else beside + (fixed * (dense - beside) + (whole - fixed) * (ms - beside)) / blocks
+        )
+
+    made = []
+    for way in figures:
+        ms = {phase: step(phase, value) for phase, value in way.ms.items()}
+        total, share = _composed(ms, way.phases), (whole - dense_layers) / blocks
+        more = {"total_s": total, "total_is": "extrapolated", "peak_gb": None, "cache_gb": way.cache_gb * share}
+        made.append(replace(way, ms=ms, **more))
+    return made
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import torch
 from tabulate import tabulate
 
 from chipmunk_fx.arguments import option_of, size_of
-from chipmunk_fx.bench_measure import PUBLISHED_STEPS, Figures, Request, measure
-from chipmunk_fx.bench_subjects import SUBJECTS, Built, build, own
+from chipmunk_fx.bench_measure import PUBLISHED_STEPS, Figures, Request, extrapolated, measure
+from chipmunk_fx.bench_subjects import SUBJECTS, Built, Subject, build, few, own
 from chipmunk_fx.config import Config
 from chipmunk_fx.errors import BenchError
 from chipmunk_fx.schedule.phase import Phase
@@ -39,6 +39,12 @@ def measuring_arguments(parser: argparse._ActionsContainer) -> None:
     """What scripts that measure a model offer too."""
     add = parser.add_argument
     add("--blocks", type=int, help="at most so many blocks of each kind, for a quick look")
+    add(
+        "--extrapolate",
+        type=int,
+        metavar="N",
+        help="measure N blocks of the rarest kind, tell the whole named model from them",
+    )
     add("--rounds", type=int, default=2, help="timed generations a way, after the one that compiles (default: 2)")
     add("--whole", action="store_true", help="run every step of a generation instead of composing its total")
     add("--uncompiled", action="store_true", help="measure the model as it is, too")
@@ -59,12 +65,17 @@ def run(arguments: argparse.Namespace, resolve: Resolve) -> list[Figures]:
     options = {"preset": SUBJECTS[arguments.model].preset} if arguments.model in SUBJECTS else {}
     options |= dict(option_of(text) for text in arguments.option)
     config = Config.from_options(options)
-    make = _maker(arguments, resolve, device, dtype)
+    subject, blocks, whole = _subject(arguments, config)
+    if arguments.extrapolate:
+        options |= {"attention.dense_layers": 0, "mlp.dense_layers": 0}
+    make = _maker(arguments, subject, resolve, device, dtype)
     backend = "eager" if config.lowering == "eager" else "inductor"
     asked = Request(
         options, arguments.steps, arguments.rounds, whole=arguments.whole, eager=arguments.uncompiled, backend=backend
     )
     figures = measure(make, asked, device)
+    if arguments.extrapolate:
+        figures = extrapolated(figures, blocks, whole, config.attention.dense_layers)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     settings = {"model": arguments.model, "size": arguments.size, "blocks": arguments.blocks, "options": options}
     about = settings | {"steps": asked.steps, "device": name, "torch": torch.__version__, "dtype": arguments.dtype}
@@ -73,6 +84,7 @@ def run(arguments: argparse.Namespace, resolve: Resolve) -> list[Figures]:
         print(text)
     else:
         limit = f", {arguments.blocks} blocks of each kind" if arguments.blocks else ""
+        limit = f", {whole} blocks told from {blocks}" if arguments.extrapolate else limit
         print(f"{arguments.model}{limit}, {arguments.dtype}, {name}, torch {torch.__version__}; random weights")
         print(table(figures, asked.steps, config))
     if isinstance(arguments.json, Path):
@@ -142,10 +154,23 @@ def plot(figures: Sequence[Figures], path: Path) -> None:
     sheet.savefig(path, dpi=150)
 
 
+def _subject(arguments: argparse.Namespace, config: Config) -> tuple[Subject | None, int, int]:
+    """The named model, if it is one; how many of its blocks are measured and how many it has, to extrapolate."""
+    subject = SUBJECTS.get(arguments.model)
+    if not arguments.extrapolate:
+        return subject, 0, 0
+    if subject is None or arguments.blocks or arguments.whole or arguments.extrapolate < 1:
+        known = ", ".join(SUBJECTS)
+        raise BenchError(f"--extrapolate takes 1 or more, one of {known}, and neither --blocks nor --whole")
+    if config.mlp.enabled and config.mlp.dense_layers != config.attention.dense_layers:
+        raise BenchError("--extrapolate takes attention.dense_layers and mlp.dense_layers that are the same")
+    return few(subject, arguments.extrapolate)
+
+
 def _maker(
-    arguments: argparse.Namespace, resolve: Resolve, device: torch.device, dtype: torch.dtype
+    arguments: argparse.Namespace, subject: Subject | None, resolve: Resolve, device: torch.device, dtype: torch.dtype
 ) -> Callable[[], Built]:
-    if subject := SUBJECTS.get(arguments.model):
+    if subject is not None:
         return lambda: build(subject, arguments.size, arguments.blocks, device, dtype, arguments.seed)
     if ":" not in arguments.model:
         known = ", ".join(SUBJECTS)

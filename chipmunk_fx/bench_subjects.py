@@ -5,7 +5,7 @@ diffusers is imported when a model of its own is made, not before.
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -75,6 +75,15 @@ def build(
     return Built(model, calls, unpadded, subject.fullgraph)
 
 
+def few(subject: Subject, fewest: int) -> tuple[Subject, int, int]:
+    """`subject` with `fewest` blocks of its rarest kind and of the others in proportion; how many these are, and all."""
+    kinds = _kinds(subject)
+    rarest = min(kinds.values())
+    fewer = {kind: min(round(fewest * count / rarest), count) for kind, count in kinds.items()}
+    settings = dict(subject.settings) | fewer
+    return replace(subject, settings=settings), sum(fewer.values()), sum(kinds.values())
+
+
 def own(factory: Callable[[], Any], device: torch.device) -> Built:
     """The model and the keyword inputs that `factory` returns, in the types it gave them, on `device`."""
     model, inputs = factory()
@@ -121,15 +130,17 @@ def ignore_masks(model: nn.Module) -> None:
 
 
 def _limited(subject: Subject, blocks: int | None) -> dict[str, Any]:
+    at_most = {} if blocks is None else {kind: min(blocks, count) for kind, count in _kinds(subject).items()}
+    return dict(subject.settings) | at_most
+
+
+def _kinds(subject: Subject) -> dict[str, int]:
+    """The arguments that say how many blocks there are, of each kind."""
     import diffusers
 
-    settings = dict(subject.settings)
-    if blocks is not None:
-        known = inspect.signature(getattr(diffusers, subject.transformer).__init__).parameters
-        for name in ("num_layers", "num_single_layers"):
-            if name in known:
-                settings[name] = min(blocks, settings.get(name, known[name].default))
-    return settings
+    known = inspect.signature(getattr(diffusers, subject.transformer).__init__).parameters
+    names = [name for name in ("num_layers", "num_single_layers") if name in known]
+    return {name: subject.settings.get(name, known[name].default) for name in names}
 
 
 def _other_text(inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,11 +19,12 @@ from chipmunk_fx.bench_measure import (
     Request,
     Way,
     dense_ways,
+    extrapolated,
     measure,
     sparse_ways,
     steps_by_phase,
 )
-from chipmunk_fx.bench_subjects import SUBJECTS, Subject, build, ignore_masks, own
+from chipmunk_fx.bench_subjects import SUBJECTS, Subject, build, few, ignore_masks, own
 from chipmunk_fx.errors import BenchError, ConfigError, UsageError
 from tests.runtime.models import SPARSE, TinyDiT, noise, one_thread, words
 
@@ -192,6 +193,49 @@ def test_all_compiled_ways_are_in_the_mode_that_is_asked_for():
     modes = {way.name: way.options.get("inductor.mode") for way in (*dense_ways(asked, True), *sparse_ways(asked))}
     assert modes.pop("uncompiled") is None
     assert len(modes) == 5 and set(modes.values()) == {"reduce-overhead"}
+
+
+def test_a_whole_model_is_told_from_a_few_blocks(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """Two of six blocks measured at 9 ms each dense, 3 sparse, 11 refreshing, beside 2 ms that are no blocks."""
+
+    def figures(way: str, ms: dict[str, float], phases: dict[str, int]) -> Figures:
+        return Figures(way, "default", ms, phases, 0.0, "composed", 1.0, 5.0, {}, {}, 0.4)
+
+    steps = {"refresh": 1, "sparse": 8, "skip": 1}
+    found = [
+        figures("uncompiled", {"dense": 12.0}, {"dense": 10}),
+        figures("dense", {"dense": 20.0}, {"dense": 10}),
+        figures("sparse + skip", {"refresh": 24.0, "sparse": 8.0, "skip": 2.0}, steps),
+    ]
+    uncompiled, dense, skipping = extrapolated(found, blocks=2, whole=6, dense_layers=1)
+    assert dense.ms == {"dense": 2 + 6 * 9} and dense.total_s == pytest.approx(0.56)
+    assert skipping.ms == {"refresh": 2 + 9 + 5 * 11, "sparse": 2 + 9 + 5 * 3, "skip": 2}
+    assert skipping.total_s == pytest.approx((66 + 8 * 26 + 2) / 1e3) and skipping.total_is == "extrapolated"
+    assert skipping.cache_gb == pytest.approx(1.0) and skipping.peak_gb is None
+    assert uncompiled.ms == {"dense": 2 + 6 * 5}
+    with pytest.raises(BenchError, match="leave out --extrapolate"):
+        extrapolated(found[:2], blocks=2, whole=6, dense_layers=1)
+
+
+def test_blocks_are_limited_in_proportion(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("diffusers")
+    subject, blocks, whole = few(SUBJECTS["flux"], 2)
+    assert (blocks, whole) == (6, 57) and dict(subject.settings)["num_single_layers"] == 4
+    tiny = Subject("HunyuanVideoTransformer3DModel", "hunyuan", TINY_HUNYUAN, words=64)
+    monkeypatch.setitem(bench_model.SUBJECTS, "hunyuan", tiny)
+    settings = option(SPARSE | {"memory.offload": "none", "attention.dense_layers": 1})
+    found = run("hunyuan", "--size", "64x64x9", "--dtype", "fp32", "--rounds", "1", "--extrapolate", "1", *settings)
+    assert "4 blocks told from 2" in capsys.readouterr().out
+    assert {way.total_is for way in found} == {"extrapolated"}
+    assert found[2].sites["attention"] == "2 of 3"
+
+
+@pytest.mark.parametrize(
+    "more", [["any:thing"], ["wan", "--blocks", "1"], ["wan", "--whole"], ["wan", "--option", "x=1"]]
+)
+def test_what_cannot_be_extrapolated(more: list[str]):
+    with pytest.raises((BenchError, ConfigError)):
+        run(*more, "--extrapolate", "1")
 
 
 def test_dense_attention_through_the_operator_is_the_same():

@@ -36,6 +36,23 @@ def lower(module: fx.GraphModule, inputs: Sequence[Any], config: Config, **patch
     return compile_fx(module, list(inputs), config_patches={**inductor_patches(config), **patches})  # pyright: ignore[reportReturnType]
 
 
+def owned(compiled: Callable[..., Any], given: Sequence[int]) -> Callable[..., Any]:
+    """CUDA graphs leave their results where those of the next call will be: the caller gets copies to keep.
+
+    given: positions of the caller's own tensors, which a model may hand back as they are.
+    """
+
+    def call(*values: Any) -> list[Any]:
+        known = {_storage(values[i]) for i in given}
+        return [x if (at := _storage(x)) is None or at in known else x.clone() for x in compiled(*values)]
+
+    return call
+
+
+def _storage(x: Any) -> int | None:
+    return x.untyped_storage().data_ptr() if isinstance(x, torch.Tensor) else None
+
+
 class Variants:
     """The dense graph as Dynamo gave it, and the rewritten ones."""
 
@@ -49,6 +66,8 @@ class Variants:
     ) -> None:
         self.graph, self.capture, self.plan, self.config, self.whole = original, capture, plan, config, whole
         self._made: dict[tuple[Phase | None, bool], Callable[..., Any]] = {}
+        self._recorded = config.lowering != "eager" and inductor_patches(config).get("triton.cudagraphs", False)
+        self._given = [i for i, entry in enumerate(capture.inputs) if not entry.is_parameter]
         self._lock = threading.Lock()
 
     def original(self) -> Callable[..., Any]:
@@ -70,7 +89,8 @@ class Variants:
             if (phase, renew) not in self._made:
                 _log.debug("building the %s variant", phase or "unchanged")
                 with tracing(self.capture.context), torch.no_grad():
-                    self._made[phase, renew] = self._build(phase, state, renew)
+                    made = self._build(phase, state, renew)
+                self._made[phase, renew] = owned(made, self._given) if self._recorded else made
             return self._made[phase, renew]
 
     def _build(self, phase: Phase | None, state: Sequence[torch.Tensor], renew: bool) -> Callable[..., Any]:

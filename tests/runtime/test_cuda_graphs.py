@@ -99,10 +99,27 @@ def test_recorded_graphs_change_no_bit(offload: str):
     plain = run(exactly(model, lowering="inductor", memory__offload=offload), steps)
     ours = exactly(model, lowering="inductor", inductor__mode="reduce-overhead", memory__offload=offload)
     for _ in range(3):
-        assert identical([out.clone() for out in map(lambda call: run(ours, [call])[0], steps)], plain)
+        assert identical([run(ours, [call])[0] for call in steps], plain)  # of which no call has overwritten any
         assert chipmunk_fx.summary(ours).phases == dict.fromkeys(range(2), ["refresh", *["sparse"] * 3])
     skipped = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
     assert skipped == 0 or offload == "all"  # caches on the host are no static inputs of a device
+
+
+def test_results_are_the_callers_to_keep():
+    """What a call returns lies apart from where the graph left it, but for what the caller had given."""
+    left, given = torch.ones(3), torch.ones(4)
+    call = variants.owned(lambda *values: (left, values[1][:2], 7), [1])
+    result, view, number = call(torch.ones(2), given)
+    left.zero_()
+    assert result.tolist() == [1, 1, 1] and view.data_ptr() == given.data_ptr() and number == 7
+
+
+@pytest.mark.parametrize(("mode", "copied"), [("reduce-overhead", True), ("default", False)])
+def test_results_are_copied_where_graphs_are_recorded(mode: str, copied: bool, monkeypatch: pytest.MonkeyPatch):
+    made = []
+    monkeypatch.setattr(variants, "owned", lambda compiled, given: made.append(given) or compiled)
+    run(exactly(TinyDiT(), lowering="inductor", inductor__mode=mode), calls(TIMES[:1]))
+    assert bool(made) == copied
 
 
 def test_phases_have_graphs_of_their_own():
