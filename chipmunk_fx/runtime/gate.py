@@ -7,8 +7,16 @@ import torch
 from chipmunk_fx.config import Config
 from chipmunk_fx.graph.plan import Site
 from chipmunk_fx.kernels import BACKENDS, HOPPER_GROUP_ROWS, on_hopper
-from chipmunk_fx.runtime.costs import CUDA_ATTENTION, CUDA_ATTENTION_HOPPER, CUDA_MLP_HOPPER, at
+from chipmunk_fx.runtime.costs import (
+    CUDA_ATTENTION,
+    CUDA_ATTENTION_HOPPER,
+    CUDA_ATTENTION_RECORDED,
+    CUDA_MLP_HOPPER,
+    CUDA_MLP_RECORDED,
+    at,
+)
 from chipmunk_fx.runtime.footprint import density
+from chipmunk_fx.runtime.variants import records_graphs
 
 # Least rows for which ten steps with one refresh beat ten dense ones: bounds set between sizes measured on two cores with
 # AVX-512 and AMX at the default densities (3 heads of 64; ms for dense, refresh, sparse). fp32 attention: 512 rows 0.75,
@@ -30,6 +38,9 @@ _CPU_WEIGHT_BYTES = 16e6
 _CUDA_DTYPES = (torch.bfloat16, torch.float16)
 _CUDA_ROWS = 4096
 _CUDA_MLP_FLOPS = 5e11
+# ... and with the Hopper kernels in CUDA graphs, which launch nothing one by one
+_RECORDED_ROWS = 2048
+_RECORDED_MLP_FLOPS = 2.4e11
 
 
 def cost_gate(site: Site, config: Config) -> str | None:
@@ -56,18 +67,22 @@ def _on_cuda(site: Site, config: Config) -> str | None:
         return f"{site.kind} in {site.dtype} on cuda: sparse is not faster"
     in_groups = site.group_rows % HOPPER_GROUP_ROWS == 0
     hopper = in_groups and on_hopper(site.kind, site.device, site.dtype, site.hints)
+    recorded = hopper and records_graphs(config)
     share, every = density(site, config), config.schedule.refresh_every
     if site.kind == "attention":
-        rows = site.hints[2]
-        if rows < _CUDA_ROWS:
-            return f"{rows} rows on cuda: sparse is not faster below {_CUDA_ROWS}"
-        size, cost = f"{rows} rows", at(rows, CUDA_ATTENTION_HOPPER if hopper else CUDA_ATTENTION).steps(share, every)
+        rows, least = site.hints[2], _RECORDED_ROWS if recorded else _CUDA_ROWS
+        if rows < least:
+            return f"{rows} rows on cuda: sparse is not faster below {least}"
+        measured = CUDA_ATTENTION_HOPPER if hopper else CUDA_ATTENTION
+        size, cost = f"{rows} rows", at(rows, CUDA_ATTENTION_RECORDED if recorded else measured).steps(share, every)
     else:
         if not hopper:
             return "mlp on cuda: sparse is faster only by the Hopper kernels, in groups of 192 rows and multiples of 64 wide"
-        if site.dense_flops < _CUDA_MLP_FLOPS:
-            return f"{site.dense_flops:.1e} operations on cuda: sparse is not faster below {_CUDA_MLP_FLOPS:.0e}"
-        size, cost = f"{site.dense_flops:.1e} operations", CUDA_MLP_HOPPER.steps(share, every)
+        least = _RECORDED_MLP_FLOPS if recorded else _CUDA_MLP_FLOPS
+        if site.dense_flops < least:
+            return f"{site.dense_flops:.1e} operations on cuda: sparse is not faster below {least:.2g}"
+        model = CUDA_MLP_RECORDED if site.dense_flops < _CUDA_MLP_FLOPS else CUDA_MLP_HOPPER
+        size, cost = f"{site.dense_flops:.1e} operations", model.steps(share, every)
     if cost > 1:
         return f"density {share:.2f} of {size} on cuda, refreshed every {every} steps: {cost:.2f} of the dense time"
     return None

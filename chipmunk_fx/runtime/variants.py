@@ -29,6 +29,11 @@ def inductor_patches(config: Config) -> dict[str, Any]:
     return {**(list_mode_options(mode) if mode else {}), **options}
 
 
+def records_graphs(config: Config) -> bool:
+    """Whether Inductor records CUDA graphs."""
+    return config.lowering != "eager" and bool(inductor_patches(config).get("triton.cudagraphs"))
+
+
 def lower(module: fx.GraphModule, inputs: Sequence[Any], config: Config, **patches: Any) -> Callable[..., Any]:
     """Compile with Inductor, or run op by op where `lowering` is "eager"."""
     if config.lowering == "eager":
@@ -66,7 +71,7 @@ class Variants:
     ) -> None:
         self.graph, self.capture, self.plan, self.config, self.whole = original, capture, plan, config, whole
         self._made: dict[tuple[Phase | None, bool], Callable[..., Any]] = {}
-        self._recorded = config.lowering != "eager" and inductor_patches(config).get("triton.cudagraphs", False)
+        self._recorded = records_graphs(config)
         self._given = [i for i, entry in enumerate(capture.inputs) if not entry.is_parameter]
         self._lock = threading.Lock()
 

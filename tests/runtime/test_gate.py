@@ -109,6 +109,18 @@ def test_groups_that_hopper_takes_allow_more_columns(sites, hopper_card: None):
     assert all(new.slowness < old.slowness for new, old in zip(CUDA_ATTENTION_HOPPER, CUDA_ATTENTION, strict=True))
 
 
+def test_recorded_graphs_allow_smaller_sites(sites, hopper_card: None):
+    attention, mlp = (on_cuda(next(site for site in sites if site.kind == kind)) for kind in ("attention", "mlp"))
+    attention = replace(attention, hints=(1, 24, 2048, 2048, 128), group_rows=192)
+    mlp = replace(mlp, hints=(1, 2048, 3072, 12288, 3072), group_rows=192)
+    recorded = Config.from_options({"inductor.mode": "reduce-overhead"})
+    for site in (attention, mlp):
+        assert "below" in (cost_gate(site, DEFAULT) or "") and cost_gate(site, recorded) is None
+    assert "below 4096" in (cost_gate(replace(attention, group_rows=64), recorded) or "")
+    half = Config.from_options({"inductor.mode": "reduce-overhead", "attention.density": 0.5, "mlp.density": 0.6})
+    assert all("dense time" in (cost_gate(site, half) or "") for site in (attention, mlp))
+
+
 def test_large_mlps_are_sparse_on_hopper(sites, hopper_card: None):
     mlp = on_cuda(next(site for site in sites if site.kind == "mlp"))
     mlp = replace(mlp, hints=(1, 4352, 3072, 12288, 3072), group_rows=192)
@@ -120,7 +132,7 @@ def test_large_mlps_are_sparse_on_hopper(sites, hopper_card: None):
     often = Config.from_options({"mlp.density": 0.6, "schedule.refresh_every": 2})
     assert "every 2 steps" in (cost_gate(mlp, often) or "")
     # ten steps by hand: a refresh and 9 sparse ones
-    assert CUDA_MLP_HOPPER.steps(0.5, 10) == pytest.approx((1.3 + 9 * (0.15 + 1.25 * 0.5)) / 10)
+    assert CUDA_MLP_HOPPER.steps(0.5, 10) == pytest.approx((1.3 + 9 * (0.15 + 1.45 * 0.5)) / 10)
 
 
 def test_the_budget_is_the_users_or_a_share_of_what_is_free():
