@@ -43,7 +43,7 @@ def measuring_arguments(parser: argparse._ActionsContainer) -> None:
         "--extrapolate",
         type=int,
         metavar="N",
-        help="measure N blocks of the rarest kind, tell the whole named model from them",
+        help="measure N blocks of the rarest kind (better 2 than 1), tell the whole named model from them",
     )
     add("--rounds", type=int, default=2, help="timed generations a way, after the one that compiles (default: 2)")
     add("--whole", action="store_true", help="run every step of a generation instead of composing its total")
