@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from chipmunk_fx.state.pinned import pinned
 from chipmunk_fx.state.slots import Slot
 
 Home = WeakIdKeyDictionary
@@ -73,8 +74,9 @@ Allocate = Callable[[Slot, Place], torch.Tensor]
 def allocate(slot: Slot, place: Place) -> torch.Tensor:
     """Zeros for `slot`. Raises what PyTorch raises when memory runs out."""
     with torch.inference_mode(False):  # a cache made in inference mode could not be written outside it
-        device = torch.device("cpu") if place.on_host else place.device
-        return torch.zeros(slot.shape, dtype=slot.dtype, device=device, pin_memory=place.pinned)
+        if place.pinned:
+            return pinned(slot.shape, slot.dtype)
+        return torch.zeros(slot.shape, dtype=slot.dtype, device="cpu" if place.on_host else place.device)
 
 
 class Store:
@@ -91,7 +93,7 @@ class Store:
         """Raises `CacheOutOfMemory`."""
         try:
             return Cell({slot.name: self._tensor(slot, place) for slot in slots}, place)
-        except (RuntimeError, MemoryError) as error:  # a CPU's allocator has no class of its own
+        except (RuntimeError, MemoryError, OSError) as error:  # a CPU's allocator has no class of its own
             self._spare.clear()
             reason = str(error).split("\n")[0]
         raise CacheOutOfMemory(reason)
