@@ -133,15 +133,14 @@ class Session:
             phase = self._phase(able, track, branch, position, known)
             problem = self.faults.of(able) or (able.rewrites and known.problem)
             if phase is Phase.DENSE and (not able.skips or not position.decided or problem):
-                masked = able.masked and able.rewrites and not able.skips and not problem
-                return able, phase, masks(able, values, known) if masked else None, True
+                return able, phase, None if problem else _masks(able, values, known), True
             try:
                 return able, *self._cached(able, track, branch, position, phase, values, known)
             except _OverBudget as over:
                 self.store.drop([branch.caches])
                 track.prepared.clear()
                 self.held = self.account()
-                return able, self._fall_back(track, position, str(over)), None, True
+                return able, self._fall_back(track, position, str(over)), _masks(able, values, known), True
             except SiteOutOfMemory as error:
                 self._exempt(track, position, values, error)
 
@@ -301,6 +300,11 @@ class Session:
 
     def _homes(self) -> list[Home]:
         return [self.store.shared, *(b.caches for t in self.tracks.values() for b in t.branches.values())]
+
+
+def _masks(graph: Graph, values: Sequence[Any], known: Known) -> list[torch.Tensor] | None:
+    """What a dense step needs to leave padded keys out; None where it computes them, in the graph as it came."""
+    return masks(graph, values, known) if graph.masked and graph.rewrites and not graph.skips else None
 
 
 _NOTHING = Known()

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import chipmunk_fx
 from chipmunk_fx.ops import attention
-from chipmunk_fx.runtime import known
+from chipmunk_fx.runtime import known, registry
 from tests.graph.capturing import captured
 from tests.runtime.models import HEADS, TinyDiT, assert_same, calls, compiled, exactly, identical, run, words
 
@@ -216,16 +216,22 @@ def test_a_mask_that_the_model_computes_stays_dense():
     assert site.status == "dense" and "come out of linear" in site.reason
 
 
-def test_dense_steps_drop_padded_keys(monkeypatch: pytest.MonkeyPatch):
-    """Attention of the dense layer and of dense calls sees 64 + 5 keys, not 72."""
-    lengths: list[int] = []
+@pytest.fixture
+def lengths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many keys each dense attention saw: 64 + 5 are no padding, of 72."""
+    seen: list[int] = []
     attend = attention.attend
 
     def noting(q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        lengths.append(k.shape[2])
+        seen.append(k.shape[2])
         return attend(q, k, *rest)
 
     monkeypatch.setattr(attention, "attend", noting)
+    return seen
+
+
+def test_dense_steps_drop_padded_keys(lengths: list[int]):
+    """In the dense layer and in dense calls."""
     ours = compiled(Masked(), attention__dense_layers=1, schedule__branches=2)
     run(ours, steps()[:1])
     assert lengths[0] == 69
@@ -233,6 +239,17 @@ def test_dense_steps_drop_padded_keys(monkeypatch: pytest.MonkeyPatch):
     with chipmunk_fx.generation(ours, branch=None):
         run(ours, steps()[:1])
     assert lengths[0] == 69
+
+
+def test_calls_without_memory_for_caches_drop_them_too(lengths: list[int]):
+    ours = compiled(Masked())
+    run(ours, steps()[:1])
+    (session,) = registry.sessions(ours)
+    session.limit = lambda place: 0  # bytes
+    lengths.clear()
+    with chipmunk_fx.generation(ours, key="another"):
+        run(ours, steps()[:1])
+    assert "exceed" in chipmunk_fx.summary(ours).fallbacks[0].reason and set(lengths) == {69}
 
 
 def test_dynamic_shapes():
