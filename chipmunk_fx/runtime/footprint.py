@@ -30,9 +30,11 @@ def site_slots(site: Site, sizes: Sequence[int], columns: int, grouped_rows: int
 
 
 def density(site: Site, config: Config) -> float:
-    """Share of columns a sparse step computes at the compiled sizes (text not counted: it depends on the call)."""
-    sizes = site.hints
-    return 1.0 if site.status == "dense" else site_columns(site, sizes, config) / sizes[3]
+    """Share of columns a sparse step computes at the compiled sizes (text and cubes not counted: they depend on the call)."""
+    if site.status == "dense":
+        return 1.0
+    window = config.attention.local_window if site.kind == "attention" else 0.0
+    return min(site_columns(site, site.hints, config) / site.hints[3] + window, 1.0)
 
 
 def branch_slots(site: Site, config: Config) -> tuple[Slot, ...]:

@@ -42,6 +42,13 @@ def test_high_densities_do_not(sites):
     assert all("density 0.9" in (cost_gate(large(site), config) or "") for site in sites)
 
 
+def test_a_window_counts_as_density(sites):
+    attention = large(next(site for site in sites if site.kind == "attention"))
+    wide = Config.from_options({"attention.density": 0.3, "attention.local_window": 0.2})
+    assert cost_gate(attention, Config.from_options({"attention.density": 0.3})) is None
+    assert "density 0.51" in (cost_gate(attention, wide) or "")
+
+
 @pytest.mark.parametrize("backends", [(), ("some backend",)])
 def test_a_gpu_needs_a_kernel_backend(sites, backends, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(gate, "BACKENDS", backends)
