@@ -140,7 +140,7 @@ def make_plan(
     """`real`: the inputs of the call that compiles, from which data-dependent lengths are learnt."""
     inputs = [n for n in capture.module.graph.nodes if n.op == "placeholder"]
     # A piece of a model does not show which blocks come before it: the runtime counts them (Session.arrival).
-    layers = {} if roles.timestep is None else number_layers(candidates, _node(inputs, roles.latents))
+    layers = number_layers(candidates, _node(inputs, roles.latents)) if roles.timed else {}
     refused = [c for c in candidates if c.operands is None]
     accepted: list[tuple[Candidate, int]] = []
     for candidate in candidates:
