@@ -69,7 +69,7 @@ class Input:
 class Capture:
     """The ATen graph with its inputs (same order as the placeholders) and the tracing context to compile it in.
 
-    `numbers`: what the user calls the numbers that were given to the model; most are constants of the graph.
+    `dynamic`: compiling may add guards, or tell Dynamo to begin again. `numbers`: what the user calls the numbers that were given to the model; most are constants of the graph.
     """
 
     module: fx.GraphModule
@@ -107,7 +107,7 @@ def capture(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Capt
     _one_spelling(traced)
     out_of_place(traced.graph)
     inputs = _describe(graph_module, traced, fakes)
-    dynamic = any(isinstance(f, torch.SymInt) or _has_symbols(f) for f in fakes)
+    dynamic = any(isinstance(f, torch.SymInt) or _has_symbols(f) for f in fakes) or _takes_floats(graph_module)
     return Capture(traced, inputs, context, dynamic, _numbers())
 
 
@@ -227,6 +227,12 @@ def _attribute(module: fx.GraphModule, node: fx.Node) -> Any:
     for part in str(node.target).split("."):
         value = getattr(value, part)
     return value
+
+
+def _takes_floats(module: fx.GraphModule) -> bool:
+    """Whether an input is a Python float, which Dynamo passes as a tensor; Inductor may refuse such a graph."""
+    arguments = [n.meta.get("grapharg") for n in module.graph.nodes if n.op == "placeholder"]
+    return any(getattr(argument, "pass_arg_as_tensor", False) for argument in arguments)
 
 
 def _has_symbols(value: Any) -> bool:

@@ -34,8 +34,9 @@ class Constant:
 
     def __str__(self) -> str:
         return (
-            f"the timestep, {self.name}, is a Python number ({self.value:g}) and so a constant of the graph: other values compile "
-            "a second graph (with dynamic=False one each); as a tensor it needs one graph for all"
+            f"the timestep, {self.name}, is a Python number ({self.value:g}) and so a constant of the graph: other values "
+            "compile a second graph, or one each (with dynamic=False, and floats that Inductor makes no tensors of) up to "
+            "Dynamo's recompile_limit; as a tensor it needs one graph for all"
         )
 
 

@@ -21,11 +21,8 @@ class Numbered(TinyDiT):
     """As models do it that are called by hand: whatever the timestep is, it becomes a tensor [B]."""
 
     def forward(self, latents: Tensor, timestep: Any, text: Any = None) -> Tensor:
-        if isinstance(timestep, Tensor):
-            timestep = timestep.reshape(-1)
-        else:
-            timestep = torch.full((1,), timestep, dtype=torch.float32)
-        return super().forward(latents, timestep.expand(latents.shape[0]), text)
+        given = timestep if isinstance(timestep, Tensor) else torch.full((1,), timestep, dtype=torch.float32)
+        return super().forward(latents, given.reshape(-1).expand(latents.shape[0]), text)
 
 
 class Keywords(Numbered):
@@ -86,6 +83,19 @@ def test_a_graph_for_each_number():
     ours = torch.compile(model, backend="chipmunk", dynamic=False, options=SPARSE | {"schedule.refresh_every": 3})
     run(ours, numbered(TIMES, int))
     assert chipmunk_fx.summary(ours).phases == {0: PHASES}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("kind", "graphs"), [(int, 2), (float, 3)])
+def test_with_inductor(kind: Callable[[float], Any], graphs: int):
+    """Inductor has Dynamo begin again where it cannot make a tensor of a float: then each value has a graph."""
+    model = Numbered()
+    ours = exactly(model, schedule__refresh_every=3, lowering="inductor")
+    counters.clear()
+    inputs = numbered(TIMES[:3], kind)
+    assert_same(run(ours, inputs), run(model, inputs))
+    assert chipmunk_fx.summary(ours).phases == {0: PHASES[:3]} and not chipmunk_fx.summary(ours).fallbacks
+    assert counters["stats"]["unique_graphs"] == graphs
 
 
 def test_a_number_among_keywords():
