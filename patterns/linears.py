@@ -78,13 +78,20 @@ def linear_refusal(found: Found) -> str | None:
         weight = bound.get(name)
         if weight is None:
             continue
-        value = weight.meta["val"]
-        if is_traceable_wrapper_subclass(value):
-            return f"weight {weight} is a {type(value).__name__}, a plain tensor is supported"
+        if reason := weight_refusal(weight):
+            return reason
         if rank(weight) != 2:
             return f"weight {weight} has rank {rank(weight)}, a matrix is supported"
-        if changing := _changing(weight):
-            return f"weight {weight} is computed from {changing}, which may change from step to step"
+    return None
+
+
+def weight_refusal(weight: fx.Node) -> str | None:
+    """Why an op could not take a weight as it is."""
+    value = weight.meta["val"]
+    if is_traceable_wrapper_subclass(value):
+        return f"weight {weight} is a {type(value).__name__}, a plain tensor is supported"
+    if changing := _changing(weight):
+        return f"weight {weight} is computed from {changing}, which may change from step to step"
     return None
 
 

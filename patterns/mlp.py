@@ -95,10 +95,11 @@ def mlp_refusal(found: Found) -> str | None:
     reason = linear_refusal(found) or stream_refusal(bound["x"])
     if reason is None and bound.get("dim", -1) not in (-1, rank(bound["x"]) - 1):
         reason = f"joined along dimension {bound['dim']}, not the last"
-    return reason or _dtype_refusal(found) or divided_refusal(found) or open_end(found, beside(found))
+    return reason or dtype_refusal(found) or divided_refusal(found) or open_end(found, beside(found))
 
 
-def _dtype_refusal(found: Found) -> str | None:
+def dtype_refusal(found: Found) -> str | None:
+    """Why the products of a match are not all computed in the input's dtype."""
     bound = found.bound
     dtypes = {dtype(bound[n]) for n in ("x", "w1", "wu", "w2") if bound.get(n) is not None}
     given = dtype(bound["x"])

@@ -69,7 +69,8 @@ class Input:
 class Capture:
     """The ATen graph with its inputs (same order as the placeholders) and the tracing context to compile it in.
 
-    `dynamic`: compiling may add guards, or tell Dynamo to begin again. `numbers`: what the user calls the numbers that were given to the model; most are constants of the graph.
+    `dynamic`: compiling may add guards, or tell Dynamo to begin again. `numbers`: those that the model was given, by the
+    user's names; most are constants of the graph.
     """
 
     module: fx.GraphModule

@@ -294,7 +294,8 @@ def _site(
 def _laid_out(site: Site, streams: Set[tuple[int, int]]) -> Site:
     """An MLP whose input is laid out tokens first, as (batch, length) of an attention tell."""
     first, second = site.hints[:2]
-    rank = len(shape(site.operands.x)) if isinstance(site.operands, MlpOperands) else 0
+    given = site.operands
+    rank = len(shape(given.x)) if isinstance(given, MlpOperands) and not given.channels_first else 0
     if rank != 3 or (second, first) not in streams or (first, second) in streams:
         return site
     sizes, hinted = ((n, b, *rest) for b, n, *rest in (site.sizes, site.hints))
@@ -308,6 +309,8 @@ def _sizes(candidate: Candidate) -> tuple[Size, ...]:
         return b, h, n, operands.k.shape[2], d
     assert isinstance(operands, MlpOperands)
     x = shape(operands.x)
+    if operands.channels_first:
+        x = (x[0], *x[2:], x[1])
     if len(x) == 2:  # the rows of all samples, one after the other
         x = (1, *x)
     rows = 1
