@@ -16,7 +16,7 @@ from chipmunk_fx.graph.calls import arguments
 from chipmunk_fx.graph.language import Call, Expression, Found, Literal, OneOf, Var, Where
 from chipmunk_fx.graph.pattern import Accepted, Example, MlpOperands, Part, Pattern, Refused, open_end
 from chipmunk_fx.graph.sizes import hint
-from chipmunk_fx.graph.walk import rank, shape
+from chipmunk_fx.graph.walk import shape
 from chipmunk_fx.patterns.activations import activation, cast
 from chipmunk_fx.patterns.linears import weight_refusal
 from chipmunk_fx.patterns.mlp import dtype_refusal, product

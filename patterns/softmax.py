@@ -1,5 +1,7 @@
 """Attention written out: softmax(scale * q k^T) v through matmul, bmm, baddbmm or einsum, softmax in any precision.
 
+The softmax may be written out, too: exponentials over their sum, before the product with v or after it.
+
 Each product is read as an einsum; which letters stand for heads, rows, keys and widths follows from the two together. A
 scale on q or k stays with it; one on the scores becomes the op's.
 """
@@ -13,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from chipmunk_fx.graph.calls import dtype
-from chipmunk_fx.graph.language import Call, Each, Expression, Found, Literal, OneOf, Var
+from chipmunk_fx.graph.calls import CASTS, dtype
+from chipmunk_fx.graph.language import Call, Each, Expression, Found, Literal, Named, OneOf, Var, Where
 from chipmunk_fx.graph.masks import padding_refusal, unfolded
 from chipmunk_fx.graph.pattern import Accepted, AttentionOperands, Example, Laid, Pattern, Refused, open_end
-from chipmunk_fx.graph.walk import rank
+from chipmunk_fx.graph.walk import rank, shape, strip
 from chipmunk_fx.patterns.activations import cast
 from chipmunk_fx.patterns.attention import SelfAttention, attention_kind, operand_shapes
 
@@ -69,16 +71,60 @@ def weights(scores: Expression) -> OneOf:
     """softmax over the last dimension; casts, and dropouts that drop nothing, may stand before and after."""
     last = Literal(lambda value: value in (-1, 2, 3), "softmax over the last dimension (keys)")
     softmax = {"self": cast("scaled", scores), "dim": last, "dtype": Var("softmax dtype")}
-    return cast("weights", Call((aten.softmax.int,), softmax))
+    over_sum = Call(_OVER, {"self": exponentials(scores), "other": _TOTAL})
+    return cast("weights", OneOf("softmax by", {"op": Call((aten.softmax.int,), softmax), "sum": over_sum}))
 
 
-EXPRESSION = OneOf("mix by", products("mix", weights(masked(scores(Var("q"), Var("k")))), Var("v")))
+def exponentials(scores: Expression) -> OneOf:
+    """exp of scores, which may be less their maximum: softmax does not change with it. Casts may stand before and after."""
+    given = {"self": Var("unshifted"), "dim": Var("maximum dim"), "keepdim": Var("maximum keepdim")}
+    maximum = {"amax": Call((aten.amax.default,), given), "max": Call((aten.max.dim,), given, output=0)}
+    top = Where(
+        lambda node: shape(node)[-1] == 1, "a maximum over the last dimension (keys)", OneOf("maximum", maximum)
+    )
+    less = Call((aten.sub.Tensor, aten.sub_.Tensor), {"self": Named("unshifted", cast("scaled", scores)), "other": top})
+    exponents = OneOf("shift", {"maximum": less, "none": cast("scaled", scores)})
+    exp = Call((aten.exp.default, aten.exp_.default), {"self": exponents})
+    return cast("mixed", Named("exponentials", cast("summed", exp)))
+
+
+def _is_total(node: fx.Node) -> bool:
+    """Whether one number a row stands for all keys; the row's dimension comes last but one."""
+    given = node.args[0] if node.target is aten.unsqueeze.default else node
+    return isinstance(given, fx.Node) and given.target is aten.sum.dim_IntList and shape(node)[-1] == 1
+
+
+def _is_divided(node: fx.Node) -> bool:
+    return node.target in _OVER and isinstance(node.args[1], fx.Node) and _is_total(strip(node.args[1], CASTS))
+
+
+def _total() -> Expression:
+    last = Literal(lambda value: value in ([-1], [2], [3]), "a sum over the last dimension (keys)")
+    given = {"self": Var("exponentials"), "dim": last, "keepdim": Var("kept"), "dtype": Var("sum dtype")}
+    sums = Call((aten.sum.dim_IntList,), given)
+    behind = Literal(lambda value: value in (-1, 2, 3), "a last dimension of size 1")
+    spread = Call((aten.unsqueeze.default,), {"self": sums, "dim": behind})
+    totals = OneOf("total", {"kept": sums, "spread": spread})
+    return cast("total", Where(_is_total, "a sum over the last dimension (keys)", totals))
+
+
+def _expression() -> OneOf:
+    shown = masked(scores(Var("q"), Var("k")))
+    later = {name: mix for name, mix in products("mix", exponentials(shown), Var("v")).items() if name != "einsum"}
+    divided = Call(_OVER, {"self": OneOf("mix by", later), "other": _TOTAL})
+    whole = products("mix", weights(shown), Var("v"))
+    return OneOf("mix by", {**whole, "divided": Where(_is_divided, "a division by a sum", divided)})
+
+
+_OVER = (aten.div.Tensor, aten.div_.Tensor)
+_TOTAL = _total()
+EXPRESSION = _expression()
 
 
 def judge(found: Found) -> Accepted | Refused:
     bound = found.bound
     ranks = [rank(bound[name]) for name in "qkv"]
-    softmax = next(n for n in found.nodes if n.target is aten.softmax.int)
+    softmax = next(n for n in found.nodes if n.target in (aten.softmax.int, aten.sum.dim_IntList))
     if len(set(ranks)) > 1 or ranks[0] not in (3, 4) or bound_dim(softmax) != ranks[0] - 1:
         return Refused("explicit", f"operands of rank {', '.join(map(str, ranks))}; {_SUPPORTED}")
     equations = _equation(bound, "scores", ranks[0]), _equation(bound, "mix", ranks[0])
@@ -154,9 +200,11 @@ def layout_of(scores: str, mix: str) -> Layout | None:
 
 
 def bound_dim(softmax: fx.Node) -> int:
-    dim = softmax.args[1]
+    """Of a softmax or a sum."""
+    given = softmax.args[1]
+    (dim,) = given if isinstance(given, (list, tuple)) else [given]
     assert isinstance(dim, int)
-    return dim % rank(softmax)
+    return dim % rank(softmax.all_input_nodes[0])
 
 
 def _equation(bound: Mapping[str, object], name: str, rank: int) -> str:
@@ -248,6 +296,27 @@ def _half(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return F.softmax(q @ k.mT * 8**-0.5, -1, dtype=torch.float32).to(torch.bfloat16).to(q.dtype) @ v
 
 
+def _over_sum(shift=None, total=lambda e: e.sum(-1, keepdim=True)):
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        s = q @ k.mT * 0.3
+        e = torch.exp(s - shift(s) if shift else s)
+        return (e / total(e)) @ v
+
+    return call
+
+
+def _exp_in_place(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    s = q @ k.mT * 0.3
+    e = s.sub_(s.amax(-1, keepdim=True)).exp_()
+    return e.div_(e.sum(-1, keepdim=True)) @ v
+
+
+def _divided_after(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    s = (q @ k.mT * 0.3).double()
+    e = torch.exp(s - s.max(dim=-1, keepdim=True)[0]).to(q.dtype)
+    return (e @ v) / e.sum(-1, keepdim=True)
+
+
 def _x() -> tuple[torch.Tensor]:
     return (torch.randn(2, 24, 16),)
 
@@ -273,6 +342,19 @@ def examples() -> Sequence[Example]:
     }
     hidden = torch.arange(24) > 16
     calls |= {
+        "exp over sum": lambda q, k, v: ((e := (q @ k.mT * 0.3).exp()) / e.sum(3, keepdim=True)) @ v,
+        "exp over sum, less the maximum": _over_sum(lambda s: s.max(-1, keepdim=True).values),
+        "exp over sum, less the maximum of a constant": _over_sum(lambda s: s.detach().amax(-1, keepdim=True)),
+        "exp over sum, spread": _over_sum(lambda s: s.amax(-1, True), lambda e: e.sum(-1)[..., None]),
+        "exp over sum, in place": _exp_in_place,
+        "exp, divided after": lambda q, k, v: ((e := (q @ k.mT * 0.3).exp()) @ v) / e.sum(-1, keepdim=True),
+        "exp in higher precision, divided after": _divided_after,
+        "exp in higher precision, sum too": lambda q, k, v: (
+            (e := (q @ k.mT).double().exp()).to(q.dtype) @ v / e.sum(-1, keepdim=True).to(q.dtype)
+        ),
+        "exp over sum, einsum": lambda q, k, v: torch.einsum(
+            "bhnm,bhmd->bhnd", (e := torch.einsum("bhnd,bhmd->bhnm", q, k).exp()) / e.sum(-1, keepdim=True), v
+        ),
         "padding filled in place": lambda q, k, v: (
             (q @ k.mT).masked_fill_(hidden[None, None, None].expand(2, 1, 1, 24), -1e9).softmax(-1) @ v
         ),
@@ -297,7 +379,23 @@ def near_misses() -> Sequence[Example]:
         q[..., 1:].mul_(2)
         return shares @ v + q
 
+    def told(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        e = (q @ k.mT).exp()
+        return (e / e.sum(-1, keepdim=True)) @ v + e.mean(-1, keepdim=True)
+
+    last = "over the last dimension"
     calls = {
+        "sum over rows": (_over_sum(total=lambda e: e.sum(-2, keepdim=True)), last),
+        "sum over heads": (_over_sum(total=lambda e: e.sum(1, keepdim=True)), last),
+        "maximum over rows": (_over_sum(lambda s: s.amax(-2, keepdim=True)), last),
+        "sum of others": (_over_sum(total=lambda e: e.flip(-1).cos().sum(-1, keepdim=True)), "the same exponentials"),
+        "sum and a little": (_over_sum(total=lambda e: e.sum(-1, keepdim=True) + 1e-3), "saw add 0.001"),
+        "maximum of others": (_over_sum(lambda s: s.sin().amax(-1, keepdim=True)), "the same unshifted"),
+        "exponentials also used": (told, "also used by"),
+        "divided after by rows": (
+            lambda q, k, v: ((e := (q @ k.mT).exp()) @ v) / e.sum(-2, keepdim=True).mT,
+            None,
+        ),
         "softmax over rows": (_matmul(1.0, dim=-2), "softmax over the last dimension"),
         "softmax over heads": (_matmul(1.0, dim=1), "softmax over the last dimension"),
         "scale is a tensor": (_matmul(torch.tensor(0.3)), "scale is computed in the graph"),
