@@ -8,20 +8,21 @@ scale on q or k stays with it; one on the scores becomes the op's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from chipmunk_fx.graph.calls import CASTS, dtype
-from chipmunk_fx.graph.language import Call, Each, Expression, Found, Literal, Named, OneOf, Var, Where
+from chipmunk_fx.graph.calls import dtype
+from chipmunk_fx.graph.language import Call, Each, Expression, Found, Literal, OneOf, Var, Where
 from chipmunk_fx.graph.masks import padding_refusal, unfolded
 from chipmunk_fx.graph.pattern import Accepted, AttentionOperands, Example, Laid, Pattern, Refused, open_end
-from chipmunk_fx.graph.walk import rank, shape, strip
+from chipmunk_fx.graph.walk import rank
 from chipmunk_fx.patterns.activations import cast
 from chipmunk_fx.patterns.attention import SelfAttention, attention_kind, operand_shapes
+from chipmunk_fx.patterns.exponentials import OVER, TOTAL, exponentials, is_divided
+from chipmunk_fx.patterns.layouts import equation, layout_of
 
 aten = torch.ops.aten
 
@@ -71,53 +72,18 @@ def weights(scores: Expression) -> OneOf:
     """softmax over the last dimension; casts, and dropouts that drop nothing, may stand before and after."""
     last = Literal(lambda value: value in (-1, 2, 3), "softmax over the last dimension (keys)")
     softmax = {"self": cast("scaled", scores), "dim": last, "dtype": Var("softmax dtype")}
-    over_sum = Call(_OVER, {"self": exponentials(scores), "other": _TOTAL})
+    over_sum = Call(OVER, {"self": exponentials(scores), "other": TOTAL})
     return cast("weights", OneOf("softmax by", {"op": Call((aten.softmax.int,), softmax), "sum": over_sum}))
-
-
-def exponentials(scores: Expression) -> OneOf:
-    """exp of scores, which may be less their maximum: softmax does not change with it. Casts may stand before and after."""
-    given = {"self": Var("unshifted"), "dim": Var("maximum dim"), "keepdim": Var("maximum keepdim")}
-    maximum = {"amax": Call((aten.amax.default,), given), "max": Call((aten.max.dim,), given, output=0)}
-    top = Where(
-        lambda node: shape(node)[-1] == 1, "a maximum over the last dimension (keys)", OneOf("maximum", maximum)
-    )
-    less = Call((aten.sub.Tensor, aten.sub_.Tensor), {"self": Named("unshifted", cast("scaled", scores)), "other": top})
-    exponents = OneOf("shift", {"maximum": less, "none": cast("scaled", scores)})
-    exp = Call((aten.exp.default, aten.exp_.default), {"self": exponents})
-    return cast("mixed", Named("exponentials", cast("summed", exp)))
-
-
-def _is_total(node: fx.Node) -> bool:
-    """Whether one number a row stands for all keys; the row's dimension comes last but one."""
-    given = node.args[0] if node.target is aten.unsqueeze.default else node
-    return isinstance(given, fx.Node) and given.target is aten.sum.dim_IntList and shape(node)[-1] == 1
-
-
-def _is_divided(node: fx.Node) -> bool:
-    return node.target in _OVER and isinstance(node.args[1], fx.Node) and _is_total(strip(node.args[1], CASTS))
-
-
-def _total() -> Expression:
-    last = Literal(lambda value: value in ([-1], [2], [3]), "a sum over the last dimension (keys)")
-    given = {"self": Var("exponentials"), "dim": last, "keepdim": Var("kept"), "dtype": Var("sum dtype")}
-    sums = Call((aten.sum.dim_IntList,), given)
-    behind = Literal(lambda value: value in (-1, 2, 3), "a last dimension of size 1")
-    spread = Call((aten.unsqueeze.default,), {"self": sums, "dim": behind})
-    totals = OneOf("total", {"kept": sums, "spread": spread})
-    return cast("total", Where(_is_total, "a sum over the last dimension (keys)", totals))
 
 
 def _expression() -> OneOf:
     shown = masked(scores(Var("q"), Var("k")))
     later = {name: mix for name, mix in products("mix", exponentials(shown), Var("v")).items() if name != "einsum"}
-    divided = Call(_OVER, {"self": OneOf("mix by", later), "other": _TOTAL})
+    divided = Call(OVER, {"self": OneOf("mix by", later), "other": TOTAL})
     whole = products("mix", weights(shown), Var("v"))
-    return OneOf("mix by", {**whole, "divided": Where(_is_divided, "a division by a sum", divided)})
+    return OneOf("mix by", {**whole, "divided": Where(is_divided, "a division by a sum", divided)})
 
 
-_OVER = (aten.div.Tensor, aten.div_.Tensor)
-_TOTAL = _total()
 EXPRESSION = _expression()
 
 
@@ -127,7 +93,7 @@ def judge(found: Found) -> Accepted | Refused:
     softmax = next(n for n in found.nodes if n.target in (aten.softmax.int, aten.sum.dim_IntList))
     if len(set(ranks)) > 1 or ranks[0] not in (3, 4) or bound_dim(softmax) != ranks[0] - 1:
         return Refused("explicit", f"operands of rank {', '.join(map(str, ranks))}; {_SUPPORTED}")
-    equations = _equation(bound, "scores", ranks[0]), _equation(bound, "mix", ranks[0])
+    equations = equation(bound, "scores", ranks[0]), equation(bound, "mix", ranks[0])
     layout = layout_of(*equations)
     if layout is None:
         return Refused("explicit", f"{equations[0]} then {equations[1]} is no attention")
@@ -152,76 +118,12 @@ def _mixed(*operands: Laid) -> str | None:
 _SUPPORTED = "[batch, heads, tokens, width] and [heads, tokens, width] are supported"
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Permutations of q, k and v to [B, H, tokens, width] (None: a dimension of size 1), and of [B, H, N, D] to the result.
-
-    Where there is one batch letter, all heads are taken for those of one sample, and `out` leaves dimension 0 away.
-    """
-
-    q: tuple[int | None, ...]
-    k: tuple[int | None, ...]
-    v: tuple[int | None, ...]
-    out: tuple[int, ...]
-
-
-def layout_of(scores: str, mix: str) -> Layout | None:
-    """Of the two einsum equations; None if they are no attention.
-
-    >>> layout_of("bnhd,bmhd->bhnm", "bhnm,bmhd->bnhd")
-    Layout(q=(0, 2, 1, 3), k=(0, 2, 1, 3), v=(0, 2, 1, 3), out=(0, 2, 1, 3))
-    >>> layout_of("hnd,hdm->hnm", "hnm,hmd->hnd")
-    Layout(q=(None, 0, 1, 2), k=(None, 0, 2, 1), v=(None, 0, 1, 2), out=(1, 2, 3))
-    """
-    (qs, ks, ss), (ws, vs, os) = (_terms(e) for e in (scores, mix))
-    if any(len(set(t)) != len(t) or len(t) != len(qs) for t in (qs, ks, ss, ws, vs, os)):
-        return None
-    batch = [letter for letter in ss if letter in qs and letter in ks]
-    rows = [letter for letter in ss if letter in qs and letter not in ks]
-    keys = [letter for letter in ss if letter in ks and letter not in qs]
-    width = [letter for letter in qs if letter in ks and letter not in ss]
-    if [len(x) for x in (batch, rows, keys, width)] != [len(qs) - 2, 1, 1, 1] or ss[-1] != keys[0]:
-        return None
-    # The second equation may use other letters: they are read off the weights' place by place.
-    same = dict(zip(ws, ss, strict=True))
-    vs, os = ([same.get(letter, f"{letter}'") for letter in term] for term in (vs, os))
-    features = [letter for letter in vs if letter not in ss]
-    wanted = [*batch, *rows, *features]
-    if len(features) != 1 or sorted(vs) != sorted([*batch, *keys, *features]) or sorted(os) != sorted(wanted):
-        return None
-    absent = 4 - len(qs)
-    return Layout(
-        *(
-            (*[None] * absent, *(term.index(x) for x in (*batch, *places)))
-            for term, places in ((qs, rows + width), (ks, keys + width), (vs, keys + features))
-        ),
-        tuple(wanted.index(x) + absent for x in os),
-    )
-
-
 def bound_dim(softmax: fx.Node) -> int:
     """Of a softmax or a sum."""
     given = softmax.args[1]
     (dim,) = given if isinstance(given, (list, tuple)) else [given]
     assert isinstance(dim, int)
     return dim % rank(softmax.all_input_nodes[0])
-
-
-def _equation(bound: Mapping[str, object], name: str, rank: int) -> str:
-    """The einsum equation of a product; dots become letters."""
-    heads = "ABCD"[: rank - 2]
-    if bound[f"{name} by"] != "einsum":
-        return f"{heads}ik,{heads}kj->{heads}ij"
-    terms = _terms(str(bound[f"{name} equation"]))
-    dots = "ABCD"[: rank - len(terms[0].replace("...", ""))]
-    left, right, result = (term.replace("...", dots) for term in terms)
-    return f"{left},{right}->{result}"
-
-
-def _terms(equation: str) -> list[str]:
-    left, _, right = equation.replace(" ", "").partition("->")
-    terms = [*left.split(","), right]
-    return terms if len(terms) == 3 else ["", "", ""]
 
 
 def _scale(found: Found) -> tuple[float, str | None]:

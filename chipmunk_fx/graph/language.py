@@ -1,10 +1,11 @@
 """A small pattern language over ATen graphs.
 
-An expression is a tree of `Call` (an op with its arguments), `Var` (binds what stands there), `OneOf` (tagged
-alternatives, tried in order), `Literal` (a constant that must satisfy a test), `Among` and `Each` (one part, or every
-part, of a list), `Named` (a node that occurs again), `Where` (a condition on the node), `Range` (part of a last dimension) and `Function` (a pointwise
-function in any spelling). Matching starts at an anchor node and walks back through value-preserving ops. Every argument of an op
-that a pattern does not name must have its schema default: a keyword that the author forgot is a mismatch, never ignored.
+An expression is a tree of `Call` (an op with its arguments), `Var` (binds what stands there), `Named` (a node that occurs
+again), `OneOf` (tagged alternatives, tried in order), `Literal` (a constant that must satisfy a test), `Among` and `Each`
+(one part, or every part, of a list), `Where` (a condition on the node), `Range` (part of a last dimension) and `Function`
+(a pointwise function in any spelling). Matching starts at an anchor node and walks back through value-preserving ops.
+Every argument of an op that a pattern does not name must have its schema default: a keyword that the author forgot is a
+mismatch, never ignored.
 """
 
 from __future__ import annotations
