@@ -150,7 +150,7 @@ def make_plan(
         problem = (
             "no parameter behind it to keep its caches by" if owner is None else _unknown_length(candidate, capture)
         )
-        problem = problem or _nothing(candidate) or _embeds(candidate, _node(inputs, roles.latents))
+        problem = problem or _nothing(candidate) or _embeds(candidate, _node(inputs, roles.latents), roles.timed)
         if owner is None or problem:
             refused.append(replace(candidate, operands=None, reason=problem))
         else:
@@ -203,7 +203,7 @@ def number_layers(candidates: Sequence[Candidate], latents: fx.Node | None) -> d
     return layers
 
 
-def _embeds(candidate: Candidate, latents: fx.Node | None) -> str | None:
+def _embeds(candidate: Candidate, latents: fx.Node | None, whole: bool) -> str | None:
     """Why an MLP is an embedder of the conditioning: it depends on no latents, and stands outside the stacks of blocks.
 
     A refiner of the text is a stack of blocks too. Rows [rows, width] of all samples in one are taken wherever they stand.
@@ -212,7 +212,11 @@ def _embeds(candidate: Candidate, latents: fx.Node | None) -> str | None:
     if latents is None or candidate.block or not isinstance(operands, MlpOperands) or len(shape(operands.x)) < 3:
         return None
     sources = placeholders(operands.x)
-    return None if latents in sources else "embeds the conditioning: no latents behind it, no block of a stack"
+    if latents in sources:
+        return None
+    if not whole:
+        return "no latents are seen behind it in this piece of the model: a text's feed-forward, or an embedder"
+    return "embeds the conditioning: no latents behind it, no block of a stack"
 
 
 def _nothing(candidate: Candidate) -> str | None:
