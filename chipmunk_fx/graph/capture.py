@@ -122,7 +122,7 @@ def dotted(path: str) -> str:
     """A Dynamo source or module-stack path in the user's spelling: `transformer_blocks.0.attn`."""
     words = re.findall(r"\w+", path)
     drop = {"L", "self", "kwargs", "args", "__dict__", "_modules", "_parameters", "_buffers", "_orig_mod", "fn"}
-    drop.add("___from_numpy")
+    drop |= {"__self__", "___from_numpy"}
     return ".".join(w for w in words if w not in drop)
 
 
