@@ -261,10 +261,11 @@ class Refined(TinyDiT):
     def forward(self, latents: Tensor, timestep: Tensor, text: Any = None) -> Tensor:
         x = self.embed(latents).flatten(2).transpose(1, 2)
         x = x + self.time((timestep[:, None] * torch.arange(1, 33)).sin())[:, None]
-        x = torch.cat([self.texts[0](self.context(text)), self.refiners[0](x)], 1)
+        both = torch.cat([self.texts[0](self.context(text)), self.refiners[0](x)], 1)
+        x = nn.utils.rnn.pad_sequence(list(both), batch_first=True)  # through which no stream is followed
         for block in self.blocks:
             x = block(x)
-        x = self.out(x[:, text.shape[1] :]).unflatten(1, (8, 8)).unflatten(-1, (2, 2, 4))
+        x = self.out(x)[:, text.shape[1] :].unflatten(1, (8, 8)).unflatten(-1, (2, 2, 4))
         return x.permute(0, 5, 1, 3, 2, 4).reshape(latents.shape)
 
 
