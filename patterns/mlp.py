@@ -94,7 +94,8 @@ def operands(found: Found) -> MlpOperands:
 def mlp_refusal(found: Found) -> str | None:
     """What all MLP forms need: tokens, plain weights, one dtype, branches side by side, nothing inside used elsewhere."""
     bound = found.bound
-    reason = stream_refusal(bound["x"]) or linear_refusal(found)
+    reason = stream_refusal(bound["x"]) if "x" in bound else None  # what is foreign binds no input
+    reason = reason or linear_refusal(found)
     if reason is None and bound.get("dim", -1) not in (-1, rank(bound["x"]) - 1):
         reason = f"joined along dimension {bound['dim']}, not the last"
     return reason or dtype_refusal(found) or divided_refusal(found) or open_end(found, beside(found))
