@@ -122,6 +122,8 @@ def _compile(graph_module: fx.GraphModule, inputs: Sequence[Any], config: Config
     _log.info("%s", _report(captured, plan, config))
     if not plan.rewritten and not plan.streams:
         return _unchanged(graph_module, inputs, config, _why_nothing(plan))
+    if plan.roles.constant:
+        _log.warning("%s", plan.roles.constant)
     graph = Graph(captured, plan, config, Variants(graph_module, captured, plan, config))
     if captured.dynamic:
         _build_all(graph, inputs)
@@ -211,7 +213,8 @@ def _config_of(config: Any) -> Config:
 def _report(captured: Capture, plan: Plan, config: Config) -> Report:
     region = plan.region
     told = f"no step can be skipped: {region}" if isinstance(region, str) else f"blocks that can be skipped: {region}"
-    return report_of(plan, [entry.name for entry in captured.inputs], [told, *notes(plan, config)])
+    number = [str(plan.roles.constant)] if plan.roles.constant else []
+    return report_of(plan, [entry.name for entry in captured.inputs], [told, *number, *notes(plan, config)])
 
 
 def _inspect(graph_module: fx.GraphModule, inputs: Sequence[Any], config: Config) -> Report:

@@ -184,12 +184,13 @@ def _generation(
     noise = torch.randn_like(calls[0][latents]) if latents else None
     seconds = []
     for step in range(steps):
-        moved: dict[str, Tensor] = {}
+        moved: dict[str, Tensor | float] = {}
         if latents and noise is not None:
             moved[latents] = calls[0][latents] + DRIFT * step * noise
         if timestep and timestep in calls[0]:
             time_now = calls[0][timestep]  # the middle of a generation
-            moved[timestep] = (2 * time_now * (1 - step / steps)).to(time_now.dtype)
+            later = 2 * time_now * (1 - step / steps)
+            moved[timestep] = later.to(time_now.dtype) if isinstance(time_now, Tensor) else type(time_now)(later)
         began = _now(device)
         for call in calls:
             model(**{**call, **moved})

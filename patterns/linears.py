@@ -10,13 +10,15 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from chipmunk_fx.graph.language import Call, Expression, Found, Literal, OneOf, Var, Where, is_identity
 from chipmunk_fx.graph.pointwise import CASTS
-from chipmunk_fx.graph.walk import ancestors, rank
+from chipmunk_fx.graph.walk import ancestors, rank, strip
 
 aten = torch.ops.aten
 
 _PRODUCTS = (aten.linear.default, aten.matmul.default, aten.mm.default, aten.addmm.default)
+_PARTS = (aten.select.int, aten.slice.Tensor, *CASTS)
 _SCALES = (aten.mul.Tensor, aten.mul.Scalar, *CASTS)
 _QUANTISED = ("aten._int_mm", "aten._scaled_mm", "aten._weight_int", "aten._mixed_dtypes_linear")
+UNTRANSPOSED = "matmul, untransposed"
 _NATIVE = ("aten.", "prims.", "chipmunk.", "<")
 
 
@@ -25,6 +27,7 @@ def linear(x: Expression, weight: str, bias: str) -> OneOf:
     matrix = transposed(Where(lambda node: rank(node) == 2, "a matrix", Var(weight)))
     vector = Where(lambda node: rank(node) == 1, "a bias vector", Var(bias))
     product = Call((aten.matmul.default,), {"self": x, "other": matrix})
+    stored = Where(_is_stored, "a matrix", Var(weight))
     biased = Call((aten.add.Tensor,), {"other": vector, "self": product}, commutes=("self", "other"))
     return OneOf(
         f"{weight} by",
@@ -33,6 +36,7 @@ def linear(x: Expression, weight: str, bias: str) -> OneOf:
             "matmul, bias": Where(_is_biased, "a product with a bias", biased),
             "mm": Call((aten.mm.default,), {"self": x, "mat2": matrix}),
             "addmm": Call((aten.addmm.default,), {"self": vector, "mat1": x, "mat2": matrix}),
+            UNTRANSPOSED: Call((aten.matmul.default,), {"self": x, "other": stored}),
             "linear": Call((aten.linear.default,), {"input": x, "weight": Var(weight), "bias": Var(bias)}),
         },
     )
@@ -50,6 +54,11 @@ def transposed(inner: Expression) -> OneOf:
             "permute": Call((aten.permute.default,), {"self": inner, "dims": swap}),
         },
     )
+
+
+def second_linear(x: Expression) -> Where:
+    """The linear that ends an MLP; one that begins the low-rank update of another linear is a part of that one."""
+    return Where(lambda node: not _is_update(node), "no low-rank update (LoRA)", linear(x, "w2", "b2"))
 
 
 def first_linear(x: Expression, weight: str, bias: str) -> OneOf:
@@ -78,14 +87,28 @@ def linear_refusal(found: Found) -> str | None:
         weight = bound.get(name)
         if weight is None:
             continue
-        value = weight.meta["val"]
-        if is_traceable_wrapper_subclass(value):
-            return f"weight {weight} is a {type(value).__name__}, a plain tensor is supported"
+        if bound[f"{name} by"] == UNTRANSPOSED:
+            return f"weight {weight} is kept as [in, out]; [out, in], as linears have it, is supported"
+        if reason := weight_refusal(weight):
+            return reason
         if rank(weight) != 2:
             return f"weight {weight} has rank {rank(weight)}, a matrix is supported"
-        if changing := _changing(weight):
-            return f"weight {weight} is computed from {changing}, which may change from step to step"
     return None
+
+
+def weight_refusal(weight: fx.Node) -> str | None:
+    """Why an op could not take a weight as it is."""
+    value = weight.meta["val"]
+    if is_traceable_wrapper_subclass(value):
+        return f"weight {weight} is a {type(value).__name__}, a plain tensor is supported"
+    if changing := _changing(weight):
+        return f"weight {weight} is computed from {changing}, which may change from step to step"
+    return None
+
+
+def _is_stored(node: fx.Node) -> bool:
+    """Whether a matrix is a parameter, or a part of one, as it is kept."""
+    return rank(node) == 2 and _is_parameter(strip(node, _PARTS))
 
 
 def _is_biased(node: fx.Node) -> bool:
@@ -107,6 +130,24 @@ def _update(linear: fx.Node) -> fx.Node | None:
             twice = down is not up is not linear and down.target is aten.linear.default
             if twice and _unscaled(down.args[0]) is _unscaled(linear.all_input_nodes[0]):
                 return up
+    return None
+
+
+def _is_update(down: fx.Node) -> bool:
+    """Whether a product is the first of the two whose result is added to that of a linear with the same input."""
+    up = _reader(down)
+    total = None if up is None or up.target is not aten.linear.default else _reader(up)
+    parts = total.all_input_nodes if total is not None and total.target is aten.add.Tensor else []
+    bases = [base for part in parts if (base := _unscaled(part)) is not up and base.target in _PRODUCTS]
+    return any(_update(base) is up for base in bases)
+
+
+def _reader(node: fx.Node) -> fx.Node | None:
+    """The only op that reads a value, behind scales and casts."""
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        if node.target not in _SCALES and not is_identity(node):
+            return node
     return None
 
 

@@ -19,7 +19,7 @@ from chipmunk_fx.graph.pattern import Accepted, Example, MlpOperands, Part, Patt
 from chipmunk_fx.graph.walk import rank
 from chipmunk_fx.patterns.activations import activation, cast
 from chipmunk_fx.patterns.divided import beside, divided_refusal, kept, rows
-from chipmunk_fx.patterns.linears import first_linear, linear, linear_refusal
+from chipmunk_fx.patterns.linears import first_linear, linear_refusal, second_linear
 from chipmunk_fx.patterns.modules import (
     Addmm,
     Folded,
@@ -30,10 +30,12 @@ from chipmunk_fx.patterns.modules import (
     MixedMlp,
     Mlp,
     OneLinearMlp,
+    Picked,
     Pooled,
     Quantised,
     Sliced,
     Unnormed,
+    Untransposed,
     Written,
     halves,
     tokens,
@@ -52,8 +54,8 @@ GATE = Range("gate", first_linear(Var("x"), "w1", "b1"))
 UP = Range("up", first_linear(Var("x"), "wu", "bu"))
 PLAIN_HIDDEN = activation(GATE)
 GATED_HIDDEN = cast("product", product(activation(GATE), cast("up branch", UP)))
-PLAIN = linear(PLAIN_HIDDEN, "w2", "b2")
-GATED = linear(GATED_HIDDEN, "w2", "b2")
+PLAIN = second_linear(PLAIN_HIDDEN)
+GATED = second_linear(GATED_HIDDEN)
 
 
 def judge(found: Found) -> Accepted | Refused:
@@ -92,13 +94,15 @@ def operands(found: Found) -> MlpOperands:
 def mlp_refusal(found: Found) -> str | None:
     """What all MLP forms need: tokens, plain weights, one dtype, branches side by side, nothing inside used elsewhere."""
     bound = found.bound
-    reason = linear_refusal(found) or stream_refusal(bound["x"])
+    reason = stream_refusal(bound["x"]) if "x" in bound else None  # what is foreign binds no input
+    reason = reason or linear_refusal(found)
     if reason is None and bound.get("dim", -1) not in (-1, rank(bound["x"]) - 1):
         reason = f"joined along dimension {bound['dim']}, not the last"
-    return reason or _dtype_refusal(found) or divided_refusal(found) or open_end(found, beside(found))
+    return reason or dtype_refusal(found) or divided_refusal(found) or open_end(found, beside(found))
 
 
-def _dtype_refusal(found: Found) -> str | None:
+def dtype_refusal(found: Found) -> str | None:
+    """Why the products of a match are not all computed in the input's dtype."""
     bound = found.bound
     dtypes = {dtype(bound[n]) for n in ("x", "w1", "wu", "w2") if bound.get(n) is not None}
     given = dtype(bound["x"])
@@ -176,6 +180,8 @@ def plain_near_misses() -> Sequence[Example]:
         ),
         "low-rank update": (lambda: (LowRank(F.gelu), tokens()), "LoRA"),
         "weight of the input": (lambda: (Hyper(F.gelu), tokens()), "may change from step to step"),
+        "untransposed": (lambda: (Untransposed(F.gelu), tokens()), "is kept as [in, out]"),
+        "rows picked": (lambda: (Picked(F.gelu), tokens()), "a routed expert"),
         "another precision": (lambda: (MixedMlp(F.gelu), tokens()), "mixed or integer dtypes"),
     }
     return named + [Example(name, make, why) for name, (make, why) in whole.items()]

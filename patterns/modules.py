@@ -93,6 +93,25 @@ class Matmul(Mlp):
         return torch.matmul(hidden, self.fc2.weight.t())
 
 
+class Untransposed(Mlp):
+    """The first weight as [16, 32], one of several."""
+
+    def __init__(self, act: Act) -> None:
+        super().__init__(act)
+        self.kept = nn.Parameter(torch.randn(2, 16, 32) / 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.act(self.norm(x) @ self.kept[1]))
+
+
+class Picked(Mlp):
+    """A third of all rows, those with the largest first value."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.flatten(0, 1)
+        return super().forward(rows[rows[:, 0].topk(len(rows) // 3).indices])
+
+
 class Addmm(Mlp):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = self.act(torch.addmm(self.fc1.bias, self.norm(x).flatten(0, 1), self.fc1.weight.t()))

@@ -12,18 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from chipmunk_fx.graph.language import Among, Call, Expression, Found, OneOf, Var
+from chipmunk_fx.graph.language import Among, Call, Expression, Found, Var, Where
 from chipmunk_fx.graph.pattern import Accepted, Beside, Example, Part, Pattern, Refused
 from chipmunk_fx.graph.walk import rank, shape
-from chipmunk_fx.patterns.linears import linear
+from chipmunk_fx.patterns.linears import second_linear
 from chipmunk_fx.patterns.mlp import GATED_HIDDEN, PLAIN_HIDDEN, form_of, mlp_refusal, operands
 
 aten = torch.ops.aten
 
 
-def joined(hidden: Expression) -> OneOf:
+def joined(hidden: Expression) -> Where:
     parts = Among(hidden, "index", "others")
-    return linear(Call((aten.cat.default,), {"tensors": parts, "dim": Var("dim")}), "w2", "b2")
+    return second_linear(Call((aten.cat.default,), {"tensors": parts, "dim": Var("dim")}))
 
 
 def judge(found: Found) -> Accepted | Refused:

@@ -1,25 +1,28 @@
 """Attention written out: softmax(scale * q k^T) v through matmul, bmm, baddbmm or einsum, softmax in any precision.
 
+The softmax may be written out, too: exponentials over their sum, before the product with v or after it.
+
 Each product is read as an einsum; which letters stand for heads, rows, keys and widths follows from the two together. A
 scale on q or k stays with it; one on the scores becomes the op's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
 from chipmunk_fx.graph.calls import dtype
-from chipmunk_fx.graph.language import Call, Each, Expression, Found, Literal, OneOf, Var
+from chipmunk_fx.graph.language import Call, Each, Expression, Found, Literal, OneOf, Var, Where
 from chipmunk_fx.graph.masks import padding_refusal, unfolded
 from chipmunk_fx.graph.pattern import Accepted, AttentionOperands, Example, Laid, Pattern, Refused, open_end
 from chipmunk_fx.graph.walk import rank
 from chipmunk_fx.patterns.activations import cast
 from chipmunk_fx.patterns.attention import SelfAttention, attention_kind, operand_shapes
+from chipmunk_fx.patterns.exponentials import OVER, TOTAL, exponentials, is_divided
+from chipmunk_fx.patterns.layouts import equation, layout_of
 
 aten = torch.ops.aten
 
@@ -69,19 +72,28 @@ def weights(scores: Expression) -> OneOf:
     """softmax over the last dimension; casts, and dropouts that drop nothing, may stand before and after."""
     last = Literal(lambda value: value in (-1, 2, 3), "softmax over the last dimension (keys)")
     softmax = {"self": cast("scaled", scores), "dim": last, "dtype": Var("softmax dtype")}
-    return cast("weights", Call((aten.softmax.int,), softmax))
+    over_sum = Call(OVER, {"self": exponentials(scores), "other": TOTAL})
+    return cast("weights", OneOf("softmax by", {"op": Call((aten.softmax.int,), softmax), "sum": over_sum}))
 
 
-EXPRESSION = OneOf("mix by", products("mix", weights(masked(scores(Var("q"), Var("k")))), Var("v")))
+def _expression() -> OneOf:
+    shown = masked(scores(Var("q"), Var("k")))
+    later = {name: mix for name, mix in products("mix", exponentials(shown), Var("v")).items() if name != "einsum"}
+    divided = Call(OVER, {"self": OneOf("mix by", later), "other": TOTAL})
+    whole = products("mix", weights(shown), Var("v"))
+    return OneOf("mix by", {**whole, "divided": Where(is_divided, "a division by a sum", divided)})
+
+
+EXPRESSION = _expression()
 
 
 def judge(found: Found) -> Accepted | Refused:
     bound = found.bound
     ranks = [rank(bound[name]) for name in "qkv"]
-    softmax = next(n for n in found.nodes if n.target is aten.softmax.int)
+    softmax = next(n for n in found.nodes if n.target in (aten.softmax.int, aten.sum.dim_IntList))
     if len(set(ranks)) > 1 or ranks[0] not in (3, 4) or bound_dim(softmax) != ranks[0] - 1:
         return Refused("explicit", f"operands of rank {', '.join(map(str, ranks))}; {_SUPPORTED}")
-    equations = _equation(bound, "scores", ranks[0]), _equation(bound, "mix", ranks[0])
+    equations = equation(bound, "scores", ranks[0]), equation(bound, "mix", ranks[0])
     layout = layout_of(*equations)
     if layout is None:
         return Refused("explicit", f"{equations[0]} then {equations[1]} is no attention")
@@ -106,74 +118,12 @@ def _mixed(*operands: Laid) -> str | None:
 _SUPPORTED = "[batch, heads, tokens, width] and [heads, tokens, width] are supported"
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Permutations of q, k and v to [B, H, tokens, width] (None: a dimension of size 1), and of [B, H, N, D] to the result.
-
-    Where there is one batch letter, all heads are taken for those of one sample, and `out` leaves dimension 0 away.
-    """
-
-    q: tuple[int | None, ...]
-    k: tuple[int | None, ...]
-    v: tuple[int | None, ...]
-    out: tuple[int, ...]
-
-
-def layout_of(scores: str, mix: str) -> Layout | None:
-    """Of the two einsum equations; None if they are no attention.
-
-    >>> layout_of("bnhd,bmhd->bhnm", "bhnm,bmhd->bnhd")
-    Layout(q=(0, 2, 1, 3), k=(0, 2, 1, 3), v=(0, 2, 1, 3), out=(0, 2, 1, 3))
-    >>> layout_of("hnd,hdm->hnm", "hnm,hmd->hnd")
-    Layout(q=(None, 0, 1, 2), k=(None, 0, 2, 1), v=(None, 0, 1, 2), out=(1, 2, 3))
-    """
-    (qs, ks, ss), (ws, vs, os) = (_terms(e) for e in (scores, mix))
-    if any(len(set(t)) != len(t) or len(t) != len(qs) for t in (qs, ks, ss, ws, vs, os)):
-        return None
-    batch = [letter for letter in ss if letter in qs and letter in ks]
-    rows = [letter for letter in ss if letter in qs and letter not in ks]
-    keys = [letter for letter in ss if letter in ks and letter not in qs]
-    width = [letter for letter in qs if letter in ks and letter not in ss]
-    if [len(x) for x in (batch, rows, keys, width)] != [len(qs) - 2, 1, 1, 1] or ss[-1] != keys[0]:
-        return None
-    # The second equation may use other letters: they are read off the weights' place by place.
-    same = dict(zip(ws, ss, strict=True))
-    vs, os = ([same.get(letter, f"{letter}'") for letter in term] for term in (vs, os))
-    features = [letter for letter in vs if letter not in ss]
-    wanted = [*batch, *rows, *features]
-    if len(features) != 1 or sorted(vs) != sorted([*batch, *keys, *features]) or sorted(os) != sorted(wanted):
-        return None
-    absent = 4 - len(qs)
-    return Layout(
-        *(
-            (*[None] * absent, *(term.index(x) for x in (*batch, *places)))
-            for term, places in ((qs, rows + width), (ks, keys + width), (vs, keys + features))
-        ),
-        tuple(wanted.index(x) + absent for x in os),
-    )
-
-
 def bound_dim(softmax: fx.Node) -> int:
-    dim = softmax.args[1]
+    """Of a softmax or a sum."""
+    given = softmax.args[1]
+    (dim,) = given if isinstance(given, (list, tuple)) else [given]
     assert isinstance(dim, int)
-    return dim % rank(softmax)
-
-
-def _equation(bound: Mapping[str, object], name: str, rank: int) -> str:
-    """The einsum equation of a product; dots become letters."""
-    heads = "ABCD"[: rank - 2]
-    if bound[f"{name} by"] != "einsum":
-        return f"{heads}ik,{heads}kj->{heads}ij"
-    terms = _terms(str(bound[f"{name} equation"]))
-    dots = "ABCD"[: rank - len(terms[0].replace("...", ""))]
-    left, right, result = (term.replace("...", dots) for term in terms)
-    return f"{left},{right}->{result}"
-
-
-def _terms(equation: str) -> list[str]:
-    left, _, right = equation.replace(" ", "").partition("->")
-    terms = [*left.split(","), right]
-    return terms if len(terms) == 3 else ["", "", ""]
+    return dim % rank(softmax.all_input_nodes[0])
 
 
 def _scale(found: Found) -> tuple[float, str | None]:
@@ -248,6 +198,27 @@ def _half(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return F.softmax(q @ k.mT * 8**-0.5, -1, dtype=torch.float32).to(torch.bfloat16).to(q.dtype) @ v
 
 
+def _over_sum(shift=None, total=lambda e: e.sum(-1, keepdim=True)):
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        s = q @ k.mT * 0.3
+        e = torch.exp(s - shift(s) if shift else s)
+        return (e / total(e)) @ v
+
+    return call
+
+
+def _exp_in_place(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    s = q @ k.mT * 0.3
+    e = s.sub_(s.amax(-1, keepdim=True)).exp_()
+    return e.div_(e.sum(-1, keepdim=True)) @ v
+
+
+def _divided_after(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    s = (q @ k.mT * 0.3).double()
+    e = torch.exp(s - s.max(dim=-1, keepdim=True)[0]).to(q.dtype)
+    return (e @ v) / e.sum(-1, keepdim=True)
+
+
 def _x() -> tuple[torch.Tensor]:
     return (torch.randn(2, 24, 16),)
 
@@ -273,6 +244,19 @@ def examples() -> Sequence[Example]:
     }
     hidden = torch.arange(24) > 16
     calls |= {
+        "exp over sum": lambda q, k, v: ((e := (q @ k.mT * 0.3).exp()) / e.sum(3, keepdim=True)) @ v,
+        "exp over sum, less the maximum": _over_sum(lambda s: s.max(-1, keepdim=True).values),
+        "exp over sum, less the maximum of a constant": _over_sum(lambda s: s.detach().amax(-1, keepdim=True)),
+        "exp over sum, spread": _over_sum(lambda s: s.amax(-1, True), lambda e: e.sum(-1)[..., None]),
+        "exp over sum, in place": _exp_in_place,
+        "exp, divided after": lambda q, k, v: ((e := (q @ k.mT * 0.3).exp()) @ v) / e.sum(-1, keepdim=True),
+        "exp in higher precision, divided after": _divided_after,
+        "exp in higher precision, sum too": lambda q, k, v: (
+            (e := (q @ k.mT).double().exp()).to(q.dtype) @ v / e.sum(-1, keepdim=True).to(q.dtype)
+        ),
+        "exp over sum, einsum": lambda q, k, v: torch.einsum(
+            "bhnm,bhmd->bhnd", (e := torch.einsum("bhnd,bhmd->bhnm", q, k).exp()) / e.sum(-1, keepdim=True), v
+        ),
         "padding filled in place": lambda q, k, v: (
             (q @ k.mT).masked_fill_(hidden[None, None, None].expand(2, 1, 1, 24), -1e9).softmax(-1) @ v
         ),
@@ -297,7 +281,23 @@ def near_misses() -> Sequence[Example]:
         q[..., 1:].mul_(2)
         return shares @ v + q
 
+    def told(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        e = (q @ k.mT).exp()
+        return (e / e.sum(-1, keepdim=True)) @ v + e.mean(-1, keepdim=True)
+
+    last = "over the last dimension"
     calls = {
+        "sum over rows": (_over_sum(total=lambda e: e.sum(-2, keepdim=True)), last),
+        "sum over heads": (_over_sum(total=lambda e: e.sum(1, keepdim=True)), last),
+        "maximum over rows": (_over_sum(lambda s: s.amax(-2, keepdim=True)), last),
+        "sum of others": (_over_sum(total=lambda e: e.flip(-1).cos().sum(-1, keepdim=True)), "the same exponentials"),
+        "sum and a little": (_over_sum(total=lambda e: e.sum(-1, keepdim=True) + 1e-3), "saw add 0.001"),
+        "maximum of others": (_over_sum(lambda s: s.sin().amax(-1, keepdim=True)), "the same unshifted"),
+        "exponentials also used": (told, "also used by"),
+        "divided after by rows": (
+            lambda q, k, v: ((e := (q @ k.mT).exp()) @ v) / e.sum(-2, keepdim=True).mT,
+            None,
+        ),
         "softmax over rows": (_matmul(1.0, dim=-2), "softmax over the last dimension"),
         "softmax over heads": (_matmul(1.0, dim=1), "softmax over the last dimension"),
         "scale is a tensor": (_matmul(torch.tensor(0.3)), "scale is computed in the graph"),

@@ -7,11 +7,12 @@ from math import prod
 import torch
 from torch import fx
 
-from chipmunk_fx.graph.walk import ancestors, rank, shape
+from chipmunk_fx.graph.walk import PROJECTIONS, ancestors, rank, shape
 
 aten = torch.ops.aten
 
 _FOLDS = (aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.flatten.using_ints)
+_PICKS = (aten.index.Tensor, aten.index_select.default, aten.gather.default, aten.masked_select.default)
 _SWAPS = (aten.transpose.int, aten.permute.default, aten.movedim.int)
 
 
@@ -22,12 +23,29 @@ def stream_refusal(x: fx.Node) -> str | None:
     """
     if rank(x) >= 3 and _rows(x, 1) == 1 and not _tokens_first(x):
         return f"input {_sizes(x)} has one row a sample: a conditioning vector, or no tokens to group"
-    if rank(x) < 3 and not _folded(x):
+    if rank(x) >= 3 or _folded(x):
+        return None
+    source = _source(x)
+    if source.target in _PICKS and not _one_a_sample(source):
         return (
-            f"input {_sizes(x)} is a conditioning vector, or rows picked out of a sequence (a routed expert); "
-            "[batch, ..., tokens, width] is supported"
+            f"input {_sizes(x)} has rows that {source} picks out of a sequence (a routed expert): others at every step"
         )
-    return None
+    other = " or rows of a sequence that this graph does not show" if source.op == "placeholder" else ""
+    return f"input {_sizes(x)} is a conditioning vector{other}; [batch, ..., tokens, width] is supported"
+
+
+def _source(x: fx.Node) -> fx.Node:
+    """Back along first arguments from x [rows, width] to rows that are picked, a sequence, a projection or an input."""
+    ends = (*_PICKS, *PROJECTIONS)
+    while rank(x) < 3 and x.target not in ends and x.args and isinstance(x.args[0], fx.Node):
+        x = x.args[0]
+    return x
+
+
+def _one_a_sample(picked: fx.Node) -> bool:
+    """Whether [batch, width] was picked of [batch, tokens, width], as the last token of a text is."""
+    given = picked.all_input_nodes[0]
+    return rank(given) >= 3 and _hints(given)[0] == _hints(picked)[0]
 
 
 def _folded(x: fx.Node) -> bool:

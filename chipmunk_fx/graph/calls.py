@@ -12,7 +12,8 @@ aten = torch.ops.aten
 CASTS = (
     *(aten.to.dtype, aten.to.dtype_layout, aten.to.other, aten.to.device, aten._to_copy.default, aten.type_as.default),
 )
-SAME = (aten.alias.default, aten.detach.default, aten.contiguous.default, aten.clone.default)
+ALIASES = (aten.alias.default, aten.detach.default)
+SAME = (*ALIASES, aten.contiguous.default, aten.clone.default)
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 from warnings import catch_warnings
 
 import torch
 from torch import fx
+from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import traceback as fx_traceback
@@ -66,12 +67,17 @@ class Input:
 
 @dataclass(frozen=True)
 class Capture:
-    """The ATen graph with its inputs (same order as the placeholders) and the tracing context to compile it in."""
+    """The ATen graph with its inputs (same order as the placeholders) and the tracing context to compile it in.
+
+    `dynamic`: compiling may add guards, or tell Dynamo to begin again. `numbers`: those that the model was given, by the
+    user's names; most are constants of the graph.
+    """
 
     module: fx.GraphModule
     inputs: tuple[Input, ...]
     context: TracingContext
     dynamic: bool
+    numbers: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def fakes(self) -> list[Any]:
@@ -102,8 +108,8 @@ def capture(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Capt
     _one_spelling(traced)
     out_of_place(traced.graph)
     inputs = _describe(graph_module, traced, fakes)
-    dynamic = any(isinstance(f, torch.SymInt) or _has_symbols(f) for f in fakes)
-    return Capture(traced, inputs, context, dynamic)
+    dynamic = any(isinstance(f, torch.SymInt) or _has_symbols(f) for f in fakes) or _takes_floats(graph_module)
+    return Capture(traced, inputs, context, dynamic, _numbers())
 
 
 def user_name(placeholder: fx.Node) -> str:
@@ -116,6 +122,7 @@ def dotted(path: str) -> str:
     """A Dynamo source or module-stack path in the user's spelling: `transformer_blocks.0.attn`."""
     words = re.findall(r"\w+", path)
     drop = {"L", "self", "kwargs", "args", "__dict__", "_modules", "_parameters", "_buffers", "_orig_mod", "fn"}
+    drop |= {"__self__", "___from_numpy"}
     return ".".join(w for w in words if w not in drop)
 
 
@@ -136,6 +143,16 @@ def _describe(original: fx.GraphModule, traced: fx.GraphModule, fakes: Sequence[
         inputs.append(Input(user_name(old), is_parameter, fake))
     traced.meta |= {key: original.meta[key] for key in _OF_DYNAMO if key in original.meta}
     return tuple(inputs)
+
+
+def _numbers() -> dict[str, float]:
+    """Ints and floats among the arguments of the call that Dynamo looks at, by name; those in its `**kwargs` too."""
+    try:
+        arguments = InstructionTranslator.current_tx().output.local_scope
+    except AttributeError:  # not called by Dynamo
+        return {}
+    named = [arguments, *(value for value in arguments.values() if isinstance(value, dict))]
+    return {name: value for group in named for name, value in group.items() if type(value) in (int, float)}
 
 
 def _fake(value: Any, context: TracingContext) -> Any:
@@ -211,6 +228,12 @@ def _attribute(module: fx.GraphModule, node: fx.Node) -> Any:
     for part in str(node.target).split("."):
         value = getattr(value, part)
     return value
+
+
+def _takes_floats(module: fx.GraphModule) -> bool:
+    """Whether an input is a Python float, which Dynamo passes as a tensor; Inductor may refuse such a graph."""
+    arguments = [n.meta.get("grapharg") for n in module.graph.nodes if n.op == "placeholder"]
+    return any(getattr(argument, "pass_arg_as_tensor", False) for argument in arguments)
 
 
 def _has_symbols(value: Any) -> bool:

@@ -88,7 +88,7 @@ def find_geometry(
         fits = bool(known & set(lengths)) or (text is None and side is not None)
         if fits or not lengths:
             return Geometry((t, h, w), None, side, text, "option tokens.grid")
-        if roles.timestep is not None:
+        if roles.timed:
             plus = f" (+ {text} text tokens)" if text else ""
             raise ConfigError.invalid(
                 "tokens.grid",

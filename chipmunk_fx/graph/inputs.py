@@ -28,39 +28,69 @@ _LATENT_NAMES = ("hidden_states", "x", "latents", "sample", "img", "latent", "z"
 
 
 @dataclass(frozen=True)
+class Constant:
+    name: str
+    value: float
+
+    def __str__(self) -> str:
+        return (
+            f"the timestep, {self.name}, is a Python number ({self.value:g}) and so a constant of the graph: other values "
+            "compile a second graph, or one each (with dynamic=False, and floats that Inductor makes no tensors of) up to "
+            "Dynamo's recompile_limit; as a tensor it needs one graph for all"
+        )
+
+
+@dataclass(frozen=True)
 class Roles:
     """Positions among the graph's inputs. `text` lists the conditioning by which branches are told apart.
 
     Where the latents are not known, no input is taken for text: it could be the latents, new at every call.
+    `constant`: the timestep, where it is a number that this graph was made for.
     """
 
     timestep: int | None
     latents: int | None
     text: tuple[int, ...]
     ids: tuple[int, ...]
+    constant: Constant | None = None
+
+    @property
+    def timed(self) -> bool:
+        """Whether the timestep of a call is known; it is not in a piece of a model."""
+        return self.timestep is not None or self.constant is not None
 
 
 def classify(capture: Capture) -> Roles:
     nodes = [n for n in capture.module.graph.nodes if n.op == "placeholder"]
     free = [i for i, entry in enumerate(capture.inputs) if entry.is_tensor and not entry.is_parameter]
     names = {i: capture.inputs[i].name.split(".")[-1] for i in free}
-    timed, rotary = _sinusoids(capture.module)
+    embeds, timed, rotary = _sinusoids(capture.module)
     times = [i for i in free if nodes[i] in timed] or [i for i in free if _looks_up(nodes[i], names[i])]
-    timestep = _prefer(times, names, _TIME_NAMES, avoid=_NOT_TIME)
+    numbers = {i: entry.name.split(".")[-1] for i, entry in enumerate(capture.inputs) if not entry.is_tensor}
+    times = times or [i for i in numbers if nodes[i] in timed and numbers[i] in _TIME_NAMES]  # not: sizes
+    timestep = _prefer(times, names | numbers, _TIME_NAMES, avoid=_NOT_TIME)
     ids = tuple(i for i in free if nodes[i] in rotary and nodes[i] not in timed)
     latents = _latents(capture, [i for i in free if i not in times and i not in ids], names)
     # Scalars are settings that Dynamo made tensors of (an epsilon), not text.
     rest = [i for i in free if i != latents and i not in times and i not in ids and rank(nodes[i]) > 0]
     wide = [i for i in rest if rank(nodes[i]) >= 3 and capture.inputs[i].value.is_floating_point()]
-    return Roles(timestep, latents, () if latents is None else tuple(wide or rest), ids)
+    constant = _constant(capture) if embeds and timestep is None else None
+    return Roles(timestep, latents, () if latents is None else tuple(wide or rest), ids, constant)
 
 
-def _sinusoids(module: fx.GraphModule) -> tuple[set[fx.Node], set[fx.Node]]:
-    """Inputs behind a sin or cos: those whose wave reaches a linear (time), and those whose wave does not (rotary)."""
+def _constant(capture: Capture) -> Constant | None:
+    """The time of a graph that has a sinusoid of no input."""
+    name = next((name for name in _TIME_NAMES if name in capture.numbers), None)
+    return None if name is None else Constant(name, capture.numbers[name])
+
+
+def _sinusoids(module: fx.GraphModule) -> tuple[bool, set[fx.Node], set[fx.Node]]:
+    """Whether a wave (sin or cos) reaches a linear; inputs behind such waves (time), and behind others (rotary)."""
 
     def into_linear(node: fx.Node, user: fx.Node) -> bool:
         return user.target in LINEAR and user.args[0] is node
 
+    embeds = False
     timed: set[fx.Node] = set()
     rotary: set[fx.Node] = set()
     for node in module.graph.nodes:
@@ -68,12 +98,13 @@ def _sinusoids(module: fx.GraphModule) -> tuple[set[fx.Node], set[fx.Node]]:
             # A sequence that reached the wave through a projection is neither time nor position.
             sources = [p for p in ancestors(node, lambda n: n.target in PROJECTIONS) if p.op == "placeholder"]
             if reaches(node, _EMBEDDING, into_linear):
+                embeds = True
                 timed.update(p for p in sources if rank(p) <= 2)  # a stream of tokens is no time
             else:
                 rotary.update(sources)
         elif node.target in (aten.polar.default, aten.complex.default):
             rotary.update(placeholders(node))
-    return timed, rotary
+    return embeds, timed, rotary
 
 
 def _looks_up(node: fx.Node, name: str) -> bool:

@@ -1,10 +1,11 @@
 """A small pattern language over ATen graphs.
 
-An expression is a tree of `Call` (an op with its arguments), `Var` (binds what stands there), `OneOf` (tagged
-alternatives, tried in order), `Literal` (a constant that must satisfy a test), `Among` and `Each` (one part, or every
-part, of a list), `Where` (a condition on the node), `Range` (part of a last dimension) and `Function` (a pointwise
-function in any spelling). Matching starts at an anchor node and walks back through value-preserving ops. Every argument of an op
-that a pattern does not name must have its schema default: a keyword that the author forgot is a mismatch, never ignored.
+An expression is a tree of `Call` (an op with its arguments), `Var` (binds what stands there), `Named` (a node that occurs
+again), `OneOf` (tagged alternatives, tried in order), `Literal` (a constant that must satisfy a test), `Among` and `Each`
+(one part, or every part, of a list), `Where` (a condition on the node), `Range` (part of a last dimension) and `Function`
+(a pointwise function in any spelling). Matching starts at an anchor node and walks back through value-preserving ops.
+Every argument of an op that a pattern does not name must have its schema default: a keyword that the author forgot is a
+mismatch, never ignored.
 """
 
 from __future__ import annotations
@@ -16,16 +17,24 @@ from typing import Any
 import torch
 from torch import fx
 
-from chipmunk_fx.graph.calls import CASTS, arguments, is_identity
+from chipmunk_fx.graph.calls import ALIASES, CASTS, arguments, is_identity
 from chipmunk_fx.graph.columns import columns
 from chipmunk_fx.graph.pointwise import described, name_of, origins
 
 
 @dataclass(frozen=True)
 class Var:
-    """Binds any value; a second occurrence of the name must be the same node."""
+    """Binds any value; a second occurrence of the name must be the same node, or an alias of it."""
 
     name: str
+
+
+@dataclass(frozen=True)
+class Named:
+    """What matches `expression`, bound to a name by which a `Var` finds it again."""
+
+    name: str
+    expression: Expression
 
 
 @dataclass(frozen=True)
@@ -100,7 +109,7 @@ class Function:
     wanted: str
 
 
-Expression = Var | Literal | Call | OneOf | Among | Each | Where | Range | Function
+Expression = Var | Named | Literal | Call | OneOf | Among | Each | Where | Range | Function
 
 
 @dataclass(frozen=True)
@@ -161,10 +170,16 @@ def heads(expression: Expression) -> tuple[Any, ...]:
 def _attempts(expression: Expression, value: Any, found: Found) -> Iterator[Found | Mismatch]:
     if isinstance(expression, Var):
         known = found.bound.get(expression.name, value)
-        if known is value or known == value:
+        between = _aliases(value)
+        if known == value:
             yield found.bind(expression.name, value)
+        elif between and between[-1].args[0] is known:
+            yield found.explain(*between)
         else:
             yield _mismatch(value, f"the same {expression.name} as before ({known})", str(value), found)
+    elif isinstance(expression, Named):
+        for result in _attempts(Var(expression.name), value, found):
+            yield from _attempts(expression.expression, value, result) if isinstance(result, Found) else [result]
     elif isinstance(expression, Literal):
         ok = not isinstance(value, fx.Node) and expression.test(value)
         yield found if ok else _mismatch(value, expression.wanted, repr(value), found)
@@ -213,6 +228,15 @@ def _call(expression: Call, value: Any, found: Found) -> Iterator[Found | Mismat
             return
     for spelled in _spellings(expression):
         yield from _all(list(spelled.items()), actual, found.explain(value))
+
+
+def _aliases(value: Any) -> list[fx.Node]:
+    """`value` and what it is an alias of, as far as these are aliases."""
+    found = []
+    while isinstance(value, fx.Node) and value.target in ALIASES:
+        found.append(value)
+        value = value.args[0]
+    return found
 
 
 def _spellings(expression: Call) -> Iterator[Mapping[str, Any]]:

@@ -12,7 +12,7 @@ from torch import fx
 
 from chipmunk_fx.graph.capture import dotted
 from chipmunk_fx.graph.language import Mismatch, match
-from chipmunk_fx.graph.opaque import opaque_attention
+from chipmunk_fx.graph.opaque import grouped_experts, opaque_attention
 from chipmunk_fx.graph.pattern import Accepted, AttentionOperands, MlpOperands, Pattern, Refused
 from chipmunk_fx.graph.weights import unread_weights
 
@@ -110,11 +110,13 @@ def _best(anchor: fx.Node, patterns: Sequence[Pattern]) -> Candidate | None:
 
 
 def _opaque(anchor: fx.Node) -> Candidate | None:
-    reason = opaque_attention(anchor)
-    if reason is None:
-        return None
-    refused = _candidate(anchor, "attention", "opaque", Refused("opaque", reason), (anchor,))
-    return replace(refused, node=anchor, constraint="an attention that the graph shows the formula of")
+    if reason := opaque_attention(anchor):
+        refused = _candidate(anchor, "attention", "opaque", Refused("opaque", reason), (anchor,))
+        return replace(refused, node=anchor, constraint="an attention that the graph shows the formula of")
+    if reason := grouped_experts(anchor):
+        refused = _candidate(anchor, "mlp", "opaque", Refused("experts", reason), (anchor,))
+        return replace(refused, node=anchor, constraint="rows that stay from step to step")
+    return None
 
 
 def _candidate(anchor: fx.Node, kind: str, pattern: str, verdict: Accepted | Refused, nodes: tuple) -> Candidate:

@@ -1,17 +1,33 @@
-"""Attention by kernels that a graph shows as one call without a formula: known by name, and left to the user."""
+"""Attention by kernels that a graph shows as one call without a formula, and experts in grouped products: left to the user."""
 
 from __future__ import annotations
 
+import operator
 import re
 
 import torch
 from torch import fx
 
-from chipmunk_fx.graph.walk import rank
+from chipmunk_fx.graph.pointwise import POINTWISE
+from chipmunk_fx.graph.walk import VIEWS, ancestors, rank
 
 _NAMES = re.compile(r"attn|attention|sage|fmha")
 _OURS = ("chipmunk", "prims")
+_GROUPED = torch.ops.aten._grouped_mm.default
+_BETWEEN = (*VIEWS, *POINTWISE, torch.ops.aten.chunk.default, torch.ops.aten.slice.Tensor, operator.getitem)
 _OPEN = (torch.ops.aten.scaled_dot_product_attention.default,)
+
+
+def grouped_experts(node: fx.Node) -> str | None:
+    """Why the experts of a mixture, all in one grouped product after another, are left as they are. None for anything else."""
+    if node.target is not _GROUPED or not any(n.target is _GROUPED for n in _behind(node)):
+        return None
+    return "experts in one grouped product: each reads rows picked out of a sequence, others at every step"
+
+
+def _behind(product: fx.Node) -> list[fx.Node]:
+    """What the left operand comes of pointwise, or as a part, and what that is computed of."""
+    return ancestors(product.all_input_nodes[0], lambda n: n.target not in _BETWEEN)
 
 
 def opaque_attention(node: fx.Node) -> str | None:

@@ -90,7 +90,10 @@ class Kept:
 
 @dataclass(frozen=True)
 class MlpOperands:
-    """act(x w1^T + b1) [* (x wu^T + bu)] w2^T + b2, with w1, wu [F,C] and w2 [C2,F]."""
+    """act(x w1^T + b1) [* (x wu^T + bu)] w2^T + b2, with w1, wu [F,C] and w2 [C2,F].
+
+    `channels_first`: of x [B,C,...] and the result, by weights [F,C,1,...].
+    """
 
     x: fx.Node
     w1: Part
@@ -102,6 +105,7 @@ class MlpOperands:
     activation: str
     beside: Beside | None = None
     kept: Kept | None = None
+    channels_first: bool = False
 
 
 @dataclass(frozen=True)

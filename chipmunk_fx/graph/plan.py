@@ -140,7 +140,7 @@ def make_plan(
     """`real`: the inputs of the call that compiles, from which data-dependent lengths are learnt."""
     inputs = [n for n in capture.module.graph.nodes if n.op == "placeholder"]
     # A piece of a model does not show which blocks come before it: the runtime counts them (Session.arrival).
-    layers = {} if roles.timestep is None else number_layers(candidates, _node(inputs, roles.latents))
+    layers = number_layers(candidates, _node(inputs, roles.latents)) if roles.timed else {}
     refused = [c for c in candidates if c.operands is None]
     accepted: list[tuple[Candidate, int]] = []
     for candidate in candidates:
@@ -150,7 +150,7 @@ def make_plan(
         problem = (
             "no parameter behind it to keep its caches by" if owner is None else _unknown_length(candidate, capture)
         )
-        problem = problem or _nothing(candidate) or _embeds(candidate, _node(inputs, roles.latents))
+        problem = problem or _nothing(candidate) or _embeds(candidate, _node(inputs, roles.latents), roles.timed)
         if owner is None or problem:
             refused.append(replace(candidate, operands=None, reason=problem))
         else:
@@ -203,7 +203,7 @@ def number_layers(candidates: Sequence[Candidate], latents: fx.Node | None) -> d
     return layers
 
 
-def _embeds(candidate: Candidate, latents: fx.Node | None) -> str | None:
+def _embeds(candidate: Candidate, latents: fx.Node | None, whole: bool) -> str | None:
     """Why an MLP is an embedder of the conditioning: it depends on no latents, and stands outside the stacks of blocks.
 
     A refiner of the text is a stack of blocks too. Rows [rows, width] of all samples in one are taken wherever they stand.
@@ -212,7 +212,11 @@ def _embeds(candidate: Candidate, latents: fx.Node | None) -> str | None:
     if latents is None or candidate.block or not isinstance(operands, MlpOperands) or len(shape(operands.x)) < 3:
         return None
     sources = placeholders(operands.x)
-    return None if latents in sources else "embeds the conditioning: no latents behind it, no block of a stack"
+    if latents in sources:
+        return None
+    if not whole:
+        return "no latents are seen behind it in this piece of the model: a text's feed-forward, or an embedder"
+    return "embeds the conditioning: no latents behind it, no block of a stack"
 
 
 def _nothing(candidate: Candidate) -> str | None:
@@ -294,7 +298,8 @@ def _site(
 def _laid_out(site: Site, streams: Set[tuple[int, int]]) -> Site:
     """An MLP whose input is laid out tokens first, as (batch, length) of an attention tell."""
     first, second = site.hints[:2]
-    rank = len(shape(site.operands.x)) if isinstance(site.operands, MlpOperands) else 0
+    given = site.operands
+    rank = len(shape(given.x)) if isinstance(given, MlpOperands) and not given.channels_first else 0
     if rank != 3 or (second, first) not in streams or (first, second) in streams:
         return site
     sizes, hinted = ((n, b, *rest) for b, n, *rest in (site.sizes, site.hints))
@@ -308,6 +313,8 @@ def _sizes(candidate: Candidate) -> tuple[Size, ...]:
         return b, h, n, operands.k.shape[2], d
     assert isinstance(operands, MlpOperands)
     x = shape(operands.x)
+    if operands.channels_first:
+        x = (x[0], *x[2:], x[1])
     if len(x) == 2:  # the rows of all samples, one after the other
         x = (1, *x)
     rows = 1

@@ -7,7 +7,8 @@ be skipped by adding again what was added last (step caching: "Chipmunk", arXiv 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -52,13 +53,23 @@ class Region:
 
 
 def find_region(module: fx.GraphModule, candidates: Sequence[Candidate], latents: fx.Node | None) -> Region | str:
-    """The region of blocks, or why no step can be skipped."""
+    """The region of all blocks or, where that is none, of the longest stack; or why no step can be skipped."""
     if latents is None:
         return "the latents are not known"
     moving = depending(latents)  # what only conditions (time embeddings) may be shared with what comes after
     blocks = {c.block for c in candidates if c.kind == "attention" and c.block and c.anchor in moving}
     if not blocks:
         return "no numbered container of modules (blocks.0, ...) holds an attention over the latents"
+    whole = _region(module, blocks, moving)
+    stacks = Counter(block.rpartition(".")[0] for block in blocks)
+    if isinstance(whole, Region) or len(stacks) == 1:
+        return whole
+    (longest, _), *_ = stacks.most_common(1)  # refiners before it may work on other streams
+    part = _region(module, {block for block in blocks if block.rpartition(".")[0] == longest}, moving)
+    return part if isinstance(part, Region) else whole
+
+
+def _region(module: fx.GraphModule, blocks: Set[str], moving: set[fx.Node]) -> Region | str:
     nodes = _closed(module, {n for n in moving if n.op == "call_function" and block_of(n) in blocks})
     after = _after(module, nodes)
     outside = {storage(n): n for n in module.graph.nodes if n not in nodes and n not in after}

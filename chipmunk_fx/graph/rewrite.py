@@ -18,7 +18,7 @@ from chipmunk_fx.graph.pattern import AttentionOperands, Kept, MlpOperands, Part
 from chipmunk_fx.graph.plan import Plan, Site
 from chipmunk_fx.graph.region import Region
 from chipmunk_fx.graph.state import StateInput, lanes, slot_names, state_inputs
-from chipmunk_fx.graph.walk import is_used
+from chipmunk_fx.graph.walk import is_used, rank
 from chipmunk_fx.schedule.phase import Phase
 
 aten = torch.ops.aten
@@ -191,9 +191,11 @@ class _Writer:
         slots = [self._slot(site, name) for name in ("hidden", "out", "mean", "lists", "by_neuron")]
         weights = [self._part(p) for p in (operands.w1, operands.b1, operands.wu, operands.bu, operands.w2)]
         bias = None if operands.b2 is None else self.copied[operands.b2]
-        swap = (1, 0, 2) if site.tokens_first else None
+        there, back = _layouts(site, operands)
+        if operands.channels_first:  # [F, C, 1, ...] -> [F, C]
+            weights[::2] = [w and self.graph.call_function(aten.flatten.using_ints, (w, 1)) for w in weights[::2]]
         arguments = (
-            self._laid(self.copied[operands.x], swap), *weights, bias, self.state.get((site.index, "order")),
+            self._laid(self.copied[operands.x], there), *weights, bias, self.state.get((site.index, "order")),
             self.state[None, "clock"], *slots,
         )  # fmt: skip
         common: dict[str, Any] = {"activation": operands.activation, "group_rows": site.group_rows}
@@ -202,7 +204,7 @@ class _Writer:
             product = self.graph.call_function(ops.mlp_sparse.default, arguments, common | extra)
         else:
             product = self.graph.call_function(ops.mlp_refresh.default, arguments, common)
-        product = self._laid(product, swap)
+        product = self._laid(product, back)
         if operands.kept is not None:
             self._keep(self.copied[operands.x], operands.kept)
         return product if operands.beside is None else self._beside(operands, product)
@@ -303,6 +305,15 @@ class _Writer:
             return kept if reads else names
         written = () if site.kind == "attention" else tuple(name for name in names if name != "by_neuron")
         return names if reads else written
+
+
+def _layouts(site: Site, operands: MlpOperands) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+    """Permutations of an MLP's input to [B, ..., N, C], and of the result to what the graph wants."""
+    if not operands.channels_first:
+        swap = (1, 0, 2) if site.tokens_first else None
+        return swap, swap
+    *places, last = range(1, rank(operands.x))
+    return (0, *places[1:], last, 1), (0, last, *places)
 
 
 def _through(operands: AttentionOperands | MlpOperands) -> tuple[fx.Node, ...]:

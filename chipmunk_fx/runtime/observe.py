@@ -26,9 +26,9 @@ class Observer:
 
         A piece of a model without a timestep is only counted: nothing is read from the device.
         """
-        if roles.timestep is None:
+        if not roles.timed:
             return Observation(shape=_piece_signature(roles, values))
-        times = _numbers(values[roles.timestep])
+        times = _numbers(roles.constant.value if roles.constant else values[roles.timestep])  # pyright: ignore
         text = tuple(self._text(values[index]) for index in roles.text) or None
         if roles.latents is None:
             return Observation(tuple(times.tolist()), text)

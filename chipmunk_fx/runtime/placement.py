@@ -28,7 +28,7 @@ def fit(plan: Plan, config: Config) -> Plan:
     if not plan.rewritten:
         return plan
     device = plan.rewritten[0].device
-    offload = "none" if plan.roles.timestep is None else config.memory.offload
+    offload = config.memory.offload if plan.roles.timed else "none"
     sizes = {s.index: cache_bytes(s, config, config.schedule.branches or 1) for s in plan.rewritten}
     where: dict[int, Where] = dict.fromkeys(sizes, "host" if offload == "all" else "device")
     allowed = {"device": limit(config, Place(device)), "host": limit(config, Place(device, on_host=True))}
@@ -49,7 +49,7 @@ def notes(plan: Plan, config: Config) -> list[str]:
     """Where the caches of a plan lie, in words; nothing to say where all stay on the device unasked."""
     if config.memory.offload == "none" or not plan.rewritten:
         return []
-    if plan.roles.timestep is None:
+    if not plan.roles.timed:
         return ["memory.offload: caches of a piece of a model stay on the device; compile the whole model to offload"]
     branches = config.schedule.branches or 1
     totals = {"device": 0, "host": 0}

@@ -23,10 +23,7 @@ from chipmunk_fx.graph.walk import shape
 from chipmunk_fx.runtime.registry import unwrap
 
 KINDS = ("attention", "mlp")
-_NO_TIMESTEP = (
-    "not found (calls are counted, by schedule.steps and schedule.branches; a Python int is a constant of the graph, a "
-    "tensor is an input)"
-)
+_NO_TIMESTEP = "not found (calls are counted, by schedule.steps and schedule.branches)"
 
 
 @dataclass(frozen=True)
@@ -125,7 +122,7 @@ def report_of(plan: Plan, names: Sequence[str], notes: Sequence[str] = ()) -> Re
     roles = plan.roles
     return Report(
         tuple([_site(s) for s in plan.sites] + [_refused(c, names) for c in plan.refused]),
-        name(roles.timestep),
+        roles.constant.name if roles.constant else name(roles.timestep),
         name(roles.latents),
         tuple(names[i] for i in roles.text),
         plan.geometry.source,

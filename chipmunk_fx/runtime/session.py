@@ -115,7 +115,7 @@ class Session:
         if isinstance(problem, torch.OutOfMemoryError):
             self._free(self.tracks.values())
         result = graph.variants.original()(*values)
-        reason = f"a rewritten graph failed ({type(problem).__name__}: {str(problem).splitlines()[0]})"
+        reason = f"a rewritten graph failed ({type(problem).__name__}: {str(problem).partition(chr(10))[0]})"
         if self.config.strict:
             raise FallbackError.of(f"step {position.step}, branch {position.branch}", reason) from problem
         self.faults.condemn(graph, reason)

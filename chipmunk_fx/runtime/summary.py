@@ -194,7 +194,7 @@ def _sites(session: Session, track: Track) -> list[SiteSummary]:
     plans = _plans(track)
     phases = _phases(track)
     summaries = []
-    prefix = f"{session.arrival}." if plans and plans[-1].roles.timestep is None else ""  # a block among others
+    prefix = f"{session.arrival}." if plans and not plans[-1].roles.timed else ""  # a block among others
     for site in plans[-1].sites if plans else ():
         own = {b: [_phase_of(site, plans[-1], phase) for phase in p] for b, p in phases.items()}
         share, caches = _held(session, track, site)

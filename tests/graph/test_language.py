@@ -12,6 +12,7 @@ from chipmunk_fx.graph.language import (
     Function,
     Literal,
     Mismatch,
+    Named,
     OneOf,
     Range,
     Var,
@@ -238,3 +239,16 @@ def test_arguments_are_known_by_schema_name():
     module = traced(lambda a, w: F.gelu(F.linear(a, w), approximate="tanh"), x(), x(3, 4))
     assert arguments(last(module, aten.gelu.default))["approximate"] == "tanh"
     assert arguments(last(module, aten.linear.default))["bias"] is None
+
+
+def test_what_is_named_occurs_again_itself_or_by_an_alias():
+    expression = Call(
+        (aten.sub.Tensor,), {"self": Named("s", Call((aten.sin.default,), {"self": Var("x")})), "other": Var("s")}
+    )
+    x = torch.randn(3)
+    for function in (lambda x: (s := x.sin()) - s, lambda x: (s := x.sin()) - s.detach()):
+        graph = traced(function, x)
+        found = match(expression, last(graph, aten.sub.Tensor))
+        assert isinstance(found, Found) and found.bound["s"] is last(graph, aten.sin.default)
+    for function in (lambda x: x.sin() - x.sin(), lambda x: (s := x.sin()) - s.clone(), lambda x: x.cos() - x.cos()):
+        assert isinstance(match(expression, last(traced(function, x), aten.sub.Tensor)), Mismatch)

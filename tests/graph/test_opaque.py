@@ -1,4 +1,4 @@
-"""Attention by an operator of another library is named and left alone."""
+"""Attention by an operator of another library, and experts in grouped products, are named and left alone."""
 
 import pytest
 import torch
@@ -51,3 +51,25 @@ def test_an_opaque_attention_is_refused_by_name(plain: bool, name: str):
     (site,) = chipmunk_fx.explain(Model(plain), torch.randn(1, 24, 16)).sites
     assert (site.kind, site.form, site.accepted, site.status) == ("attention", "opaque", False, "dense")
     assert site.reason.startswith(name) and "is opaque" in site.reason
+
+
+class Experts(nn.Module):
+    """Two experts, each for the half of the rows that follows it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.randn(2, 16, 64)), nn.Parameter(torch.randn(2, 32, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, 1)
+        ends = torch.tensor([len(rows) // 2, len(rows)], dtype=torch.int32)
+        gate, up = F.grouped_mm(rows, self.first, offs=ends).chunk(2, -1)
+        return x + F.grouped_mm(F.silu(gate) * up, self.second, offs=ends).view_as(x)
+
+
+def test_experts_in_grouped_products_are_listed():
+    torch._dynamo.reset()
+    model = nn.Sequential(Experts(), Experts()).bfloat16()
+    sites = chipmunk_fx.explain(model, torch.randn(1, 24, 16, dtype=torch.bfloat16)).sites
+    assert [(s.name, s.kind, s.form, s.accepted) for s in sites] == [(str(i), "mlp", "experts", False) for i in (0, 1)]
+    assert all("experts in one grouped product" in site.reason for site in sites)

@@ -18,17 +18,42 @@ from chipmunk_fx.graph.language import (
     Expression,
     Function,
     Literal,
+    Named,
     OneOf,
     Range,
     Var,
     Where,
 )
 from chipmunk_fx.patterns import ALL
+from chipmunk_fx.patterns.convolutions import CONVOLVED
+from chipmunk_fx.patterns.linears import UNTRANSPOSED
 from tests.property.source import Pen, Spelling
 
 C, HIDDEN, ROWS, HEADS, WIDTH = 16, 24, 33, 2, 8  # WIDTH of a head
+PATTERNS = [pattern for pattern in ALL if pattern is not CONVOLVED]  # which is laid out otherwise
+REFUSED = ("foreign", UNTRANSPOSED)  # ops of others, weights of other sizes
 MATRICES_ONLY = ("mm", "addmm")  # tags of alternatives that take no batch
-LITERALS = (None, -1, 3, 1, 2, 0, -2, 0.5, -1e4, False, True, "tanh", "none", [1, 0], [0, 2, 1], [0, 1, 3, 2])
+LITERALS = (
+    None,
+    -1,
+    3,
+    1,
+    2,
+    0,
+    -2,
+    0.5,
+    -1e4,
+    False,
+    True,
+    "tanh",
+    "none",
+    [1, 0],
+    [0, 2, 1],
+    [0, 1, 3, 2],
+    [-1],
+    [2],
+    [-2],
+)
 EQUATIONS = {
     "scores equation": ("'bhnd,bhmd->bhnm'", "'...id,...jd->...ij'", "'bhid,bhjd->bhij'"),
     "mix equation": ("'bhnm,bhmd->bhnd'", "'bhnm,bhmd->bnhd'", "'...ij,...jd->...id'"),
@@ -39,7 +64,7 @@ MUTATIONS = ("* 1.5", "+ 0.1", "- 0.1", "flipped", "returned", "written to", "an
 @st.composite
 def written(draw, odd: bool) -> Spelling:
     """x [B, 33, 16] -> what the anchor of one of the patterns yields; `odd` asks for a mutation."""
-    pattern = ALL[draw(st.integers(0, len(ALL) - 1))]
+    pattern = PATTERNS[draw(st.integers(0, len(PATTERNS) - 1))]
     writer = _Writer(draw, pattern.kind, odd)
     result = writer.write(pattern.expression)
     writer.pen.line(f"return {', '.join([result, *writer.also])}")
@@ -78,11 +103,14 @@ class _Writer:
             if expression.name not in self.known:
                 self.known[expression.name] = self.variable(expression.name)
             return self.known[expression.name]
+        if isinstance(expression, Named):
+            text = self.known[expression.name] = self.write(expression.expression)
+            return text
         if isinstance(expression, Literal):
             return self.literal(expression)
         if isinstance(expression, OneOf):
             left_out = () if self.flat else MATRICES_ONLY
-            tags = [tag for tag in expression.options if tag not in (*left_out, "foreign")]  # foreign: ops of others
+            tags = [tag for tag in expression.options if tag not in (*left_out, *REFUSED)]
             if "adapted" in tags and self.pen.chance(85):
                 tags.remove("adapted")
             if "bmm" in tags:
@@ -240,6 +268,8 @@ class _Writer:
                 "factor": ("0.35", "2", "0.5", "1.5", "0.35", "2", "h.mean()", "self.norm.weight[0]"),
             },
             "softmax dtype": ("None", "None", "torch.float32", "torch.float64"),
+            **{"maximum dim": ("-1", "-1", "-1", "-2"), "maximum keepdim": ("True", "True", "False")},
+            **{"kept": ("True", "True", "False"), "sum dtype": ("None", "None", "torch.float64")},
             **{"beta": ("0", "0", "1"), "alpha": ("1", "0.35")},
         }
         if name not in constants:

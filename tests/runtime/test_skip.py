@@ -248,3 +248,39 @@ def test_a_parameter_replaced_before_a_dense_step():
     got = run(ours, inputs[2:4])
     assert phases(ours) == {0: ["refresh", "sparse", "dense", "refresh"]}
     assert_same(got, run(model, inputs[2:4]))
+
+
+class Refined(TinyDiT):
+    """Image and text each have a block of their own before they are joined, as in Z-Image."""
+
+    def __init__(self, depth: int = 1, seed: int = 0) -> None:
+        super().__init__(depth, seed)
+        made = TinyDiT(depth=2, seed=1)
+        self.refiners, self.texts = made.blocks[:1], made.blocks[1:]
+
+    def forward(self, latents: Tensor, timestep: Tensor, text: Any = None) -> Tensor:
+        x = self.embed(latents).flatten(2).transpose(1, 2)
+        x = x + self.time((timestep[:, None] * torch.arange(1, 33)).sin())[:, None]
+        both = torch.cat([self.texts[0](self.context(text)), self.refiners[0](x)], 1)
+        x = nn.utils.rnn.pad_sequence(list(both), batch_first=True)  # through which no stream is followed
+        for block in self.blocks:
+            x = block(x)
+        x = self.out(x)[:, text.shape[1] :].unflatten(1, (8, 8)).unflatten(-1, (2, 2, 4))
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(latents.shape)
+
+
+def test_refiners_before_the_longest_stack_are_computed_on_every_step():
+    model = Refined(depth=2)
+    report = chipmunk_fx.explain(model, *calls(TIMES)[0])
+    assert any(note.startswith("blocks that can be skipped: ") for note in report.notes), report.notes
+    ours = exactly(Refined(depth=2), schedule__skip_steps=[1, 3])
+    still = [calls(TIMES)[0]] * 4
+    got = run(ours, still)
+    assert_same(got, run(model, still))
+    assert phases(ours) == {0: ["refresh", "skip", "sparse", "skip"]}
+    chipmunk_fx.reset(ours)
+    inputs = calls(TIMES)[:3]
+    refreshed, skipped, _ = run(ours, inputs)
+    dense = run(model, inputs)
+    assert_same([refreshed], dense[:1])
+    assert not torch.allclose(skipped, refreshed, atol=1e-4) and not torch.allclose(skipped, dense[1], atol=1e-4)
