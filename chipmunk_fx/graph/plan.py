@@ -317,11 +317,8 @@ def _sizes(candidate: Candidate) -> tuple[Size, ...]:
         x = (x[0], *x[2:], x[1])
     if len(x) == 2:  # the rows of all samples, one after the other
         x = (1, *x)
-    rows = 1
-    for size in x[1:-1]:
-        rows = rows * size
     hidden = operands.w1.stop - operands.w1.start if operands.w1.dim is not None else shape(operands.w1.node)[0]
-    return x[0], rows, x[-1], hidden, shape(operands.w2.node)[0]
+    return x[0], prod(x[1:-1]), x[-1], hidden, shape(operands.w2.node)[0]
 
 
 def _owner(operands: AttentionOperands | MlpOperands, capture: Capture, inputs: Sequence[fx.Node]) -> int | None:

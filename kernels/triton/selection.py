@@ -33,11 +33,10 @@ def select(
 
     scores: fp32, or uint16 as `coded` makes them (without minus). clock int64 [2] on the device: the step feeds the draws;
     renewed: leave lists alone where clock[1] is 0. first: index of the first row of this call; always bool [1 or groups, M],
-    valid bool [B, M], rows_a_batch: rows of each batch entry. Where too few columns are valid, M fills the places left; so it
-    does in the places that `spare` int32 [1 or B, 1 or groups] counts.
+    valid bool [B, M], rows_a_batch: rows of each batch entry. M fills places left: where too few columns are valid, and those
+    that spare int32 [1 or B, 1 or groups] counts.
     """
-    rows, columns = lists.shape
-    total = scores.shape[1]
+    (rows, columns), total = lists.shape, scores.shape[1]
     whole = total <= WHOLE
     block = padded(total, 128) if whole else SAMPLE
     warps = min(max(block // HELD_A_WARP, 4), 16) if whole else LONG_WARPS
