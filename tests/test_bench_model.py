@@ -195,7 +195,7 @@ def test_all_compiled_ways_are_in_the_mode_that_is_asked_for():
     assert len(modes) == 5 and set(modes.values()) == {"reduce-overhead"}
 
 
-def test_a_whole_model_is_told_from_a_few_blocks(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+def test_a_whole_model_is_told_from_a_few_blocks():
     """Two of six blocks measured at 9 ms each dense, 3 sparse, 11 refreshing, beside 2 ms that are no blocks."""
 
     def figures(way: str, ms: dict[str, float], phases: dict[str, int]) -> Figures:
@@ -217,10 +217,15 @@ def test_a_whole_model_is_told_from_a_few_blocks(capsys: pytest.CaptureFixture[s
         extrapolated(found[:2], blocks=2, whole=6, dense_layers=1)
 
 
-def test_blocks_are_limited_in_proportion(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_blocks_are_limited_in_proportion():
     pytest.importorskip("diffusers")
     subject, blocks, whole = few(SUBJECTS["flux"], 2)
     assert (blocks, whole) == (6, 57) and dict(subject.settings)["num_single_layers"] == 4
+
+
+@pytest.mark.full
+def test_a_named_model_is_extrapolated(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("diffusers")
     tiny = Subject("HunyuanVideoTransformer3DModel", "hunyuan", TINY_HUNYUAN, words=64)
     monkeypatch.setitem(bench_model.SUBJECTS, "hunyuan", tiny)
     settings = option(SPARSE | {"memory.offload": "none", "attention.dense_layers": 1})

@@ -21,8 +21,8 @@ KERNELS = {
     "_unpack",
     "_watch",
 }
-USUAL = ["sm_80", "sm_90", "gfx942"]
-ALL = [*USUAL, "sm_86", "sm_89", "sm_100", "sm_120"]
+USUAL = ["sm_90", "gfx942"]
+ALL = [*USUAL, "sm_80", "sm_86", "sm_89", "sm_100", "sm_120"]
 
 
 def compiled(target: str, *options: str) -> set[str]:
