@@ -57,7 +57,12 @@ def judge(found: Found) -> Accepted | Refused:
     bound = found.bound
     gated = bound["gate"] != "none"
     form = f"convolved {'chunked gated ' if gated else ''}{bound['activation']}"
-    reason = _mixing(found) or weight_refusal(bound["w1"]) or weight_refusal(bound["w2"]) or _input_refusal(bound["x"])
+    reason = (
+        _mixing(found)
+        or weight_refusal(bound["w1"])
+        or weight_refusal(bound["w2"])
+        or _input_refusal(bound["x"], bound["w1"])
+    )
     reason = reason or dtype_refusal(found) or open_end(found)
     if reason:
         return Refused(form, reason)
@@ -89,10 +94,10 @@ def _mixing(found: Found) -> str | None:
     return None
 
 
-def _input_refusal(x: fx.Node) -> str | None:
+def _input_refusal(x: fx.Node, weight: fx.Node) -> str | None:
     sizes = shape(x)
     told = "x".join(map(str, sizes))
-    if len(sizes) < 3:
+    if len(sizes) != len(shape(weight)):
         return f"input {told} has no batch"
     if prod(hint(size) for size in sizes[2:]) == 1:
         return f"input {told} has one position a sample: a conditioning vector, or no tokens to group"
@@ -161,6 +166,7 @@ def near_misses() -> Sequence[Example]:
         Example("depthwise between", lambda: (_Mixed(), _x()), "is a depthwise 3x3 convolution, which mixes positions"),
         Example("one position", lambda: (_Convolved(F.gelu), (torch.randn(2, 16, 1, 1),)), "one position a sample"),
         Example("no batch", lambda: (_Convolved(F.gelu, dims=1), (torch.randn(16, 24),)), "has no batch"),
+        Example("no batch, 2d", lambda: (_Convolved(F.gelu), (torch.randn(16, 16, 6),)), "has no batch"),
         Example("no activation", lambda: (_Convolved(lambda h: h), _x())),
         Example("divided over rows", lambda: (_Convolved(_halves(lambda a, b: F.silu(a) * b, 2)), _x())),
     ]

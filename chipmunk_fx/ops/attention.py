@@ -58,7 +58,7 @@ def attention_refresh(
     key = stream(seed, site, clock[0])
     drawn = random_count(total, random_density, columns)
     positions = _positions(q, order, rest, share)
-    spare = spare_places(always, valid) if ragged and always is not None else None
+    spare = spare_places(always, valid, lists.shape[-1]) if ragged and always is not None else None
     out, lse = attend(q, k, v, scale, valid, sdpa)
     out = _tokens_first(out)
     for index, (b, h) in enumerate(product(range(q.shape[0]), range(q.shape[1]))):

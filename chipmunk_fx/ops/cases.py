@@ -220,6 +220,7 @@ ATTENTION_CASES = (
     AttentionCase(rows=200, keys=200, width=64, group_rows=32, columns=112, fixed=9, near=60, grouped=180, heads=3),
     AttentionCase(rows=111, keys=111, width=64, group_rows=16, columns=80, near=70, random_density=0.0),
     AttentionCase(rows=111, keys=111, width=64, group_rows=32, columns=64, batch=3, present=(111, 60, 9), near=40),
+    AttentionCase(rows=111, keys=111, width=64, group_rows=32, columns=80, batch=2, present=(80, 60), near=40),
     AttentionCase(
         rows=300, keys=120, width=256, group_rows=192, columns=64, heads=1, mass_stride=4, layout="heads_first"
     ),

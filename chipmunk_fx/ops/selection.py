@@ -64,14 +64,15 @@ def select(
     return best.int().sort(dim=-1).values
 
 
-def spare_places(always: Tensor, valid: Tensor | None) -> Tensor:
+def spare_places(always: Tensor, valid: Tensor | None, columns: int) -> Tensor:
     """int64 [1 or B, 1 or G]: by how many always-on columns a group has fewer than the group of most.
 
-    Its list has as many places less, so that all groups take equally many columns by score.
-    always: bool [1 or G, M]; valid: bool [B, M].
+    Its list of `columns` has as many places less, so that all groups take equally many by score; none where it holds all
+    there are. always: bool [1 or G, M]; valid: bool [B, M].
     """
     fixed = always.sum(1).unsqueeze(0) if valid is None else (always.unsqueeze(0) & valid.unsqueeze(1)).sum(-1)
-    return fixed.max() - fixed
+    spare = fixed.max() - fixed
+    return spare if valid is None else spare.masked_fill(valid.sum(1).max() <= columns, 0)
 
 
 def draw(taken: Tensor, free: int | Tensor, drawn: int, key: Tensor) -> Tensor:

@@ -105,6 +105,7 @@ def attention_tables(
         always = always | local_columns(order, layout, keys, rows, config)
     if layout is not None and config.text_rows == "dense":
         order = order[: layout.image]
+        always = always[: max(ceil(len(order) / rows), 1)]
     return Tables(order.to(torch.int32), always)
 
 

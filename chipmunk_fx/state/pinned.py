@@ -20,8 +20,9 @@ def pinned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     count = math.prod(shape)
     if count and all(hasattr(mmap, kind) for kind in _KINDS):
         memory = _pages(count * dtype.itemsize)
-        flat = torch.frombuffer(memory, dtype=dtype, count=count)
-        if _register(flat.data_ptr(), memory):
+        view = memoryview(memory)
+        flat = torch.frombuffer(view, dtype=dtype, count=count)
+        if _register(flat.data_ptr(), view, memory):
             return flat.view(shape)
     return torch.zeros(shape, dtype=dtype, pin_memory=True)
 
@@ -34,15 +35,16 @@ def _pages(size: int) -> mmap.mmap:
     return memory
 
 
-def _register(pointer: int, memory: mmap.mmap) -> bool:
-    """Lock the pages for the driver until `memory` goes; false where it refuses."""
+def _register(pointer: int, view: memoryview, memory: mmap.mmap) -> bool:
+    """Lock the pages for the driver until `view` of them goes, and then unmap them; false where it refuses."""
     driver: Any = torch.cuda.cudart()
     if int(driver.cudaHostRegister(pointer, len(memory), 0)) != 0:
         return False
-    weakref.finalize(memory, _release, driver, pointer).atexit = False
+    weakref.finalize(view, _release, driver, pointer, memory).atexit = False
     return True
 
 
-def _release(driver: Any, pointer: int) -> None:
+def _release(driver: Any, pointer: int, memory: mmap.mmap) -> None:
+    """`memory` is held until here: pages are unmapped after they are unlocked."""
     torch.cuda.synchronize()
     driver.cudaHostUnregister(pointer)

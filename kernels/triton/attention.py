@@ -31,7 +31,7 @@ def refresh(
         total, columns = k.shape[2], lists.shape[3]
         if renew and columns < total:
             drawn = random_count(total, random_density, columns)
-            spare = spare_places(always, valid).int() if ragged and always is not None else None
+            spare = spare_places(always, valid, columns).int() if ragged and always is not None else None
             for heads, groups in _chunks(lists, total):
                 masses = column_masses(
                     q, k, order, lse, heads, groups, scale=scale, group_rows=group_rows, stride=mass_stride

@@ -80,7 +80,7 @@ def _select(
     if spare is not None:
         entry = (first + row) // rows_a_batch % spare_rows
         wanted -= tl.load(spare + entry * always_rows + (first + row) % always_rows)
-    wanted = tl.minimum(wanted, eligible)
+    wanted = tl.maximum(tl.minimum(wanted, eligible), 0)
     spent = drawn >= eligible - wanted  # all others would be drawn
     wanted = tl.where(spent, eligible, wanted)
     drawn = tl.where(spent, 0, drawn)

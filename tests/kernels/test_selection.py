@@ -114,7 +114,7 @@ def test_of_groups_with_more_or_fewer_always_on(whole: int, monkeypatch: pytest.
     scores, always, valid = codes(6, 300, 50), torch.zeros(3, 300, dtype=torch.bool), torch.ones(2, 300) > 0
     always[1, 100:120], always[2, 40:75] = True, True
     valid[1, 50:280] = False
-    spare = spare_places(always, valid)
+    spare = spare_places(always, valid, 60)
     assert spare.tolist() == [[35, 15, 0], [35, 35, 25]]
     lists = chosen(
         scores.to(DEVICE), 60, 10, always=always.to(DEVICE), valid=valid.to(DEVICE), rows_a_batch=3,

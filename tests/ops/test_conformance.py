@@ -116,8 +116,8 @@ def test_attention_refresh(implementation: str, dtype: torch.dtype, case: Attent
     within(out, plain_out, exact_out)
     drawn = random_count(case.keys, case.random_density, case.columns)
     masses = oracle.masses(exact), oracle.masses(values)
-    spare = spare_places(values["always"], values["valid"]) if case.near is not None else None
-    assert spare is None or spare.max() > 0
+    spare = spare_places(values["always"], values["valid"], case.columns) if case.near is not None else None
+    assert spare is None or (spare.max() > 0) == (case.columns < max(case.present or (case.keys,)))
     assert_selected(values["lists"], *masses, drawn, values["always"], values["valid"], spare)
     assert_remainder(case, values, exact, (plain_out, plain_lse), (exact_out, exact_lse))
 

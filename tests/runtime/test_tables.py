@@ -61,6 +61,11 @@ def test_text_rows_may_be_left_out():
     assert len(tables(layout).order) == 19
 
 
+def test_groups_of_dense_text_have_no_windows():
+    made = tables(Layout(((1, 8, 8),), "first", 40), text_rows="dense", local_window=0.1)
+    assert len(made.order) == 64 and made.always.shape == (4, 104)
+
+
 def test_without_a_layout_rows_stay_as_they_come():
     made = tables(None, count=20)
     assert made.order.tolist() == list(range(20)) and made.fixed.most == 0
