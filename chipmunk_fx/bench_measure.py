@@ -233,12 +233,10 @@ def extrapolated(figures: Sequence[Figures], blocks: int, whole: int, dense_laye
     dense = min(way.ms[Phase.DENSE] for way in figures if set(way.ms) == {Phase.DENSE} and way.way != "uncompiled")
 
     def step(phase: str, ms: float) -> float:
-        fixed = dense_layers if phase in (Phase.REFRESH, Phase.SPARSE) else 0
-        return (
-            ms
-            if phase == Phase.SKIP
-            else beside + (fixed * (dense - beside) + (whole - fixed) * (ms - beside)) / blocks
-        )
+        if phase == Phase.SKIP:
+            return ms
+        fixed = 0 if phase == Phase.DENSE else dense_layers
+        return beside + (fixed * (dense - beside) + (whole - fixed) * (ms - beside)) / blocks
 
     made = []
     for way in figures:

@@ -78,13 +78,14 @@ def run(arguments: argparse.Namespace, resolve: Resolve) -> list[Figures]:
         figures = extrapolated(figures, blocks, whole, config.attention.dense_layers)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     settings = {"model": arguments.model, "size": arguments.size, "blocks": arguments.blocks, "options": options}
+    settings |= {"extrapolated": {"from": blocks, "to": whole}} if arguments.extrapolate else {}
     about = settings | {"steps": asked.steps, "device": name, "torch": torch.__version__, "dtype": arguments.dtype}
     text = json.dumps(about | {"ways": [asdict(way) | ratios(way, figures) for way in figures]}, indent=2)
     if arguments.json is True:
         print(text)
     else:
         limit = f", {arguments.blocks} blocks of each kind" if arguments.blocks else ""
-        limit = f", {whole} blocks told from {blocks}" if arguments.extrapolate else limit
+        limit = limit or (f", {whole} blocks told from {blocks}" if arguments.extrapolate else "")
         print(f"{arguments.model}{limit}, {arguments.dtype}, {name}, torch {torch.__version__}; random weights")
         print(table(figures, asked.steps, config))
     if isinstance(arguments.json, Path):
@@ -157,7 +158,7 @@ def plot(figures: Sequence[Figures], path: Path) -> None:
 def _subject(arguments: argparse.Namespace, config: Config) -> tuple[Subject | None, int, int]:
     """The named model, if it is one; how many of its blocks are measured and how many it has, to extrapolate."""
     subject = SUBJECTS.get(arguments.model)
-    if not arguments.extrapolate:
+    if arguments.extrapolate is None:
         return subject, 0, 0
     if subject is None or arguments.blocks or arguments.whole or arguments.extrapolate < 1:
         known = ", ".join(SUBJECTS)

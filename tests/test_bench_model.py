@@ -243,6 +243,11 @@ def test_what_cannot_be_extrapolated(more: list[str]):
         run(*more, "--extrapolate", "1")
 
 
+def test_no_blocks_tell_nothing():
+    with pytest.raises(BenchError, match="--extrapolate takes 1 or more"):
+        run("wan", "--extrapolate", "0")
+
+
 def test_dense_attention_through_the_operator_is_the_same():
     model, inputs = tiny()
     with torch.no_grad():

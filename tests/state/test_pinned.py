@@ -1,6 +1,7 @@
 """Page-locked memory: as much as is asked for, until it goes."""
 
 import gc
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ class Driver:
 
     def __init__(self, refuses: bool = False) -> None:
         self.held: dict[int, int] = {}
+        self.unlocked_while_mapped: list[bool] = []
         self.refuses = refuses
 
     def cudaHostRegister(self, pointer: int, size: int, flags: int) -> int:
@@ -23,6 +25,8 @@ class Driver:
 
     def cudaHostUnregister(self, pointer: int) -> int:
         del self.held[pointer]
+        maps = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines()]
+        self.unlocked_while_mapped.append(any(int(low, 16) <= pointer < int(high, 16) for low, high in maps))
         return 0
 
 
@@ -52,6 +56,7 @@ def test_it_is_exactly_as_large_as_asked_and_freed_with_the_last_view(
     del view
     gc.collect()
     assert not driver.held and waits == [True], "copies under way were waited for"
+    assert driver.unlocked_while_mapped == [True]
 
 
 @pytest.mark.parametrize("missing", [True, False])
