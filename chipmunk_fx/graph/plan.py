@@ -18,6 +18,7 @@ from chipmunk_fx.graph.geometry import Geometry
 from chipmunk_fx.graph.inputs import Roles
 from chipmunk_fx.graph.masks import Mask, Probe, make_probe, probe_refusal, tellers_of
 from chipmunk_fx.graph.match import Candidate
+from chipmunk_fx.graph.passage import Passage
 from chipmunk_fx.graph.pattern import AttentionOperands, MlpOperands
 from chipmunk_fx.graph.region import Region, Stream, dead_after_skip, find_region
 from chipmunk_fx.graph.sizes import Size, bindings, evaluate, hints, unbacked
@@ -52,7 +53,7 @@ class Site:
     tokens_first: bool = False  # an MLP on [N, B, C], not [B, N, C]
     status: Literal["rewritten", "dense"] = "rewritten"
     reason: str = ""
-    place: Literal["device", "host"] = "device"  # where its caches lie between steps
+    passage: Passage | None = None  # of caches that lie on the host between steps
 
     @property
     def rows(self) -> Size:

@@ -17,7 +17,7 @@ from chipmunk_fx.graph.capture import SDPA_CHOICE, Capture
 from chipmunk_fx.graph.pattern import AttentionOperands, Kept, MlpOperands, Part
 from chipmunk_fx.graph.plan import Plan, Site
 from chipmunk_fx.graph.region import Region
-from chipmunk_fx.graph.state import StateInput, lanes, slot_names, state_inputs
+from chipmunk_fx.graph.state import StateInput, slot_names, state_inputs
 from chipmunk_fx.graph.walk import is_used, rank
 from chipmunk_fx.schedule.phase import Phase
 
@@ -125,7 +125,8 @@ class _Writer:
     ) -> None:
         self.graph, self.copied, self.state, self.plan = graph, copied, state, plan
         self.config, self.phase, self.renew = config, phase, renew
-        self.lanes = lanes(plan) if phase in (Phase.REFRESH, Phase.SPARSE) else {}
+        cached = phase in (Phase.REFRESH, Phase.SPARSE)
+        self.passages = {s.index: s.passage for s in plan.rewritten if cached and s.passage}
 
     def replace(self, site: Site) -> None:
         anchor = self.copied[site.nodes[0]]
@@ -136,6 +137,8 @@ class _Writer:
             else:
                 new = self._mlp(site, site.operands)
             self._keep_caches(site)
+            if site.index in self.passages:
+                self._bring(None, self._following(site), late=True)
         for key in ("nn_module_stack", "stack_trace"):
             if key in anchor.meta:
                 new.meta[key] = anchor.meta[key]
@@ -259,29 +262,44 @@ class _Writer:
         return self._laid(node, tuple(sorted(out).index(d) for d in out))
 
     def _slot(self, site: Site, name: str) -> fx.Node:
-        lane = self.lanes.get(site.index)
-        return self.state[site.index, name] if lane is None else self.state[lane, f"stage {name}"]
+        passage = self.passages.get(site.index)
+        return self.state[(site.index, name) if passage is None else (passage.lane(name), f"stage {name}")]
 
     def _fetch(self, site: Site) -> None:
         """Wait for this site's caches to be on the device, and have the next site's copied while this one computes."""
-        order = list(self.lanes)
-        if site.index not in self.lanes:
+        passage = self.passages.get(site.index)
+        if passage is None:
             return
-        place = order.index(site.index)
-        if place == 0:
-            self._bring((), 0, site)
-        ready = [self._slot(site, name) for name in slot_names(site)]
-        coming = self.plan.sites[order[place + 1]] if place + 1 < len(order) else None
-        self._bring(ready, self.lanes[site.index], coming)
+        if site.index == next(iter(self.passages)):
+            self._bring(None, site)
+            self._bring(None, site, late=True)
+        self._bring(site, self._following(site))
+        self._bring(site, None, late=True)
 
-    def _bring(self, ready: Sequence[fx.Node], lane: int, coming: Site | None) -> None:
-        names = () if coming is None else self._touched(coming, reads=True)
-        host = [self.state[coming.index, name] for name in names] if coming else []
-        stage = [self._slot(coming, name) for name in names] if coming else []
-        if ready or host:
-            arguments = list(ready), host, stage, self.state[None, "lanes"]
-            kwargs = {"lane": lane, "coming": self.lanes[coming.index] if coming else lane}
+    def _following(self, site: Site) -> Site | None:
+        """The next site whose caches lie on the host."""
+        later = [index for index in self.passages if index > site.index]
+        return self.plan.sites[later[0]] if later else None
+
+    def _bring(self, ready: Site | None, coming: Site | None, late: bool = False) -> None:
+        """Wait for what `ready` needs of its early or late lane, then begin to copy what `coming` reads to its own."""
+        waited = self._staged(ready, slot_names(ready), late) if ready else []
+        read = self._staged(coming, self._touched(coming, reads=True), late) if coming else []
+        if waited or read:
+            home = [self.state[coming.index, name] for name, _ in read] if coming else []
+            arguments = [s for _, s in waited], home, [s for _, s in read], self.state[None, "lanes"]
+            lane, target = (self._lane(site, late) if site else 0 for site in (ready, coming))
+            kwargs = {"lane": lane, "coming": target}
             self.graph.call_function(torch.ops.chipmunk.cache_fetch.default, arguments, kwargs)
+
+    def _lane(self, site: Site, late: bool) -> int:
+        passage = self.passages[site.index]
+        return passage.late if late else passage.early
+
+    def _staged(self, site: Site, names: Sequence[str], late: bool) -> list[tuple[str, fx.Node]]:
+        """Those of the caches `names` that take the early or the late lane, with their buffers."""
+        passage, lane = self.passages[site.index], self._lane(site, late)
+        return [(name, self._slot(site, name)) for name in names if passage.lane(name) == lane]
 
     def _keep_caches(self, site: Site) -> None:
         """Look for nan and inf in what the site has written, and send it home."""
@@ -290,10 +308,12 @@ class _Writer:
             return
         told = self._slot(site, "rest" if site.kind == "attention" else "out")
         self.graph.call_function(torch.ops.chipmunk.cache_watch.default, (told, self.state[None, "broken"]))
-        if (lane := self.lanes.get(site.index)) is not None:
-            stage, host = [self._slot(site, n) for n in written], [self.state[site.index, n] for n in written]
-            arguments = stage, host, self.state[None, "lanes"]
-            self.graph.call_function(torch.ops.chipmunk.cache_store.default, arguments, {"lane": lane})
+        for late in (False, True) if site.index in self.passages else ():
+            if staged := self._staged(site, written, late):
+                home = [self.state[site.index, name] for name, _ in staged]
+                arguments = [s for _, s in staged], home, self.state[None, "lanes"]
+                kwargs = {"lane": self._lane(site, late)}
+                self.graph.call_function(torch.ops.chipmunk.cache_store.default, arguments, kwargs)
 
     def _touched(self, site: Site, reads: bool) -> tuple[str, ...]:
         """The caches that the site's op reads, or those that it writes, in this phase."""

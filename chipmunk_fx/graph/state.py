@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -50,33 +49,13 @@ def slot_names(site: Site) -> tuple[str, ...]:
     return ATTENTION_SLOTS if site.kind == "attention" else MLP_SLOTS
 
 
-def lanes(plan: Plan) -> dict[int, int]:
-    """Site index -> lane, of the sites whose caches lie on the host.
-
-    A lane is one buffer on the device and the stream that copies to and from it. Sites of one layout take turns on two, so
-    that one is filled while the other is at work.
-    """
-    layouts: dict[str, int] = {}
-    seen: Counter[int] = Counter()
-    found = {}
-    for site in plan.rewritten:
-        if site.place == "host":
-            layout = layouts.setdefault(
-                str((site.kind, site.sizes, site.dtype, site.group_rows, plan.mask_of(site))), len(layouts)
-            )
-            found[site.index] = 2 * layout + seen[layout] % 2
-            seen[layout] += 1
-    return found
-
-
 def _passage(plan: Plan) -> Iterator[StateInput]:
-    lane_of = lanes(plan)
-    if lane_of:
+    sent = [site for site in plan.rewritten if site.passage]
+    if sent:
         yield StateInput("lanes", "lanes")
-    first = {lane: index for index, lane in reversed(lane_of.items())}
-    for lane, index in sorted(first.items()):
-        for name in slot_names(plan.sites[index]):
-            yield StateInput(f"stage_{lane}_{name}", "stage", lane, name)
+    staged = {(site.passage.lane(name), name): None for site in sent if site.passage for name in slot_names(site)}
+    for lane, name in sorted(staged, key=lambda key: key[0]):
+        yield StateInput(f"stage_{lane}_{name}", "stage", lane, name)
 
 
 def _caches(plan: Plan) -> Iterator[StateInput]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ import torch
 from chipmunk_fx.config import AttentionConfig, Config
 from chipmunk_fx.graph.plan import Site
 from chipmunk_fx.graph.sizes import bindings, evaluate
-from chipmunk_fx.graph.state import StateInput, lanes
+from chipmunk_fx.graph.state import StateInput
 from chipmunk_fx.graph.walk import shape
 from chipmunk_fx.runtime.footprint import site_columns, site_slots
 from chipmunk_fx.runtime.generations import Branch, Held, Track
@@ -103,12 +102,8 @@ class Assembly:
                 self.track.clock = torch.zeros(2, dtype=torch.int64, device=self.device)
         return self.track.clock
 
-    @cached_property
-    def lane_of(self) -> dict[int, int]:
-        return lanes(self.plan)
-
     def _lanes(self) -> torch.Tensor:
-        return self.store.lanes(self.device, max(self.lane_of.values()) + 1)
+        return self.store.lanes(self.device, 1 + max(site.passage.late for site in self.plan.rewritten if site.passage))
 
     def _residuals(self) -> dict[str, torch.Tensor]:
         """By name of the input, what is kept of every stream."""
@@ -137,13 +132,14 @@ class Assembly:
         columns, share = self._columns(site)
         owner = self.values[site.owner]
         slots = site_slots(site, self.sizes[site.index], columns, len(self._tables(site).order))
-        place = Place(self.device, on_host=site.place == "host")
+        place = Place(self.device, on_host=site.passage is not None)
         tensors: dict[str, torch.Tensor] = {}
         for home, shared in ((self.branch.caches, False), (self.store.shared, True)):
             some = [slot for slot in slots if slot.shared is shared]
             tensors |= self._cell(home, owner, site.ordinal, some, place).tensors if some else {}
-        if site.index in self.lane_of:
-            self.store.staged(self.lane_of[site.index], slots, self.device)
+        if passage := site.passage:
+            for lane in (passage.early, passage.late):
+                self.store.staged(lane, [slot for slot in slots if passage.lane(slot.name) == lane], self.device)
         own = {slot.name: slot.bytes for slot in slots if not slot.shared}
         self.cells[site.index] = tensors
         self.shared_bytes[site.index] = {slot.name: slot.bytes for slot in slots if slot.shared}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Hashable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -11,8 +12,8 @@ from typing import Literal
 import torch
 
 from chipmunk_fx.config import Config
+from chipmunk_fx.graph.passage import Passage
 from chipmunk_fx.graph.plan import Plan, Site
-from chipmunk_fx.graph.state import lanes
 from chipmunk_fx.runtime.footprint import branch_slots, cache_bytes
 from chipmunk_fx.runtime.registry import held
 from chipmunk_fx.state.store import Place
@@ -42,7 +43,7 @@ def fit(plan: Plan, config: Config) -> Plan:
             if total > allowed[source] and where[site.index] == source:
                 where[site.index] = target
                 reasons[site.index] = _over(source, total, allowed[source])
-    return replace(plan, sites=tuple(_placed(s, where, sizes, reasons) for s in plan.sites))
+    return _sent(replace(plan, sites=tuple(_placed(s, where, sizes, reasons) for s in plan.sites)), where, config)
 
 
 def notes(plan: Plan, config: Config) -> list[str]:
@@ -54,15 +55,20 @@ def notes(plan: Plan, config: Config) -> list[str]:
     branches = config.schedule.branches or 1
     totals = {"device": 0, "host": 0}
     for site in plan.rewritten:
-        totals[site.place] += cache_bytes(site, config, branches)
+        totals["host" if site.passage else "device"] += cache_bytes(site, config, branches)
     shown = ", ".join(f"{size / 1e6:.1f} MB {_AT[place]}" for place, size in totals.items())
     return [f"caches of {branches} branch(es): {shown}; {staging_bytes(plan, config) / 1e6:.1f} MB to pass through"]
 
 
 def staging_bytes(plan: Plan, config: Config) -> int:
     """Bytes of the buffers on the device through which caches on the host pass, at the compiled sizes."""
-    site_of = {lane: plan.sites[index] for index, lane in lanes(plan).items()}
-    return sum(slot.bytes for site in site_of.values() for slot in branch_slots(site, config))
+    staged = {
+        (site.passage.lane(slot.name), slot.name): slot.bytes
+        for site in plan.rewritten
+        if site.passage
+        for slot in branch_slots(site, config)
+    }
+    return sum(staged.values())
 
 
 def limit(config: Config, place: Place) -> int:
@@ -88,8 +94,23 @@ def _giving_way(plan: Plan) -> Iterator[Site]:
 def _placed(site: Site, where: dict[int, Where], sizes: dict[int, int], reasons: dict[int, str]) -> Site:
     place = where.get(site.index)
     if place == "host":
-        return replace(site, place="host", reason=f"caches of {sizes[site.index] / 1e6:.3g} MB in host memory")
+        return replace(site, reason=f"caches of {sizes[site.index] / 1e6:.3g} MB in host memory")
     return site if place != "dense" else replace(site, status="dense", reason=reasons[site.index])
+
+
+def _sent(plan: Plan, where: dict[int, Where], config: Config) -> Plan:
+    """With a way between host and device for the caches that lie on the host; sites whose caches are alike share lanes."""
+    layouts: dict[Hashable, int] = {}
+    seen: Counter[int] = Counter()
+    sites = []
+    for site in plan.sites:
+        if where.get(site.index) == "host":
+            alike = site.kind, str(site.sizes), branch_slots(site, config), plan.mask_of(site)
+            layout = layouts.setdefault(alike, len(layouts))
+            site = replace(site, passage=Passage.of(layout, seen[layout]))
+            seen[layout] += 1
+        sites.append(site)
+    return replace(plan, sites=tuple(sites))
 
 
 def _over(source: Where, total: int, allowed: int) -> str:

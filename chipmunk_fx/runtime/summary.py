@@ -200,7 +200,11 @@ def _sites(session: Session, track: Track) -> list[SiteSummary]:
         share, caches = _held(session, track, site)
         bytes_, reason = sum(caches.values()), site.reason
         name = prefix + site.name
-        summaries.append(SiteSummary(name, site.kind, site.status, reason, own, share, bytes_, site.place, caches))
+        summaries.append(
+            SiteSummary(
+                name, site.kind, site.status, reason, own, share, bytes_, "host" if site.passage else "device", caches
+            )
+        )
     return summaries
 
 

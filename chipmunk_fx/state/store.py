@@ -75,7 +75,7 @@ def allocate(slot: Slot, place: Place) -> torch.Tensor:
     """Zeros for `slot`. Raises what PyTorch raises when memory runs out."""
     with torch.inference_mode(False):  # a cache made in inference mode could not be written outside it
         if place.pinned:
-            return pinned(slot.shape, slot.dtype)
+            return pinned(slot.shape, slot.dtype, place.device)
         return torch.zeros(slot.shape, dtype=slot.dtype, device="cpu" if place.on_host else place.device)
 
 
