@@ -138,7 +138,7 @@ class _Writer:
                 new = self._mlp(site, site.operands)
             self._keep_caches(site)
             if site.index in self.passages:
-                self._bring(None, self._following(site), late=True)
+                self._bring(None, self._following(site), late=True, after=new)
         for key in ("nn_module_stack", "stack_trace"):
             if key in anchor.meta:
                 new.meta[key] = anchor.meta[key]
@@ -281,13 +281,13 @@ class _Writer:
         later = [index for index in self.passages if index > site.index]
         return self.plan.sites[later[0]] if later else None
 
-    def _bring(self, ready: Site | None, coming: Site | None, late: bool = False) -> None:
+    def _bring(self, ready: Site | None, coming: Site | None, late: bool = False, after: fx.Node | None = None) -> None:
         """Wait for what `ready` needs of its early or late lane, then begin to copy what `coming` reads to its own."""
         waited = self._staged(ready, slot_names(ready), late) if ready else []
         read = self._staged(coming, self._touched(coming, reads=True), late) if coming else []
         if waited or read:
             home = [self.state[coming.index, name] for name, _ in read] if coming else []
-            arguments = [s for _, s in waited], home, [s for _, s in read], self.state[None, "lanes"]
+            arguments = [s for _, s in waited], home, [s for _, s in read], self.state[None, "lanes"], after
             lane, target = (self._lane(site, late) if site else 0 for site in (ready, coming))
             kwargs = {"lane": lane, "coming": target}
             self.graph.call_function(torch.ops.chipmunk.cache_fetch.default, arguments, kwargs)

@@ -45,7 +45,8 @@ SCHEMAS = MappingProxyType(
         "region_store": "(Tensor start, Tensor stop, Tensor(a!) residual, Tensor(b!)? change) -> ()",
         "region_add": "(Tensor start, Tensor residual) -> Tensor",
         "cache_fetch": (
-            "(Tensor(a!)[] ready, Tensor[] host, Tensor(b!)[] stage, Tensor lanes, *, int lane, int coming) -> ()"
+            "(Tensor(a!)[] ready, Tensor[] host, Tensor(b!)[] stage, Tensor lanes, Tensor? after, *, int lane, int coming) "
+            "-> ()"
         ),
         "cache_store": "(Tensor[] stage, Tensor(a!)[] host, Tensor lanes, *, int lane) -> ()",
         "cache_watch": "(Tensor cache, Tensor(a!) broken) -> ()",

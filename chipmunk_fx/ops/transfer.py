@@ -14,11 +14,19 @@ from torch import Tensor
 
 
 def cache_fetch(
-    ready: Sequence[Tensor], host: Sequence[Tensor], stage: Sequence[Tensor], lanes: Tensor, *, lane: int, coming: int
+    ready: Sequence[Tensor],
+    host: Sequence[Tensor],
+    stage: Sequence[Tensor],
+    lanes: Tensor,
+    after: Tensor | None,
+    *,
+    lane: int,
+    coming: int,
 ) -> None:
     """Wait until the buffers `ready` of `lane` are filled, then begin to copy `host` into `stage`, the buffers of `coming`.
 
-    `stage` may have been used by work that was given to the computing stream before this call, not by later work.
+    `stage` may have been used by work that was given to the computing stream before this call, not by later work: what
+    reads them last in a graph names its result `after`, or a compiler may set this call before it, on a copy of them.
     """
     if ready and (stream := _stream(lanes, lane, ready[0])) is not None:
         torch.cuda.current_stream(ready[0].device).wait_stream(stream)

@@ -1,11 +1,14 @@
 """Caches in host memory: the same results, what lies where, and how little of them is on the device."""
 
+import re
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 
 import chipmunk_fx
 from chipmunk_fx.runtime import registry
@@ -32,12 +35,21 @@ def on_device() -> tuple[list[torch.Tensor], Summary]:
 @pytest.mark.parametrize("lowering", ["eager", "inductor"])
 def test_all_caches_on_the_host_change_no_bit(on_device, lowering: str):
     expected, beside = on_device if lowering == "eager" else results(lowering="inductor")
-    done, summary = results(memory__offload="all", lowering=lowering)
+    (done, summary), code = run_and_get_code(results, memory__offload="all", lowering=lowering)
     assert identical(done, expected)
+    assert bool(code) is (lowering == "inductor") and not [names for names in _buffers(code) if "buf" in names], (
+        "copied"
+    )
     assert {s.place for s in summary.sites} == {"host"} and all("host memory" in s.reason for s in summary.sites)
     assert summary.cache_bytes == summary.host_bytes == beside.cache_bytes > 0
     assert summary.phases == beside.phases and summary.flops_ratio == beside.flops_ratio
     assert "in host memory by way of" in str(summary)
+
+
+def _buffers(code: list[str]) -> Iterator[str]:
+    """What generated code fetches and stores, and where to, in the order of the operators' arguments."""
+    for call in re.findall(r"cache_(?:fetch|store)\.default\((.*)\)", "\n".join(code)):
+        yield from re.findall(r"\[([^]]*)\]", call)
 
 
 def test_lists_that_refreshes_keep_come_back_from_the_host():
