@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -71,7 +72,7 @@ def limit(config: Config, place: Place) -> int:
     if place.on_host:
         return int(0.5 * (_host_memory() + mine))
     if config.memory.budget_gb != "auto":
-        return int(float(config.memory.budget_gb) * 1e9)
+        return int(min(float(config.memory.budget_gb) * 1e9, sys.maxsize))
     if place.device.type == "cuda":
         return int(0.6 * (torch.cuda.mem_get_info(place.device)[0] + mine))
     return int(0.5 * (_host_memory() + mine))

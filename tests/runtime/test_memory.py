@@ -1,12 +1,16 @@
 """The memory budget: what stays dense when caches do not fit, and that what is reported is what is held."""
 
 import logging
+import sys
 
 import pytest
 import torch
 
 import chipmunk_fx
+from chipmunk_fx.config import Config
 from chipmunk_fx.runtime import registry
+from chipmunk_fx.runtime.placement import limit
+from chipmunk_fx.state.store import Place
 from tests.runtime.models import TinyDiT, assert_same, calls, compiled, exactly, run, words
 
 TIMES = (900, 700, 500)
@@ -90,6 +94,10 @@ def test_a_branch_that_does_not_fit_runs_dense_and_says_so(sizes: dict[str, int]
     assert_same(run(told, steps), run(model, steps))
     assert chipmunk_fx.summary(told).phases == {0: PHASES[0], 1: PHASES[0]}
     assert chipmunk_fx.summary(told).cache_bytes <= budget * 1e9
+
+
+def test_a_budget_may_be_larger_than_any_memory():
+    assert limit(Config.from_options({"memory.budget_gb": 1e300}), Place(torch.device("cpu"))) == sys.maxsize
 
 
 def test_strict_raises_over_the_budget(sizes: dict[str, int]):
