@@ -121,6 +121,7 @@ def test_equal_pictures_are_null_in_json(tmp_path: Path, capsys: pytest.CaptureF
         ("folder", "other", "do not hold pictures of the same names: x.png"),
         ("other", "other", "none of them has any picture"),
         ("a.png", "text.png", "cannot be read as a picture"),
+        ("deep.png", "deep.png", "more than 8 bits a channel"),
     ],
 )
 def test_what_cannot_be_compared_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str], first, second, said):
@@ -130,6 +131,7 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "other").mkdir()
     picture(tmp_path / "folder" / "x.png")
     (tmp_path / "text.png").write_text("not a picture")
+    Image.new("I;16", (24, 16)).save(tmp_path / "deep.png")
     assert main(["compare", str(tmp_path / first), str(tmp_path / second)]) == 2
     assert said in capsys.readouterr().err
 

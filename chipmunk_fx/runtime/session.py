@@ -19,7 +19,7 @@ from chipmunk_fx.runtime.generations import BIRTHS, Branch, Fallback, Prepared, 
 from chipmunk_fx.runtime.graphs import Graph
 from chipmunk_fx.runtime.known import Known, Prober
 from chipmunk_fx.runtime.observe import Observer
-from chipmunk_fx.runtime.registry import Unnamed, active_scope, held, others
+from chipmunk_fx.runtime.registry import Unnamed, active_scope, held, others, thread_key
 from chipmunk_fx.schedule.phase import Phase
 from chipmunk_fx.schedule.policies import policy_from
 from chipmunk_fx.schedule.timeline import Position, Timeline
@@ -188,7 +188,7 @@ class Session:
 
     def _locate(self, graph: Graph, values: Sequence[Any]) -> tuple[Track, Position]:
         scope = active_scope(values[graph.owner])
-        key = scope.key if scope else None
+        key = scope.key if scope else thread_key()
         if key not in self.tracks:
             schedule = self.config.schedule
             timeline = Timeline(schedule.steps, schedule.branches, bounded=scope is not None)
