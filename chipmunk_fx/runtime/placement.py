@@ -30,7 +30,7 @@ def fit(plan: Plan, config: Config) -> Plan:
         return plan
     device = plan.rewritten[0].device
     offload = config.memory.offload if plan.roles.timed else "none"
-    sizes = {s.index: cache_bytes(s, config, config.schedule.branches or 1) for s in plan.rewritten}
+    sizes = {s.index: cache_bytes(s, plan, config, config.schedule.branches or 1) for s in plan.rewritten}
     where: dict[int, Where] = dict.fromkeys(sizes, "host" if offload == "all" else "device")
     allowed = {"device": limit(config, Place(device)), "host": limit(config, Place(device, on_host=True))}
     reasons: dict[int, str] = {}
@@ -55,7 +55,7 @@ def notes(plan: Plan, config: Config) -> list[str]:
     branches = config.schedule.branches or 1
     totals = {"device": 0, "host": 0}
     for site in plan.rewritten:
-        totals[site.place] += cache_bytes(site, config, branches)
+        totals[site.place] += cache_bytes(site, plan, config, branches)
     shown = ", ".join(f"{size / 1e6:.1f} MB {_AT[place]}" for place, size in totals.items())
     return [f"caches of {branches} branch(es): {shown}; {staging_bytes(plan, config) / 1e6:.1f} MB to pass through"]
 
@@ -63,7 +63,7 @@ def notes(plan: Plan, config: Config) -> list[str]:
 def staging_bytes(plan: Plan, config: Config) -> int:
     """Bytes of the buffers on the device through which caches on the host pass, at the compiled sizes."""
     site_of = {lane: plan.sites[index] for index, lane in lanes(plan).items()}
-    return sum(slot.bytes for site in site_of.values() for slot in branch_slots(site, config))
+    return sum(slot.bytes for site in site_of.values() for slot in branch_slots(site, plan, config))
 
 
 def limit(config: Config, place: Place) -> int:

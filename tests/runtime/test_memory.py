@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 import chipmunk_fx
 from chipmunk_fx.config import Config
 from chipmunk_fx.runtime import registry
+from chipmunk_fx.runtime.footprint import cache_bytes
 from chipmunk_fx.runtime.placement import limit
 from chipmunk_fx.state.store import Place
 from tests.runtime.models import TinyDiT, assert_same, calls, compiled, exactly, run, words
@@ -43,6 +45,17 @@ def test_what_is_reported_is_what_is_held():
     summary = chipmunk_fx.summary(model)
     assert summary.cache_bytes == sum(t.untyped_storage().nbytes() for t in tensors) > 0
     assert summary.cache_bytes == sum(site.cache_bytes for site in summary.sites)
+
+
+@pytest.mark.parametrize("extra", [{}, {"local_window": 0.3}, {"local_voxels": 3}, {"text_rows": "dense"}])
+def test_what_is_foreseen_is_what_is_held(extra: dict[str, Any]):
+    """Text, windows and cubes make lists longer, dense text rows make them fewer."""
+    model = compiled(TinyDiT(), **{f"attention__{key}": value for key, value in extra.items()})
+    run(model, calls(TIMES[:1]))
+    (session,) = registry.sessions(model)
+    plan = session.tracks[None].records[0].graph().plan
+    foreseen = [cache_bytes(site, plan, session.config) for site in plan.rewritten]
+    assert foreseen == [site.cache_bytes for site in chipmunk_fx.summary(model).sites]
 
 
 def test_mlp_sites_give_way_first_the_last_ones_before_the_others(sizes: dict[str, int]):
