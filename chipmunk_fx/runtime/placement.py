@@ -38,7 +38,7 @@ def fit(plan: Plan, config: Config) -> Plan:
     if offload == "auto":
         moves = (("device", "host"), ("host", "dense"))
     for source, target in moves:
-        for site in _giving_way(plan):
+        for site in giving_way(plan):
             total = sum(size for index, size in sizes.items() if where[index] == source)
             if total > allowed[source] and where[site.index] == source:
                 where[site.index] = target
@@ -81,7 +81,8 @@ def limit(config: Config, place: Place) -> int:
 _AT = {"device": "on the device", "host": "in host memory"}
 
 
-def _giving_way(plan: Plan) -> Iterator[Site]:
+def giving_way(plan: Plan) -> Iterator[Site]:
+    """The rewritten sites in the order in which they stay dense over budget: MLPs first, the last ones first."""
     for kind in ("mlp", "attention"):
         yield from (site for site in reversed(plan.rewritten) if site.kind == kind)
 
