@@ -275,9 +275,10 @@ class Session:
     def _give_way(
         self, graph: Graph, track: Track, position: Position, values: Sequence[Any], over: _OverBudget
     ) -> bool:
-        """One site on the device stays dense while this generation's shape lasts; false where none is to be had alone."""
+        """One site on the device stays dense while this generation's shape lasts; false where none is to be had alone, or
+        none would be left: whole calls that run dense leave padding out."""
         site = next((s for s in giving_way(graph.plan) if s.place == "device"), None)
-        if site is None or over.on_host or graph.is_whole:
+        if site is None or over.on_host or graph.is_whole or len(graph.plan.rewritten) == 1:
             return False
         reason = f"caches exceed {over.limit}: some sites stay dense"
         if all(fallback.reason != reason for fallback in track.fallbacks):
