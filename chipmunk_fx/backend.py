@@ -207,7 +207,7 @@ def _config_of(config: Any) -> Config:
         return config
     if config is None or isinstance(config, Mapping):
         return Config.from_options(config, None)
-    return Config.from_options({"config": str(config)}, None)
+    return Config.from_options({"config": config}, None)
 
 
 def _report(captured: Capture, plan: Plan, config: Config) -> Report:

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from chipmunk_fx.arguments import count_of, device_of, share_of
 from chipmunk_fx.errors import BenchError
 from chipmunk_fx.kernels import choose, group_rows
 from chipmunk_fx.ops import flash4
@@ -108,11 +109,12 @@ class Row:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """`parser` is that of `bench kernels`."""
     add = parser.add_argument
-    add("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", type=device_of, choices=("cuda", "cpu"), default=device, help="default: cuda if there is one")
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     add("--only", choices=("published", "sweep"), help="the published shapes or the sweep (default: both)")
-    add("--rows", type=int, nargs="+", metavar="N", help="of the sweep (default: 1024 to 131072)")
-    add("--density", type=float, nargs="+", metavar="SHARE", help="of the sweep (default: 0.03 to 0.5)")
+    add("--rows", type=count_of, nargs="+", metavar="N", help="of the sweep (default: 1024 to 131072)")
+    add("--density", type=share_of, nargs="+", metavar="SHARE", help="of the sweep (default: 0.03 to 0.5)")
     add("--json", nargs="?", const=True, type=Path, metavar="FILE", help="print JSON, or write it there too")
     add("--plot", type=Path, metavar="PNG", help="draw the sweep there")
 

@@ -6,24 +6,26 @@ import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from tabulate import tabulate
+from torch import nn
 
-from chipmunk_fx.arguments import option_of, size_of
+from chipmunk_fx.arguments import count_of, device_of, option_of, size_of
 from chipmunk_fx.bench_measure import PUBLISHED_STEPS, Figures, Request, extrapolated, measure
 from chipmunk_fx.bench_subjects import SUBJECTS, Built, Subject, build, few, own
 from chipmunk_fx.config import Config
-from chipmunk_fx.errors import BenchError
+from chipmunk_fx.errors import BenchError, UsageError
 from chipmunk_fx.schedule.phase import Phase
 
 PHASES = tuple(str(phase) for phase in Phase)
 COLORS = {"dense": "#8c8c8c", "refresh": "#d98c3f", "sparse": "#3f7fd9", "skip": "#5fb36a"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-Resolve = Callable[[str], Callable[[], Any]]  # MODULE:FACTORY -> the factory
+Resolve = Callable[[str], tuple[nn.Module, Mapping[str, Any]]]  # MODULE:FACTORY -> what the factory returns
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,22 +40,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def measuring_arguments(parser: argparse._ActionsContainer) -> None:
     """What scripts that measure a model offer too."""
     add = parser.add_argument
-    add("--blocks", type=int, help="at most so many blocks of each kind, for a quick look")
+    add("--blocks", type=count_of, help="at most so many blocks of each kind, for a quick look")
     add(
         "--extrapolate",
         type=int,
         metavar="N",
         help="measure N blocks of the rarest kind (better 2 than 1), tell the whole named model from them",
     )
-    add("--rounds", type=int, default=2, help="timed generations a way, after the one that compiles (default: 2)")
+    add("--rounds", type=count_of, default=2, help="timed generations a way, after the one that compiles (default: 2)")
     add("--whole", action="store_true", help="run every step of a generation instead of composing its total")
     add("--uncompiled", action="store_true", help="measure the model as it is, too")
     add("--plot", type=Path, metavar="PNG", help="draw the totals by phase, where matplotlib is installed")
     _add_missing(parser, "--size", type=size_of, metavar="HxW[xF]", help="pixels and frames (default: as published)")
-    _add_missing(parser, "--steps", type=int, default=PUBLISHED_STEPS, help=f"default: {PUBLISHED_STEPS}")
+    _add_missing(parser, "--steps", type=count_of, default=PUBLISHED_STEPS, help=f"default: {PUBLISHED_STEPS}")
     _add_missing(parser, "--dtype", choices=tuple(DTYPES), default="bf16", help="of a named model; default: bf16")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    _add_missing(parser, "--device", default=device, help="default: cuda if there is one")
+    _add_missing(parser, "--device", type=device_of, default=device, help="default: cuda if there is one")
     _add_missing(parser, "--seed", type=int, default=0, help="of weights and inputs; default: 0")
     repeated = {"action": "append", "default": [], "metavar": "NAME=VALUE"}
     _add_missing(parser, "--option", help="a setting beside the preset; may be repeated", **repeated)
@@ -77,16 +79,17 @@ def run(arguments: argparse.Namespace, resolve: Resolve) -> list[Figures]:
     if arguments.extrapolate:
         figures = extrapolated(figures, blocks, whole, config.attention.dense_layers)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    types = arguments.dtype if subject else "in its own types"
     settings = {"model": arguments.model, "size": arguments.size, "blocks": arguments.blocks, "options": options}
     settings |= {"extrapolated": {"from": blocks, "to": whole}} if arguments.extrapolate else {}
-    about = settings | {"steps": asked.steps, "device": name, "torch": torch.__version__, "dtype": arguments.dtype}
+    about = settings | {"steps": asked.steps, "device": name, "torch": torch.__version__, "dtype": types}
     text = json.dumps(about | {"ways": [asdict(way) | ratios(way, figures) for way in figures]}, indent=2)
     if arguments.json is True:
         print(text)
     else:
         limit = f", {arguments.blocks} blocks of each kind" if arguments.blocks else ""
         limit = limit or (f", {whole} blocks told from {blocks}" if arguments.extrapolate else "")
-        print(f"{arguments.model}{limit}, {arguments.dtype}, {name}, torch {torch.__version__}; random weights")
+        print(f"{arguments.model}{limit}, {types}, {name}, torch {torch.__version__}; random weights")
         print(table(figures, asked.steps, config))
     if isinstance(arguments.json, Path):
         arguments.json.write_text(text + "\n")
@@ -176,7 +179,9 @@ def _maker(
     if ":" not in arguments.model:
         known = ", ".join(SUBJECTS)
         raise BenchError(f"no model {arguments.model!r}; there are {known}, or give MODULE:FACTORY for your own")
-    return lambda: own(resolve(arguments.model), device)
+    if arguments.size or arguments.blocks:
+        raise UsageError("--size and --blocks go with a named model; a factory chooses its own")
+    return lambda: own(partial(resolve, arguments.model), device)
 
 
 def _heads(ratio: Mapping[str, float]) -> dict[str, float]:

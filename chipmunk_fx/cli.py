@@ -16,7 +16,7 @@ from tabulate import tabulate
 
 import chipmunk_fx
 from chipmunk_fx import bench, bench_model, images
-from chipmunk_fx.arguments import factory_at, option_of, size_of
+from chipmunk_fx.arguments import made_by, option_of, size_of
 from chipmunk_fx.errors import ChipmunkError, UsageError
 from chipmunk_fx.pretrained import from_folder
 
@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     about = "dense, sparse, sparse with skipped steps, and skipped steps alone: ms by phase and a generation's time"
     model = subjects.add_parser("model", help=about, description=about)
     bench_model.add_arguments(model)
-    model.set_defaults(run=lambda arguments: bench_model.run(arguments, factory_at))
+    model.set_defaults(run=lambda arguments: bench_model.run(arguments, made_by))
     return parser
 
 
@@ -93,7 +93,9 @@ def _explain(arguments: argparse.Namespace) -> None:
     if arguments.model:
         model, inputs = from_folder(arguments.model, arguments.size)
     else:
-        model, inputs = factory_at(arguments.factory)()
+        if arguments.size:
+            raise UsageError("--size goes with --model; a factory chooses the size of its inputs")
+        model, inputs = made_by(arguments.factory)
     with torch.no_grad():
         report = chipmunk_fx.explain(model, config=options or None, **inputs)
     print(report.to_json() if arguments.json else report)

@@ -163,6 +163,8 @@ class Config(Section):
         super().__post_init__()
         given = self.inductor.items() if isinstance(self.inductor, Mapping) else self.inductor
         checked = {name: _inductor_value(name, value) for name, value in given}
+        if checked.get("mode", "") is None:
+            del checked["mode"]
         object.__setattr__(self, "inductor", tuple(sorted(checked.items())))
 
     @classmethod
@@ -290,7 +292,9 @@ def _flat(given: Mapping[Any, Any], source: str | None, prefix: str = "") -> Ite
         if not isinstance(name, str):
             raise ConfigError.unknown(str(name), value, allowed_keys(), source=source)
         key = prefix + name
-        if isinstance(value, Mapping) and (key in nested or (prefix == "inductor." and not _is_inductor(name))):
+        misspelt = not prefix and "." not in key and key not in allowed_keys()  # what is in it tells more
+        deeper = misspelt or (prefix == "inductor." and not _is_inductor(name))
+        if isinstance(value, Mapping) and (key in nested or (value and deeper)):
             yield from _flat(value, source, f"{key}.")
         elif key not in nested:
             yield key, value
@@ -332,6 +336,8 @@ def _inductor_value(name: str, value: Any, key: str | None = None, source: str |
 
     key = key or f"inductor.{name}"
     if name == "mode":
+        if value is None:  # torch.compile's own default
+            return None
         return choice(*list_mode_options()).check(key, value, source)
     known = list_options()
     if name not in known:

@@ -27,11 +27,22 @@ class Setting:
     source: str | None = None
 
 
+class _OnceLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice in one mapping, of which YAML would drop the first without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        written = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = [name for place, name in enumerate(written) if name in written[:place]]
+        if twice and not node.tag.endswith(":set"):
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The mapping in a YAML file; ConfigError naming the file and what is wrong with it otherwise."""
     shown = os.fspath(path)
     try:
-        content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).expanduser().read_text(encoding="utf-8"), Loader=_OnceLoader)
     except FileNotFoundError:
         raise ConfigError.unreadable(shown, "there is no such file") from None
     except OSError as error:

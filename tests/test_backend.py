@@ -435,6 +435,8 @@ def test_explain_raises_config_errors_itself():
         for model in (TinyDiT(), Broken()):
             with pytest.raises(ConfigError):
                 chipmunk_fx.explain(model, *CALL, config=config)
+    with pytest.raises(ConfigError, match="config = 3 is not allowed"):
+        chipmunk_fx.explain(TinyDiT(), *CALL, config=3)
 
 
 def test_explain_of_a_model_whose_graph_breaks_sees_all_pieces():

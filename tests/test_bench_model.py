@@ -49,7 +49,7 @@ def tiny() -> tuple[nn.Module, dict[str, Any]]:
 def run(*given: str, factory: Callable[[], Any] = tiny) -> list[Figures]:
     parser = argparse.ArgumentParser()
     bench_model.add_arguments(parser)
-    return bench_model.run(parser.parse_args(given), lambda path: factory)
+    return bench_model.run(parser.parse_args(given), lambda path: factory())
 
 
 def option(settings: dict[str, Any]) -> list[str]:

@@ -121,6 +121,7 @@ def test_equal_pictures_are_null_in_json(tmp_path: Path, capsys: pytest.CaptureF
         ("folder", "other", "do not hold pictures of the same names: x.png"),
         ("other", "other", "none of them has any picture"),
         ("a.png", "text.png", "cannot be read as a picture"),
+        ("deep.png", "deep.png", "more than 8 bits a channel"),
     ],
 )
 def test_what_cannot_be_compared_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str], first, second, said):
@@ -130,6 +131,7 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "other").mkdir()
     picture(tmp_path / "folder" / "x.png")
     (tmp_path / "text.png").write_text("not a picture")
+    Image.new("I;16", (24, 16)).save(tmp_path / "deep.png")
     assert main(["compare", str(tmp_path / first), str(tmp_path / second)]) == 2
     assert said in capsys.readouterr().err
 
@@ -168,6 +170,12 @@ from tests.harness.zoo import build
 def hand():
     return build("H-fused-sdpa/gelu")
 
+def nothing_of_use():
+    return 1, 2, 3
+
+def sized(height, width=8):
+    return hand()
+
 number = 3
 """
 
@@ -178,16 +186,19 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "folder").mkdir()
     for file in ("some_models.py", "folder/models.py"):
         (tmp_path / file).write_text(FACTORY)
+    (tmp_path / "importing_models.py").write_text("from some_models import hand")
+    (tmp_path / "json.py").write_text("raise ImportError('the library of this name is meant')")
+    monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.chdir(tmp_path)
     before = set(sys.modules)
     yield
     for name in set(sys.modules) - before:
-        if name.partition(".")[0] in ("some_models", "folder"):
+        if name.partition(".")[0] in ("some_models", "folder", "importing_models"):
             del sys.modules[name]
 
 
 @pytest.mark.usefixtures("models")
-@pytest.mark.parametrize("factory", ["some_models:hand", "folder.models:hand"])
+@pytest.mark.parametrize("factory", ["some_models:hand", "folder.models:hand", "importing_models:hand"])
 def test_explain_lists_the_sites(capsys: pytest.CaptureFixture[str], factory: str):
     assert main(["explain", factory, "--option", "gate=off", "--json"]) == 0
     sites = json.loads(capsys.readouterr().out)["sites"]
@@ -204,7 +215,12 @@ def test_explain_lists_the_sites(capsys: pytest.CaptureFixture[str], factory: st
         (["some_models.part:hand"], "no module 'some_models.part'"),
         (["some_models:nothing"], "some_models has no function 'nothing'"),
         (["some_models:number"], "some_models has no function 'number'"),
+        (["some_models:nothing_of_use"], "some_models:nothing_of_use returned (int, int, int); it should return"),
+        (["os:getcwd"], "os:getcwd returned a str; it should return (model, keyword inputs)"),
+        (["some_models:sized"], "some_models:sized is called without arguments and needs height"),
+        (["some_models:hand", "--size", "64x64"], "--size goes with --model"),
         (["some_models:hand", "--option", "gate"], "--option 'gate' has no '='"),
+        (["some_models:hand", "--option", "gate=["], "--option 'gate=[': '[' is not YAML"),
         (["some_models:hand", "--option", "attention.densty=0.1"], "attention.densty"),
     ],
 )
@@ -234,6 +250,30 @@ def test_help_is_given_on_each_command(capsys: pytest.CaptureFixture[str], comma
         main([*command, "--help"])
     assert exit.value.code == 0
     assert "usage: chipmunk-fx" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["explain", "--model", ".", "--size", "3"], "'3' is not HxW or HxWxF"),
+        (["explain", "--model", ".", "--size", "0x64"], "'0x64' is not HxW or HxWxF"),
+        (["bench", "kernels", "--density", "3"], "'3' is not a share"),
+        (["bench", "kernels", "--rows", "0"], "'0' is not a whole number of at least 1"),
+        (["bench", "kernels", "--device", "foo"], "'foo' is no device here"),
+        (["bench", "model", "flux", "--device", "meta"], "'meta' is no device here"),
+        (["bench", "model", "flux", "--steps", "-1"], "'-1' is not a whole number of at least 1"),
+    ],
+)
+def test_words_that_cannot_be_meant_are_refused(capsys: pytest.CaptureFixture[str], words: list[str], said: str):
+    with pytest.raises(SystemExit) as exit:
+        main(words)
+    assert exit.value.code == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("models")
+def test_a_factory_chooses_its_own_size(capsys: pytest.CaptureFixture[str]):
+    assert main(["bench", "model", "some_models:hand", "--size", "64x64"]) == 2
+    assert "--size and --blocks go with a named model" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("models")

@@ -225,6 +225,8 @@ def test_ranges_hold_for_direct_construction_and_replace():
         ({"attention.density.x": 1}, "attention.density.x", "attention.density"),
         ({"inductor.max_autotun": True}, "inductor.max_autotun", "inductor.max_autotune"),
         ({3: 4}, "3", None),
+        ({"attentoin": {"density": 0.1}}, "attentoin.density", "attention.density"),
+        ({"attentoin": {}}, "attentoin", None),
     ],
 )
 def test_unknown_keys_are_answered_with_the_closest_and_the_list(options, key, meant):
@@ -296,6 +298,7 @@ def test_mode_is_the_option_inductor_mode():
     assert config == make({"inductor.mode": "max-autotune"})[0]
     assert config.inductor_mode == "max-autotune" and config.inductor_options == {}
     assert Config().inductor_mode is None
+    assert make({"inductor.mode": None})[0] == make({"inductor": {"mode": None}})[0] == Config()
     error = refused(mode="fastest")
     assert error.key == "mode" and "max-autotune" in str(error)
 
@@ -596,6 +599,8 @@ def test_two_formats_in_one_file_are_refused(tmp_path):
         ("config: other.yml", "no further file"),
         ("preset: sdxl", "preset = 'sdxl'"),
         ("1: 2", "unknown key '1'"),
+        ("mlp: {density: 0.1}\nmlp: {list_lifetime: 3}", "'mlp' stands twice"),
+        ("attention: {density: 0.1, density: 0.2}", "'density' stands twice"),
     ],
 )
 def test_files_that_cannot_be_used_name_the_file_and_the_problem(tmp_path, text, problem):

@@ -45,13 +45,15 @@ class Layout:
 
 @dataclass(frozen=True)
 class Geometry:
-    """How to find a call's grids: `sizes` (possibly symbolic) of one or `ids`, an input that lists positions."""
+    """How to find a call's grids: `sizes` (possibly symbolic) of one or `ids`, an input that lists positions. `compiled`: those
+    of the compiling call."""
 
     sizes: tuple[Size, Size, Size] | None
     ids: int | None
     side: Side | None
     text: int | None  # given by the user
     source: str
+    compiled: tuple[Grid, ...] = ()
 
     def grids(self, known: dict[Any, int], values: Sequence[Any]) -> tuple[Grid, ...]:
         """Those of the pictures in a call's sequence, in order; empty where they are not known. Reads ids off the device."""
@@ -87,7 +89,7 @@ def find_geometry(
         known = {t * h * w, t * h * w + (text or 0)}
         fits = bool(known & set(lengths)) or (text is None and side is not None)
         if fits or not lengths:
-            return Geometry((t, h, w), None, side, text, "option tokens.grid")
+            return Geometry((t, h, w), None, side, text, "option tokens.grid", ((t, h, w),))
         if roles.timed:
             plus = f" (+ {text} text tokens)" if text else ""
             raise ConfigError.invalid(
@@ -96,15 +98,17 @@ def find_geometry(
                 f"t*h*w{plus} must be the length of an attention site; here t*h*w = {t * h * w}, lengths are {lengths}",
             )
     for sizes, source in _convolution_grids(capture, roles):
-        image = hint(sizes[0]) * hint(sizes[1]) * hint(sizes[2])
+        grid = (hint(sizes[0]), hint(sizes[1]), hint(sizes[2]))
+        image = prod(grid)
         if any(length >= image for length in lengths):
-            return Geometry(sizes, None, side or _side(capture, roles, image, lengths), text, source)
+            found = side or _side(capture, roles, image, lengths)
+            return Geometry(sizes, None, found, text, source, (grid,))
     for index in roles.ids:
         grids = grids_of_ids(real[index])
         image = sum(map(prod, grids))
         if image > 1 and any(length >= image for length in lengths):
             found = side or _side(capture, roles, image, lengths)
-            return Geometry(None, index, found, text, f"position ids {capture.inputs[index].name}")
+            return Geometry(None, index, found, text, f"position ids {capture.inputs[index].name}", grids)
     return Geometry(None, None, side, text, "unknown: raster order")
 
 

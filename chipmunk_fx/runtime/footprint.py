@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from chipmunk_fx.config import Config
-from chipmunk_fx.graph.plan import Site
+from chipmunk_fx.graph.plan import Plan, Site
+from chipmunk_fx.runtime.tables import attention_tables
 from chipmunk_fx.state.slots import Slot, attention_slots, columns, mlp_slots
 
 TILE = 16  # column counts are rounded up to this
@@ -37,11 +38,18 @@ def density(site: Site, config: Config) -> float:
     return min(site_columns(site, site.hints, config) / site.hints[3] + window, 1.0)
 
 
-def branch_slots(site: Site, config: Config) -> tuple[Slot, ...]:
-    """The caches of one branch at the compiled sizes (text columns not counted)."""
-    return site_slots(site, site.hints, site_columns(site, site.hints, config))
+def branch_slots(site: Site, plan: Plan, config: Config) -> tuple[Slot, ...]:
+    """The caches of one branch at the compiled sizes, all keys being valid."""
+    if site.kind == "mlp":
+        return site_slots(site, site.hints, site_columns(site, site.hints, config))
+    _, _, rows, keys, _ = site.hints
+    layout = plan.geometry.layout(rows, plan.geometry.compiled)
+    raster = config.tokens.order == "raster"
+    tables = attention_tables(layout, rows, keys, site.group_rows, config.attention, raster)
+    columns = site_columns(site, site.hints, config, tables.fixed.most)
+    return site_slots(site, site.hints, columns, len(tables.order))
 
 
-def cache_bytes(site: Site, config: Config, branches: int = 1) -> int:
-    """Bytes of a site's caches at the compiled sizes (text columns not counted)."""
-    return sum(slot.bytes * (1 if slot.shared else branches) for slot in branch_slots(site, config))
+def cache_bytes(site: Site, plan: Plan, config: Config, branches: int = 1) -> int:
+    """Bytes of a site's caches at the compiled sizes, all keys being valid."""
+    return sum(slot.bytes * (1 if slot.shared else branches) for slot in branch_slots(site, plan, config))

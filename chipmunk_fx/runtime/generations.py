@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from chipmunk_fx.graph.geometry import Grid
+from chipmunk_fx.runtime.faults import Faults
 from chipmunk_fx.runtime.known import Known
 from chipmunk_fx.runtime.tables import Tables
 from chipmunk_fx.schedule.phase import Phase
@@ -100,7 +101,8 @@ class Prepared:
 
 @dataclass
 class Track:
-    """The generations of one key: a timeline, the branches of the one under way, and what its calls did."""
+    """The generations of one key: a timeline, the branches of the one under way, and what its calls did. `faults`: sites for
+    which the budget has no room, as long as the shape is the same."""
 
     timeline: Timeline
     branches: dict[int, Branch] = field(default_factory=dict)
@@ -110,6 +112,7 @@ class Track:
     grids: tuple[Grid, ...] | None = None
     clock: torch.Tensor | None = None
     prepared: dict[Any, Prepared] = field(default_factory=dict)
+    faults: Faults = field(default_factory=Faults)
     last_call: int = 0
     begun: int = 0  # larger for the generation that began later, over all sessions
     shape: Hashable = None  # of the latents
@@ -123,5 +126,7 @@ class Track:
         gone = tuple(self.branches.values()) if shape != self.shape else ()
         if gone:
             self.branches = {}
+        if shape != self.shape:
+            self.faults = Faults()
         self.shape = shape
         return gone

@@ -50,7 +50,7 @@ class Graph:
 
         With dynamic shapes all become dense: guards that a graph built after the first call would add are not enforced.
         """
-        if self.capture.dynamic and self.config.lowering != "eager":
+        if self.is_whole:
             (reason,) = dict.fromkeys(reasons.values()) if len(set(reasons.values())) == 1 else ["out of memory"]
             reasons = {site.index: reason for site in self.plan.rewritten}
         key = frozenset(reasons)
@@ -59,10 +59,15 @@ class Graph:
                 replace(s, status="dense", reason=reasons[s.index]) if s.index in reasons else s
                 for s in self.plan.sites
             )
-            skips = self.plan.skips and not (self.capture.dynamic and self.config.lowering != "eager")
+            skips = self.plan.skips and not self.is_whole
             plan = replace(self.plan, sites=sites, skips=skips)
             self._without[key] = Graph(self.capture, plan, self.config, self.variants.of(plan), self.owner)
         return self._without[key]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether sites become dense all together or not at all."""
+        return self.capture.dynamic and self.config.lowering != "eager"
 
     def in_passing(self, session: Any, calls: int) -> bool:
         """Whether parameters are replaced at every call, so that no cache would be met again: `session` has had `calls`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Hashable, Iterator
 from dataclasses import replace
@@ -30,7 +31,7 @@ def fit(plan: Plan, config: Config) -> Plan:
         return plan
     device = plan.rewritten[0].device
     offload = config.memory.offload if plan.roles.timed else "none"
-    sizes = {s.index: cache_bytes(s, config, config.schedule.branches or 1) for s in plan.rewritten}
+    sizes = {s.index: cache_bytes(s, plan, config, config.schedule.branches or 1) for s in plan.rewritten}
     where: dict[int, Where] = dict.fromkeys(sizes, "host" if offload == "all" else "device")
     allowed = {"device": limit(config, Place(device)), "host": limit(config, Place(device, on_host=True))}
     reasons: dict[int, str] = {}
@@ -38,7 +39,7 @@ def fit(plan: Plan, config: Config) -> Plan:
     if offload == "auto":
         moves = (("device", "host"), ("host", "dense"))
     for source, target in moves:
-        for site in _giving_way(plan):
+        for site in giving_way(plan):
             total = sum(size for index, size in sizes.items() if where[index] == source)
             if total > allowed[source] and where[site.index] == source:
                 where[site.index] = target
@@ -55,7 +56,7 @@ def notes(plan: Plan, config: Config) -> list[str]:
     branches = config.schedule.branches or 1
     totals = {"device": 0, "host": 0}
     for site in plan.rewritten:
-        totals["host" if site.passage else "device"] += cache_bytes(site, config, branches)
+        totals["host" if site.passage else "device"] += cache_bytes(site, plan, config, branches)
     shown = ", ".join(f"{size / 1e6:.1f} MB {_AT[place]}" for place, size in totals.items())
     return [f"caches of {branches} branch(es): {shown}; {staging_bytes(plan, config) / 1e6:.1f} MB to pass through"]
 
@@ -66,7 +67,7 @@ def staging_bytes(plan: Plan, config: Config) -> int:
         (site.passage.lane(slot.name), slot.name): slot.bytes
         for site in plan.rewritten
         if site.passage
-        for slot in branch_slots(site, config)
+        for slot in branch_slots(site, plan, config)
     }
     return sum(staged.values())
 
@@ -77,7 +78,7 @@ def limit(config: Config, place: Place) -> int:
     if place.on_host:
         return int(0.5 * (_host_memory() + mine))
     if config.memory.budget_gb != "auto":
-        return int(float(config.memory.budget_gb) * 1e9)
+        return int(min(float(config.memory.budget_gb) * 1e9, sys.maxsize))
     if place.device.type == "cuda":
         return int(0.6 * (torch.cuda.mem_get_info(place.device)[0] + mine))
     return int(0.5 * (_host_memory() + mine))
@@ -86,7 +87,8 @@ def limit(config: Config, place: Place) -> int:
 _AT = {"device": "on the device", "host": "in host memory"}
 
 
-def _giving_way(plan: Plan) -> Iterator[Site]:
+def giving_way(plan: Plan) -> Iterator[Site]:
+    """The rewritten sites in the order in which they stay dense over budget: MLPs first, the last ones first."""
     for kind in ("mlp", "attention"):
         yield from (site for site in reversed(plan.rewritten) if site.kind == kind)
 
@@ -105,7 +107,7 @@ def _sent(plan: Plan, where: dict[int, Where], config: Config) -> Plan:
     sites = []
     for site in plan.sites:
         if where.get(site.index) == "host":
-            alike = site.kind, str(site.sizes), branch_slots(site, config), plan.mask_of(site)
+            alike = site.kind, str(site.sizes), branch_slots(site, plan, config), plan.mask_of(site)
             layout = layouts.setdefault(alike, len(layouts))
             site = replace(site, passage=Passage.of(layout, seen[layout]))
             seen[layout] += 1

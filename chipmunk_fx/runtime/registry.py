@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextvars
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -115,6 +116,18 @@ class Unnamed:
     over = False
 
 
+@dataclass(frozen=True)
+class OfThread(Unnamed):
+    """The key of what a thread other than the main one calls outside any `generation` block."""
+
+    thread: weakref.ref[threading.Thread]
+
+    @property
+    def over(self) -> bool:
+        thread = self.thread()
+        return thread is None or not thread.is_alive()
+
+
 @contextmanager
 def scope(model: nn.Module, key: Any, branch: int | None) -> Iterator[None]:
     own = Unnamed() if key is None else key
@@ -131,6 +144,12 @@ def scope(model: nn.Module, key: Any, branch: int | None) -> Iterator[None]:
 def active_scope(owner: torch.Tensor) -> Scope | None:
     """The innermost `generation` block around this call that names a model with this parameter."""
     return next((s for s in reversed(_SCOPES.get()) if id(owner) in s.parameters), None)
+
+
+def thread_key() -> OfThread | None:
+    """The key of calls outside any scope, so that threads do not see each other's state."""
+    thread = threading.current_thread()
+    return None if thread is threading.main_thread() else OfThread(weakref.ref(thread))
 
 
 def compiled_with_us(model: nn.Module) -> bool:

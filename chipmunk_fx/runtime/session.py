@@ -12,6 +12,7 @@ import torch
 
 from chipmunk_fx.config import Config
 from chipmunk_fx.errors import FallbackError
+from chipmunk_fx.graph.plan import Site
 from chipmunk_fx.log import Notices, logger
 from chipmunk_fx.runtime.assembly import Assembly, SiteOutOfMemory, masks
 from chipmunk_fx.runtime.faults import Faults
@@ -19,7 +20,8 @@ from chipmunk_fx.runtime.generations import BIRTHS, Branch, Fallback, Prepared, 
 from chipmunk_fx.runtime.graphs import Graph
 from chipmunk_fx.runtime.known import Known, Prober
 from chipmunk_fx.runtime.observe import Observer
-from chipmunk_fx.runtime.registry import Unnamed, active_scope, held, others
+from chipmunk_fx.runtime.placement import giving_way
+from chipmunk_fx.runtime.registry import Unnamed, active_scope, held, others, thread_key
 from chipmunk_fx.schedule.phase import Phase
 from chipmunk_fx.schedule.policies import policy_from
 from chipmunk_fx.schedule.timeline import Position, Timeline
@@ -129,7 +131,7 @@ class Session:
         """The graph and phase that faults and caches allow, the tensors to append (none where nothing is rewritten), and
         whether new lists are chosen."""
         while True:
-            able = self.faults.able(graph, values)
+            able = track.faults.able(self.faults.able(graph, values), values)
             phase = self._phase(able, track, branch, position, known)
             problem = self.faults.of(able) or (able.rewrites and known.problem)
             if phase is Phase.DENSE and (not able.skips or not position.decided or problem):
@@ -137,6 +139,8 @@ class Session:
             try:
                 return able, *self._cached(able, track, branch, position, phase, values, known)
             except _OverBudget as over:
+                if self._give_way(able, track, position, values, over):
+                    continue
                 self.store.drop([branch.caches])
                 track.prepared.clear()
                 self.held = self.account()
@@ -188,7 +192,7 @@ class Session:
 
     def _locate(self, graph: Graph, values: Sequence[Any]) -> tuple[Track, Position]:
         scope = active_scope(values[graph.owner])
-        key = scope.key if scope else None
+        key = scope.key if scope else thread_key()
         if key not in self.tracks:
             schedule = self.config.schedule
             timeline = Timeline(schedule.steps, schedule.branches, bounded=scope is not None)
@@ -266,7 +270,25 @@ class Session:
         if self._free_idle() or any([other.release() for other in others(owner, self)]):
             return
         self._fall_back(track, position, str(error))
-        self.faults.exempt(owner, site, str(error))
+        self._forsake(self.faults, owner, site, str(error))
+
+    def _give_way(
+        self, graph: Graph, track: Track, position: Position, values: Sequence[Any], over: _OverBudget
+    ) -> bool:
+        """One site on the device stays dense while this generation's shape lasts; false where none is to be had alone, or
+        none would be left: whole calls that run dense leave padding out."""
+        site = next((s for s in giving_way(graph.plan) if s.place == "device"), None)
+        if site is None or over.on_host or graph.is_whole or len(graph.plan.rewritten) == 1:
+            return False
+        reason = f"caches exceed {over.limit}: some sites stay dense"
+        if all(fallback.reason != reason for fallback in track.fallbacks):
+            self._fall_back(track, position, reason)
+        self._forsake(track.faults, values[site.owner], site, f"memory budget: {over}")
+        return True
+
+    def _forsake(self, faults: Faults, owner: torch.Tensor, site: Site, reason: str) -> None:
+        """The site stays dense as long as `faults` last, and its caches go."""
+        faults.exempt(owner, site, reason)
         for home in self._homes():
             home.get(owner, {}).pop(site.ordinal, None)
         for each in self.tracks.values():
@@ -283,7 +305,7 @@ class Session:
         while (total := need + held(self.tag).at(place)) > limit:
             if not self._free_idle():
                 name = "what is free of host memory" if place.on_host else "memory.budget_gb"
-                raise _OverBudget(f"caches of {total / 1e9:.3g} GB exceed {name} ({limit / 1e9:.3g} GB)")
+                raise _OverBudget(total, f"{name} ({limit / 1e9:.3g} GB)", place.on_host)
 
     def _free_idle(self) -> bool:
         """Free the generation that was called longest ago, of those that are not under way; false where there is none."""
@@ -312,3 +334,7 @@ _NOTHING = Known()
 
 class _OverBudget(Exception):
     """A branch's caches do not fit the memory budget."""
+
+    def __init__(self, total: int, limit: str, on_host: bool) -> None:
+        super().__init__(f"caches of {total / 1e9:.3g} GB exceed {limit}")
+        self.limit, self.on_host = limit, on_host

@@ -92,6 +92,7 @@ def local_columns(
 
 
 @lru_cache(maxsize=16)  # of each site's length for a few sizes of picture
+@torch.inference_mode(False)  # remembered, and asked for outside it too
 def attention_tables(
     layout: Layout | None, queries: int, keys: int, rows: int, config: AttentionConfig, raster: bool
 ) -> Tables:

@@ -1,12 +1,18 @@
 """The memory budget: what stays dense when caches do not fit, and that what is reported is what is held."""
 
 import logging
+import sys
+from typing import Any
 
 import pytest
 import torch
 
 import chipmunk_fx
+from chipmunk_fx.config import Config
 from chipmunk_fx.runtime import registry
+from chipmunk_fx.runtime.footprint import cache_bytes
+from chipmunk_fx.runtime.placement import limit
+from chipmunk_fx.state.store import Place
 from tests.runtime.models import TinyDiT, assert_same, calls, compiled, exactly, run, words
 
 TIMES = (900, 700, 500)
@@ -41,6 +47,17 @@ def test_what_is_reported_is_what_is_held():
     assert summary.cache_bytes == sum(site.cache_bytes for site in summary.sites)
 
 
+@pytest.mark.parametrize("extra", [{}, {"local_window": 0.3}, {"local_voxels": 3}, {"text_rows": "dense"}])
+def test_what_is_foreseen_is_what_is_held(extra: dict[str, Any]):
+    """Text, windows and cubes make lists longer, dense text rows make them fewer."""
+    model = compiled(TinyDiT(), **{f"attention__{key}": value for key, value in extra.items()})
+    run(model, calls(TIMES[:1]))
+    (session,) = registry.sessions(model)
+    plan = session.tracks[None].records[0].graph().plan
+    foreseen = [cache_bytes(site, plan, session.config) for site in plan.rewritten]
+    assert foreseen == [site.cache_bytes for site in chipmunk_fx.summary(model).sites]
+
+
 def test_mlp_sites_give_way_first_the_last_ones_before_the_others(sizes: dict[str, int]):
     model = TinyDiT(depth=2)
     ours = exactly(model, memory__budget_gb=(sizes["attention"] + 0.6 * sizes["mlp"]) / 1e9)
@@ -73,7 +90,7 @@ def test_then_everything_with_one_warning(caplog: pytest.LogCaptureFixture):
     assert "memory.budget_gb" in warning.message and "nothing is rewritten" in warning.message
 
 
-def test_a_branch_that_does_not_fit_runs_dense_and_says_so(sizes: dict[str, int], caplog: pytest.LogCaptureFixture):
+def test_sites_give_way_to_a_branch_that_does_not_fit(sizes: dict[str, int], caplog: pytest.LogCaptureFixture):
     """Two branches cannot be foreseen without schedule.branches."""
     model = TinyDiT(depth=2)
     budget = 1.5 * sum(sizes.values()) / 1e9
@@ -82,14 +99,20 @@ def test_a_branch_that_does_not_fit_runs_dense_and_says_so(sizes: dict[str, int]
     with caplog.at_level(logging.WARNING, logger="chipmunk_fx"):
         assert_same(run(ours, steps), run(model, steps))
     summary = chipmunk_fx.summary(ours)
-    assert summary.phases == {0: PHASES[0], 1: ["dense"] * 3}
-    assert {(f.branch, "memory.budget_gb" in f.reason) for f in summary.fallbacks} == {(1, True)}
-    assert summary.cache_bytes <= budget * 1e9
+    assert summary.phases == {0: PHASES[0], 1: PHASES[0]}
+    assert [(s.kind, s.status) for s in summary.sites if s.status == "dense"] == [("mlp", "dense")]
+    assert "memory budget" in summary.sites[3].reason
+    assert [(f.step, f.branch, "memory.budget_gb" in f.reason) for f in summary.fallbacks] == [(0, 1, True)]
+    assert 0.6 * budget * 1e9 < summary.cache_bytes <= budget * 1e9
     assert sum("memory.budget_gb" in r.message for r in caplog.records) == 1
     told = exactly(model, memory__budget_gb=budget, schedule__branches=2)
     assert_same(run(told, steps), run(model, steps))
     assert chipmunk_fx.summary(told).phases == {0: PHASES[0], 1: PHASES[0]}
     assert chipmunk_fx.summary(told).cache_bytes <= budget * 1e9
+
+
+def test_a_budget_may_be_larger_than_any_memory():
+    assert limit(Config.from_options({"memory.budget_gb": 1e300}), Place(torch.device("cpu"))) == sys.maxsize
 
 
 def test_strict_raises_over_the_budget(sizes: dict[str, int]):
@@ -105,6 +128,18 @@ def test_a_second_resolution_over_the_budget_is_dense_and_right(sizes: dict[str,
         steps = calls(TIMES, side=side)
         assert_same(run(ours, steps), run(model, steps))
         assert chipmunk_fx.summary(ours).cache_bytes <= 1.2 * sum(sizes.values())
+
+
+def test_sites_that_gave_way_to_a_larger_picture_come_back(sizes: dict[str, int]):
+    model = TinyDiT(depth=2)
+    ours = exactly(model, memory__budget_gb=1.2 * sum(sizes.values()) / 1e9)
+    for side, dense in ((16, 0), (12, 0), (24, 1), (16, 0)):  # the second size makes the graph dynamic
+        steps = calls(TIMES, side=side)
+        assert_same(run(ours, steps), run(model, steps))
+        summary = chipmunk_fx.summary(ours)
+        assert summary.phases == PHASES and summary.cache_bytes <= 1.2 * sum(sizes.values())
+        assert [site.status for site in summary.sites if site.kind == "mlp"].count("dense") == dense
+        assert {site.status for site in summary.sites if site.kind == "attention"} == {"rewritten"}
 
 
 def test_a_budget_counts_all_blocks_of_a_model(sizes: dict[str, int]):

@@ -4,6 +4,7 @@ import copy
 import gc
 import threading
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -66,7 +67,9 @@ def test_a_copy_of_the_model_begins_with_nothing():
     assert chipmunk_fx.summary(ours).phases == PHASES
 
 
-def test_threads_on_one_model_do_not_mix():
+@pytest.mark.parametrize("named", [True, False])
+def test_threads_on_one_model_do_not_mix(named: bool):
+    """Nor without `generation`, where even the text is the same."""
     model = compiled(TinyDiT())
     seeds = range(2)
     alone = []
@@ -77,7 +80,7 @@ def test_threads_on_one_model_do_not_mix():
     barrier = threading.Barrier(len(seeds))
 
     def work(seed: int) -> None:
-        with chipmunk_fx.generation(model, key=seed):
+        with chipmunk_fx.generation(model, key=seed) if named else nullcontext():
             results[seed] = []
             for call in calls(TIMES, seed=seed):
                 barrier.wait()
@@ -89,7 +92,17 @@ def test_threads_on_one_model_do_not_mix():
     for thread in threads:
         thread.join()
     assert all(identical(results[seed], alone[seed]) for seed in seeds)
-    assert all(chipmunk_fx.summary(model, key=seed).phases == PHASES for seed in seeds)
+    assert all(chipmunk_fx.summary(model, key=seed if named else None).phases == PHASES for seed in seeds)
+
+
+def test_a_thread_that_ended_leaves_its_buffers_to_the_next():
+    model = compiled(TinyDiT())
+    for seed in range(3):
+        thread = threading.Thread(target=run, args=(model, calls(TIMES, seed=seed)))
+        thread.start()
+        thread.join()
+    (session,) = registry.sessions(model)
+    assert len(session.tracks) == 1 and chipmunk_fx.summary(model).phases == PHASES
 
 
 def test_threads_on_models_that_share_a_graph():

@@ -26,6 +26,12 @@ def test_an_order_names_every_row_once(grid, side, text):
     assert order[layout.image :].tolist() == list(words)
 
 
+def test_tables_first_asked_for_in_inference_mode_serve_outside_it():
+    with torch.inference_mode():
+        made = tables(Layout(((1, 3, 7),), "last", 2), local_window=0.25)
+    assert not made.order.is_inference() and not made.always.is_inference()
+
+
 def test_a_group_of_an_image_is_a_square_patch():
     order = row_order(SQUARE, raster=False)
     for group in order.split(16):
