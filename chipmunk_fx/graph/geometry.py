@@ -1,12 +1,12 @@
 """The grid of latent patches behind a sequence, and where text stands in it.
 
-Found from the patchifying convolution or from a position-id input; a wrong or missing grid costs quality (rows of a group
-are then less alike), never correctness, since order is a property of the ops.
+Found from the patchifying convolution, from a position-id input, or from where in the latents each token comes from. A wrong
+or missing grid costs quality (rows of a group are then less alike), never correctness, since order is a property of the ops.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal
@@ -18,15 +18,14 @@ from chipmunk_fx.config import TokensConfig
 from chipmunk_fx.errors import ConfigError
 from chipmunk_fx.graph.capture import Capture
 from chipmunk_fx.graph.inputs import Roles
-from chipmunk_fx.graph.sizes import Size, evaluate, hint
+from chipmunk_fx.graph.places import Grid, Told, entering, leaving
+from chipmunk_fx.graph.sizes import Size, evaluate, hint, is_data_dependent
 from chipmunk_fx.graph.walk import VIEWS, ancestors, placeholders, shape
 
 aten = torch.ops.aten
 
 _CONVOLUTIONS = (aten.conv2d.default, aten.conv3d.default, aten.convolution.default)
 Side = Literal["first", "last"]
-Grid = tuple[int, int, int]
-"""(t, h, w) in tokens."""
 FRAMES = 4  # planes of ids that make a video; fewer, or planes more than 1 apart, are pictures of their own
 
 
@@ -76,7 +75,12 @@ def find_geometry(
     Raises `ConfigError` where the user's grid explains none of a whole model's sequences; a piece of a model (no timestep)
     may hold other towers than the one that the grid is meant for.
     """
-    lengths = sorted({hint(r) for r in rows}, reverse=True)
+    lengths = sorted({hint(r) for r in rows if not is_data_dependent([r])}, reverse=True)
+    open_ended = any(is_data_dependent([r]) for r in rows)
+
+    def explains(image: int) -> bool:
+        return image > 1 and (open_ended or any(length >= image for length in lengths))
+
     side: Side | None = None
     text: int | None = None
     if tokens.text != "auto":
@@ -97,15 +101,30 @@ def find_geometry(
             )
     for sizes, source in _convolution_grids(capture, roles):
         image = hint(sizes[0]) * hint(sizes[1]) * hint(sizes[2])
-        if any(length >= image for length in lengths):
+        if explains(image):
             return Geometry(sizes, None, side or _side(capture, roles, image, lengths), text, source)
     for index in roles.ids:
         grids = grids_of_ids(real[index])
         image = sum(map(prod, grids))
-        if image > 1 and any(length >= image for length in lengths):
+        if explains(image):
             found = side or _side(capture, roles, image, lengths)
             return Geometry(None, index, found, text, f"position ids {capture.inputs[index].name}")
+    found, source = _told_by_layout(capture, roles, explains)
+    if found:
+        image = prod(hint(size) for size in found.sizes)
+        side = side or found.side or _side(capture, roles, image, lengths)
+        return Geometry(found.sizes, None, side, text, source)
     return Geometry(None, None, side, text, "unknown: raster order")
+
+
+def _told_by_layout(capture: Capture, roles: Roles, explains: Callable[[int], bool]) -> tuple[Told | None, str]:
+    """The grid by which the latents are cut to tokens or, where that is not seen, by which tokens make the result."""
+    graph = capture.module.graph
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    if roles.latents is not None and (found := entering(graph, inputs[roles.latents], explains, _raster)):
+        return found, f"patches of {capture.inputs[roles.latents].name} in {found.node.name}"
+    found = leaving(graph, explains, _raster)
+    return found, f"pixels of {found.node.name}" if found else ""
 
 
 def grids_of_ids(ids: Any) -> tuple[Grid, ...]:
@@ -120,9 +139,13 @@ def grids_of_ids(ids: Any) -> tuple[Grid, ...]:
     whole = _raster(flat)
     if whole is not None and (whole[0] == 1 or _is_video(flat[:, 0])):
         return (whole,)
-    found = [_raster(part) for part in flat.tensor_split(_starts(flat))]
-    grids = tuple(grid for grid in found if grid is not None)
-    return grids if len(grids) == len(found) else ()
+    parts = flat.tensor_split(_starts(flat))
+    found = [_raster(part) for part in parts]
+    while found and len(parts[len(found) - 1]) == 1:  # of text, each token is by itself
+        found.pop()
+    first = next((i for i, part in enumerate(parts) if len(part) > 1), len(found))
+    grids = tuple(grid for grid in found[first:] if grid is not None)
+    return grids if len(grids) == len(found[first:]) else ()
 
 
 def _is_video(times: torch.Tensor) -> bool:
