@@ -18,9 +18,9 @@ from chipmunk_fx.config import TokensConfig
 from chipmunk_fx.errors import ConfigError
 from chipmunk_fx.graph.capture import Capture
 from chipmunk_fx.graph.inputs import Roles
-from chipmunk_fx.graph.places import Grid, Told, entering, leaving
+from chipmunk_fx.graph.places import Grid, Told, entering, leaving, positions
 from chipmunk_fx.graph.sizes import Size, evaluate, hint, is_data_dependent
-from chipmunk_fx.graph.walk import VIEWS, ancestors, placeholders, shape
+from chipmunk_fx.graph.walk import VIEWS, ancestors, behind, placeholders, shape
 
 aten = torch.ops.aten
 
@@ -109,7 +109,7 @@ def find_geometry(
         if explains(image):
             found = side or _side(capture, roles, image, lengths)
             return Geometry(None, index, found, text, f"position ids {capture.inputs[index].name}")
-    found, source = _told_by_layout(capture, roles, explains)
+    found, source = _told_by_layout(capture, roles, lengths, explains)
     if found:
         image = prod(hint(size) for size in found.sizes)
         side = side or found.side or _side(capture, roles, image, lengths)
@@ -117,14 +117,24 @@ def find_geometry(
     return Geometry(None, None, side, text, "unknown: raster order")
 
 
-def _told_by_layout(capture: Capture, roles: Roles, explains: Callable[[int], bool]) -> tuple[Told | None, str]:
-    """The grid by which the latents are cut to tokens or, where that is not seen, by which tokens make the result."""
+def _told_by_layout(
+    capture: Capture, roles: Roles, lengths: Sequence[int], explains: Callable[[int], bool]
+) -> tuple[Told | None, str]:
+    """The grid by which latents are cut to tokens; else tokens make the result; else positions are laid out."""
     graph = capture.module.graph
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
     if roles.latents is not None and (found := entering(graph, inputs[roles.latents], explains, _raster)):
         return found, f"patches of {capture.inputs[roles.latents].name} in {found.node.name}"
-    found = leaving(graph, explains, _raster)
-    return found, f"pixels of {found.node.name}" if found else ""
+    if found := leaving(graph, explains, _raster):
+        return found, f"pixels of {found.node.name}"
+
+    def alone(image: int) -> bool:
+        """Not one of several pictures, as far as lengths tell."""
+        return explains(image) and (image in lengths or _side(capture, roles, image, lengths) is not None)
+
+    given = [n for n, entry in zip(inputs, capture.inputs, strict=True) if entry.is_tensor and not entry.is_parameter]
+    found = positions(graph, behind(graph, given), alone)
+    return found, f"positions in {found.node.name}" if found else ""
 
 
 def grids_of_ids(ids: Any) -> tuple[Grid, ...]:

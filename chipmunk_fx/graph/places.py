@@ -1,13 +1,14 @@
 """Where in the picture each token of a sequence comes from, or goes to: layout ops run on places in place of values.
 
 So any way of cutting a picture into patches is understood (reshapes and permutes, einops, unfold, pixel shuffles, linears
-over channels), and so is putting it together again at the end.
+over channels), and so is putting it together again at the end. Where tokens come and go as they are, their positions may be
+laid out within the graph.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
-from chipmunk_fx.graph.calls import arguments
+from chipmunk_fx.graph.calls import CASTS, SAME, arguments
 from chipmunk_fx.graph.sizes import Size, hint, hints, is_data_dependent
 from chipmunk_fx.graph.walk import LINEAR, PROJECTIONS, rank, shape
 
@@ -36,9 +37,10 @@ class Told:
     side: Literal["first", "last"] | None
 
 
+_FOLDS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints)
 _PADS = (aten.pad.default, aten.constant_pad_nd.default)
 _LAYOUTS = (
-    *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unflatten.int, aten.flatten.using_ints),
+    *(*_FOLDS, aten.unflatten.int),
     *(aten.permute.default, aten.transpose.int, aten.t.default, aten.movedim.int, aten.movedim.intlist),
     *(aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims, aten.expand.default),
     *(aten.cat.default, aten.stack.default, aten.repeat.default, aten.slice.Tensor, aten.select.int),
@@ -46,6 +48,7 @@ _LAYOUTS = (
     *(aten.flip.default, aten.roll.default, aten.unfold.default, aten.im2col.default, aten.col2im.default),
     *(aten.pixel_shuffle.default, aten.pixel_unshuffle.default, aten.einsum.default, *_PADS),
 )
+_ROW_BY_ROW = (*CASTS, *SAME, aten.dropout.default, aten.layer_norm.default, aten.rms_norm.default)
 _LAST = 3  # projections, from the last on, that may be the one to pixels
 
 
@@ -103,6 +106,37 @@ def _side(inside: Tensor, rows: int) -> Literal["first", "last"] | None:
     return None if before == after else "first" if before else "last"
 
 
+def positions(graph: fx.Graph, moving: Set[fx.Node], fits: Callable[[int], bool]) -> Told | None:
+    """The grid of positions (of a rotary embedding, say) that are laid out as one and then flattened to a sequence.
+
+    `moving`: what depends on the inputs of a call; positions do not.
+    """
+    for node in graph.nodes:
+        if node.target not in _FOLDS or node in moving or not isinstance(node.args[0], fx.Node):
+            continue
+        for sizes in _merged(shape(node.args[0]), shape(node)):
+            if fits(prod(hints(sizes))):
+                return Told(sizes, node, None)
+    return None
+
+
+def _merged(before: Sequence[Size], after: Sequence[Size]) -> Iterator[tuple[Size, Size, Size]]:
+    """(t, h, w) of the neighbouring dimensions that become one; of two, h and w."""
+    place = 0
+    for size in hints(after):
+        start, count = place, 1
+        while place < len(before) and count < size:
+            count *= hint(before[place])
+            place += 1
+        if count != size:
+            return
+        place += size == 1 and place < len(before) and hint(before[place]) == 1
+        axes = [n for n in before[start:place] if hint(n) > 1]
+        if 2 <= len(axes) <= 3:
+            t, h, w = [1] * (3 - len(axes)) + axes
+            yield t, h, w
+
+
 def _sizes(picture: Sequence[Size], places: Tensor, raster: Raster) -> tuple[Size, Size, Size] | None:
     """(t, h, w) of `places` [N] in a `picture`: how often its sizes, that may be symbolic, hold those of a patch."""
     at = torch.stack(torch.unravel_index(places, hints(picture)), 1)
@@ -144,6 +178,8 @@ def _carry(node: fx.Node, held: Mapping[fx.Node, Any]) -> Any:
         return source[..., :1].expand(hints(shape(node)))
     if node.target in PROJECTIONS:
         return _convolved(node, held[node.args[0]])  # pyright: ignore[reportArgumentType]
+    if not (node.target in _ROW_BY_ROW or torch.Tag.pointwise in getattr(node.target, "tags", ())):
+        return None
     sizes = hints(shape(node))
     return next((held[n] for n in node.all_input_nodes if n in held and _shape(held[n]) == sizes), None)
 

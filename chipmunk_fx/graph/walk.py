@@ -74,9 +74,14 @@ def placeholders(value: fx.Node) -> list[fx.Node]:
 
 def depending(value: fx.Node) -> set[fx.Node]:
     """All nodes that depend on `value`."""
-    found: set[fx.Node] = set()
-    for node in value.graph.nodes:
-        if any(n is value or n in found for n in node.all_input_nodes):
+    return behind(value.graph, [value])
+
+
+def behind(graph: fx.Graph, values: Iterable[fx.Node]) -> set[fx.Node]:
+    """All nodes that depend on one of the `values`."""
+    values, found = set(values), set()
+    for node in graph.nodes:
+        if any(n in values or n in found for n in node.all_input_nodes):
             found.add(node)
     return found
 
