@@ -60,7 +60,7 @@ def entering(graph: fx.Graph, latents: fx.Node, fits: Callable[[int], bool], ras
     for node, held in _carried(graph, {latents: flat}):
         if node.target in PROJECTIONS or any(n in projected for n in node.all_input_nodes):
             projected.add(node)
-        if node not in projected or not isinstance(held, Tensor) or rank(node) not in (2, 3):
+        if node not in projected or not isinstance(held, Tensor) or rank(node) not in (2, 3) or not held.numel():
             continue
         for dim in range(rank(node) - 1):
             row = held.movedim(dim, 0).flatten(1)[:, 0].long()

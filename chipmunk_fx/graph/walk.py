@@ -10,6 +10,7 @@ from torch import fx
 aten = torch.ops.aten
 
 LINEAR = (aten.linear.default,)
+_NORMS = (aten.layer_norm.default, aten.rms_norm.default, aten.group_norm.default)
 PROJECTIONS = (*LINEAR, aten.convolution.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 VIEWS = (
     *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unflatten.int, aten.flatten.using_ints),
@@ -55,6 +56,12 @@ def roots(value: fx.Node) -> frozenset[fx.Node]:
     through = (*VIEWS, *LINEAR)
     found = [strip(n.args[0], through) for n in projections(value) if isinstance(n.args[0], fx.Node)]
     return frozenset(stream for node in found for stream in _joined(node, through))
+
+
+def origins(value: fx.Node) -> frozenset[fx.Node]:
+    """The streams behind `roots`: norms and further projections, with or without norms between them, stripped, too."""
+    through = (*VIEWS, *PROJECTIONS, *_NORMS)
+    return frozenset(stream for root in roots(value) for stream in _joined(strip(root, through), through))
 
 
 def _joined(node: fx.Node, through: Iterable[object]) -> list[fx.Node]:
