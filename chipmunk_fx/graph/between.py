@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection
 
 import torch
 from torch import fx
 
+from chipmunk_fx.graph.calls import CASTS, SAME
 from chipmunk_fx.graph.walk import LINEAR, PROJECTIONS, VIEWS, is_used, rank, shape
 
 aten = torch.ops.aten
 
 _CONVOLUTIONS = tuple(op for op in PROJECTIONS if op not in LINEAR)
+_PARTS = (operator.getitem, aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.slice.Tensor)
+_SILENT = (*VIEWS, *CASTS, *SAME, *_PARTS, aten.mT.default, aten.numpy_T.default, aten.swapaxes.default)
 _ENDS = (  # what makes of hidden values something that is no MLP's
     *(aten.scaled_dot_product_attention.default, aten.matmul.default, aten.bmm.default, aten.mm.default),
     *(aten.einsum.default, aten.baddbmm.default, aten.addmm.default, aten.cat.default, aten.index.Tensor),
@@ -44,7 +48,7 @@ def unknown_between(last: fx.Node, explained: Collection[fx.Node]) -> tuple[str,
     first = next(iter(firsts), None)
     if first is None or not all(_widens(node, last) and node.args[0] is first.args[0] for node in firsts):
         return None
-    ops = [_name(node) for node in reversed(between) if node.target not in VIEWS]
+    ops = [str(node.target).split(".")[1] for node in reversed(between) if node.target not in _SILENT]
     if not ops:
         return None
     stand = ", ".join(dict.fromkeys(ops))
@@ -62,7 +66,3 @@ def _widens(first: fx.Node, last: fx.Node) -> bool:
     """Whether `first` goes from a width to more, and `last` back to that width."""
     wide, narrow = (shape(node.args[1])[:2] for node in (first, last))  # pyright: ignore[reportArgumentType]
     return wide[0] > wide[1] and wide[1] == narrow[0] and rank(first) >= 3
-
-
-def _name(node: fx.Node) -> str:
-    return str(node.target).split(".")[1] if str(node.target).startswith("aten.") else str(node.target)

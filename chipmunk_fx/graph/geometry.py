@@ -18,9 +18,11 @@ from chipmunk_fx.config import TokensConfig
 from chipmunk_fx.errors import ConfigError
 from chipmunk_fx.graph.capture import Capture
 from chipmunk_fx.graph.inputs import Roles
+from chipmunk_fx.graph.match import Candidate
+from chipmunk_fx.graph.pattern import AttentionOperands, MlpOperands
 from chipmunk_fx.graph.places import Grid, Told, entering, leaving, positions
 from chipmunk_fx.graph.sizes import Size, evaluate, hint, is_data_dependent
-from chipmunk_fx.graph.walk import VIEWS, ancestors, behind, placeholders, shape
+from chipmunk_fx.graph.walk import VIEWS, ancestors, behind, placeholders, rank, shape
 
 aten = torch.ops.aten
 
@@ -65,6 +67,14 @@ class Geometry:
         if not grids or text < 0 or (text > 0 and (self.side is None or self.text not in (None, text))):
             return None
         return Layout(grids, self.side if text else None, text)
+
+
+def sequence_lengths(candidates: Sequence[Candidate]) -> list[Size]:
+    """Of the sequences that attend or, where none is known to, of those that MLPs read."""
+    operands = [c.operands for c in candidates if c.operands is not None]
+    attending = [o.q.shape[2] for o in operands if isinstance(o, AttentionOperands)]
+    streams = [o.x for o in operands if isinstance(o, MlpOperands) and rank(o.x) == 3 and not o.channels_first]
+    return attending or [shape(x)[1] for x in streams]
 
 
 def find_geometry(

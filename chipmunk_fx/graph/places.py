@@ -43,6 +43,7 @@ _LAYOUTS = (
     *(*_FOLDS, aten.unflatten.int),
     *(aten.permute.default, aten.transpose.int, aten.t.default, aten.movedim.int, aten.movedim.intlist),
     *(aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims, aten.expand.default),
+    *(aten.mT.default, aten.numpy_T.default, aten.swapaxes.default, aten.narrow.default, aten.tile.default),
     *(aten.cat.default, aten.stack.default, aten.repeat.default, aten.slice.Tensor, aten.select.int),
     *(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, operator.getitem),
     *(aten.flip.default, aten.roll.default, aten.unfold.default, aten.im2col.default, aten.col2im.default),
