@@ -50,6 +50,7 @@ _LAYOUTS = (
     *(aten.pixel_shuffle.default, aten.pixel_unshuffle.default, aten.einsum.default, *_PADS),
 )
 _ROW_BY_ROW = (*CASTS, *SAME, aten.dropout.default, aten.layer_norm.default, aten.rms_norm.default)
+_TRIES = 8  # sequences that are no raster, before it is given up: those of all further blocks are the same
 _LAST = 3  # projections, from the last on, that may be the one to pixels
 
 
@@ -58,16 +59,22 @@ def entering(graph: fx.Graph, latents: fx.Node, fits: Callable[[int], bool], ras
     sizes = hints(shape(latents))
     flat = torch.arange(prod(sizes), dtype=torch.float64).reshape(sizes)
     projected: set[fx.Node] = set()
+    tries = _TRIES
     for node, held in _carried(graph, {latents: flat}):
         if node.target in PROJECTIONS or any(n in projected for n in node.all_input_nodes):
             projected.add(node)
         if node not in projected or not isinstance(held, Tensor) or rank(node) not in (2, 3) or not held.numel():
             continue
         for dim in range(rank(node) - 1):
-            row = held.movedim(dim, 0).flatten(1)[:, 0].long()
+            row = held.movedim(dim, 0)[:, *[0] * (held.dim() - 1)].long()
             inside = (row != NOWHERE).nonzero().squeeze(1)
-            if _is_run(inside) and fits(len(inside)) and (sizes := _sizes(shape(latents), row[inside], raster)):
+            if not _is_run(inside) or not fits(len(inside)):
+                continue
+            if sizes := _sizes(shape(latents), row[inside], raster):
                 return Told(sizes, node, _side(inside, len(row)))
+            tries -= 1
+        if tries <= 0:
+            return None
     return None
 
 
