@@ -19,12 +19,11 @@ import chipmunk_fx.ops  # noqa: F401  (registers the ops and their kernels)
 from chipmunk_fx.config import Config
 from chipmunk_fx.errors import ChipmunkError, ConfigError, FallbackError
 from chipmunk_fx.graph.capture import Capture, Uncapturable, capture
-from chipmunk_fx.graph.geometry import find_geometry
+from chipmunk_fx.graph.geometry import find_geometry, sequence_lengths
 from chipmunk_fx.graph.inputs import classify
 from chipmunk_fx.graph.match import find
-from chipmunk_fx.graph.pattern import AttentionOperands
 from chipmunk_fx.graph.plan import Plan, make_plan
-from chipmunk_fx.graph.sizes import concrete, is_data_dependent
+from chipmunk_fx.graph.sizes import concrete
 from chipmunk_fx.kernels import group_rows
 from chipmunk_fx.log import Notices, logger
 from chipmunk_fx.patterns import ALL
@@ -71,8 +70,7 @@ def analyse(graph_module: fx.GraphModule, inputs: Sequence[Any], config: Config)
     captured, inputs = capture(graph_module, inputs), concrete(inputs)
     candidates = find(captured.module, ALL)
     roles = classify(captured)
-    rows = [c.operands.q.shape[2] for c in candidates if isinstance(c.operands, AttentionOperands)]
-    geometry = find_geometry(captured, roles, config.tokens, [r for r in rows if not is_data_dependent([r])], inputs)
+    geometry = find_geometry(captured, roles, config.tokens, sequence_lengths(candidates), inputs)
     judge = partial(cost_gate, config=config)
     plan = make_plan(captured, candidates, roles, geometry, config, judge, inputs, group_rows)
     return captured, fit(plan, config)

@@ -16,7 +16,7 @@ from chipmunk_fx.graph.capture import SDPA_CHOICE
 from chipmunk_fx.graph.language import Call, Found, Var
 from chipmunk_fx.graph.masks import divided, padding_refusal, unfolded
 from chipmunk_fx.graph.pattern import Accepted, AttentionOperands, Example, Laid, Pattern, Refused
-from chipmunk_fx.graph.walk import roots, shape
+from chipmunk_fx.graph.walk import origins, roots, shape
 
 aten = torch.ops.aten
 
@@ -62,6 +62,8 @@ def attention_kind(q: fx.Node, k: fx.Node) -> tuple[str, str | None]:
         return ("self" if len(queries) == 1 else "joint"), None
     if queries < keys:
         return "image queries", None
+    if origins(q) == origins(k):  # keys of a latent, or of fewer tokens, that the same stream was projected to
+        return "self", None
     names = ", ".join(sorted(n.name for n in keys - queries))
     return "cross", f"cross attention: keys are projected from {names}, which queries are not"
 
@@ -143,6 +145,23 @@ class _Registers(SelfAttention):
         return self.call(q, k, v).transpose(1, 2).flatten(2)
 
 
+class _Latent(SelfAttention):
+    """Keys and values of a normed low rank of the stream (multi-head latent attention)."""
+
+    def __init__(self) -> None:
+        super().__init__(F.scaled_dot_product_attention)
+        self.down, self.norm = nn.Linear(16, 4), nn.LayerNorm(4)
+        self.k, self.v = nn.Linear(4, 16), nn.Linear(4, 16)
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        latent = self.norm(self.down(x if context is None else context))
+        q, k, v = (
+            layer(t).unflatten(-1, (2, 8)).transpose(1, 2)
+            for layer, t in ((self.q, x), (self.k, latent), (self.v, latent))
+        )
+        return self.call(q, k, v).transpose(1, 2).flatten(2)
+
+
 class _Padded(SelfAttention):
     def __init__(self, spell: Callable[[torch.Tensor], torch.Tensor] = lambda present: present[:, None, None]) -> None:
         super().__init__(F.scaled_dot_product_attention)
@@ -176,6 +195,7 @@ def examples() -> Sequence[Example]:
         Example("joint", lambda: (_Joint(), (_x(), _x(8)))),
         Example("image queries", lambda: (_ImageQueries(), (_x(), _x(8)))),
         Example("learnt tokens among the keys", lambda: (_Registers(), (_x(),))),
+        Example("keys of a latent", lambda: (_Latent(), (_x(),))),
         Example(
             "grouped heads",
             lambda: (SelfAttention(lambda q, k, v: sdpa(q, k[:, :1], v[:, :1], enable_gqa=True)), (_x(),)),
@@ -199,6 +219,7 @@ def near_misses() -> Sequence[Example]:
             "dropout", lambda: (SelfAttention(lambda q, k, v: sdpa(q, k, v, dropout_p=0.5)), (_x(),)), "dropout_p=0.5"
         ),
         Example("cross", lambda: (SelfAttention(sdpa, 16), (_x(), _x())), "cross attention"),
+        Example("keys of another's latent", lambda: (_Latent(), (_x(), _x())), "cross attention"),
         Example("no projection", lambda: (_Unprojected(), (_x(),)), "no linear projection"),
         Example(
             "heads folded into the batch",

@@ -1,12 +1,12 @@
 """The grid of latent patches behind a sequence, and where text stands in it.
 
-Found from the patchifying convolution or from a position-id input; a wrong or missing grid costs quality (rows of a group
-are then less alike), never correctness, since order is a property of the ops.
+Found from the patchifying convolution, from a position-id input, or from where in the latents each token comes from. A wrong
+or missing grid costs quality (rows of a group are then less alike), never correctness, since order is a property of the ops.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal
@@ -18,15 +18,16 @@ from chipmunk_fx.config import TokensConfig
 from chipmunk_fx.errors import ConfigError
 from chipmunk_fx.graph.capture import Capture
 from chipmunk_fx.graph.inputs import Roles
-from chipmunk_fx.graph.sizes import Size, evaluate, hint
-from chipmunk_fx.graph.walk import VIEWS, ancestors, placeholders, shape
+from chipmunk_fx.graph.match import Candidate
+from chipmunk_fx.graph.pattern import AttentionOperands, MlpOperands
+from chipmunk_fx.graph.places import Grid, Told, entering, leaving, positions
+from chipmunk_fx.graph.sizes import Size, evaluate, hint, is_data_dependent
+from chipmunk_fx.graph.walk import VIEWS, ancestors, behind, placeholders, rank, shape
 
 aten = torch.ops.aten
 
 _CONVOLUTIONS = (aten.conv2d.default, aten.conv3d.default, aten.convolution.default)
 Side = Literal["first", "last"]
-Grid = tuple[int, int, int]
-"""(t, h, w) in tokens."""
 FRAMES = 4  # planes of ids that make a video; fewer, or planes more than 1 apart, are pictures of their own
 
 
@@ -70,6 +71,14 @@ class Geometry:
         return Layout(grids, self.side if text else None, text)
 
 
+def sequence_lengths(candidates: Sequence[Candidate]) -> list[Size]:
+    """Of the sequences that attend or, where none is known to, of those that MLPs read."""
+    operands = [c.operands for c in candidates if c.operands is not None]
+    attending = [o.q.shape[2] for o in operands if isinstance(o, AttentionOperands)]
+    streams = [o.x for o in operands if isinstance(o, MlpOperands) and rank(o.x) == 3 and not o.channels_first]
+    return attending or [shape(x)[1] for x in streams]
+
+
 def find_geometry(
     capture: Capture, roles: Roles, tokens: TokensConfig, rows: Sequence[Size], real: Sequence[Any]
 ) -> Geometry:
@@ -78,7 +87,12 @@ def find_geometry(
     Raises `ConfigError` where the user's grid explains none of a whole model's sequences; a piece of a model (no timestep)
     may hold other towers than the one that the grid is meant for.
     """
-    lengths = sorted({hint(r) for r in rows}, reverse=True)
+    lengths = sorted({hint(r) for r in rows if not is_data_dependent([r])}, reverse=True)
+    open_ended = any(is_data_dependent([r]) for r in rows)
+
+    def explains(image: int) -> bool:
+        return image > 1 and (open_ended or any(length >= image for length in lengths))
+
     side: Side | None = None
     text: int | None = None
     if tokens.text != "auto":
@@ -98,18 +112,47 @@ def find_geometry(
                 f"t*h*w{plus} must be the length of an attention site; here t*h*w = {t * h * w}, lengths are {lengths}",
             )
     for sizes, source in _convolution_grids(capture, roles):
-        grid = (hint(sizes[0]), hint(sizes[1]), hint(sizes[2]))
-        image = prod(grid)
-        if any(length >= image for length in lengths):
-            found = side or _side(capture, roles, image, lengths)
-            return Geometry(sizes, None, found, text, source, (grid,))
+        image = prod(grid := _seen(sizes))
+        if explains(image):
+            return Geometry(sizes, None, side or _side(capture, roles, image, lengths), text, source, (grid,))
     for index in roles.ids:
         grids = grids_of_ids(real[index])
         image = sum(map(prod, grids))
-        if image > 1 and any(length >= image for length in lengths):
+        if explains(image):
             found = side or _side(capture, roles, image, lengths)
             return Geometry(None, index, found, text, f"position ids {capture.inputs[index].name}", grids)
+    found, source = _told_by_layout(capture, roles, lengths, explains)
+    if found:
+        image = prod(grid := _seen(found.sizes))
+        side = side or found.side or _side(capture, roles, image, lengths)
+        return Geometry(found.sizes, None, side, text, source, (grid,))
     return Geometry(None, None, side, text, "unknown: raster order")
+
+
+def _seen(sizes: tuple[Size, Size, Size]) -> Grid:
+    """In the compiling call."""
+    t, h, w = map(hint, sizes)
+    return t, h, w
+
+
+def _told_by_layout(
+    capture: Capture, roles: Roles, lengths: Sequence[int], explains: Callable[[int], bool]
+) -> tuple[Told | None, str]:
+    """The grid by which latents are cut to tokens; else tokens make the result; else positions are laid out."""
+    graph = capture.module.graph
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    if roles.latents is not None and (found := entering(graph, inputs[roles.latents], explains, _raster)):
+        return found, f"patches of {capture.inputs[roles.latents].name} in {found.node.name}"
+    if found := leaving(graph, explains, _raster):
+        return found, f"pixels of {found.node.name}"
+
+    def alone(image: int) -> bool:
+        """Not one of several pictures, as far as lengths tell."""
+        return explains(image) and (image in lengths or _side(capture, roles, image, lengths) is not None)
+
+    given = [n for n, entry in zip(inputs, capture.inputs, strict=True) if entry.is_tensor and not entry.is_parameter]
+    found = positions(graph, behind(graph, given), alone)
+    return found, f"positions in {found.node.name}" if found else ""
 
 
 def grids_of_ids(ids: Any) -> tuple[Grid, ...]:
@@ -124,9 +167,13 @@ def grids_of_ids(ids: Any) -> tuple[Grid, ...]:
     whole = _raster(flat)
     if whole is not None and (whole[0] == 1 or _is_video(flat[:, 0])):
         return (whole,)
-    found = [_raster(part) for part in flat.tensor_split(_starts(flat))]
-    grids = tuple(grid for grid in found if grid is not None)
-    return grids if len(grids) == len(found) else ()
+    parts = flat.tensor_split(_starts(flat))
+    found = [_raster(part) for part in parts]
+    while found and len(parts[len(found) - 1]) == 1:  # of text, each token is by itself
+        found.pop()
+    first = next((i for i, part in enumerate(parts) if len(part) > 1), len(found))
+    grids = tuple(grid for grid in found[first:] if grid is not None)
+    return grids if len(grids) == len(found[first:]) else ()
 
 
 def _is_video(times: torch.Tensor) -> bool:

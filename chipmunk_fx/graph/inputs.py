@@ -63,10 +63,10 @@ class Roles:
 def classify(capture: Capture) -> Roles:
     nodes = [n for n in capture.module.graph.nodes if n.op == "placeholder"]
     free = [i for i, entry in enumerate(capture.inputs) if entry.is_tensor and not entry.is_parameter]
-    names = {i: capture.inputs[i].name.split(".")[-1] for i in free}
+    names = {i: _last_word(capture.inputs[i].name) for i in free}
     embeds, timed, rotary = _sinusoids(capture.module)
     times = [i for i in free if nodes[i] in timed] or [i for i in free if _looks_up(nodes[i], names[i])]
-    numbers = {i: entry.name.split(".")[-1] for i, entry in enumerate(capture.inputs) if not entry.is_tensor}
+    numbers = {i: _last_word(entry.name) for i, entry in enumerate(capture.inputs) if not entry.is_tensor}
     times = times or [i for i in numbers if nodes[i] in timed and numbers[i] in _TIME_NAMES]  # not: sizes
     timestep = _prefer(times, names | numbers, _TIME_NAMES, avoid=_NOT_TIME)
     ids = tuple(i for i in free if nodes[i] in rotary and nodes[i] not in timed)
@@ -148,6 +148,11 @@ def _prefer(
         return any(a in name for a in avoid), name not in wanted, place, index
 
     return min(candidates, key=key, default=None)
+
+
+def _last_word(name: str) -> str:
+    """`x` of `batch.x`, and of `x.0`, the first of a list."""
+    return next((part for part in reversed(name.split(".")) if not part.isdigit()), name)
 
 
 def _word(word: str) -> Callable[[str], bool]:

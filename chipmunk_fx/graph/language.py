@@ -295,7 +295,7 @@ def _function(expression: Function, value: Any, found: Found) -> Iterator[Found 
         name = name_of(between, origin, expression.known)
         for result in _attempts(expression.expression, origin, found.explain(*between)):
             if isinstance(result, Found):
-                unknown = Mismatch(value, expression.wanted, described(between), result.depth)
+                unknown = Mismatch(value, expression.wanted, described(between) or "no function", result.depth)
                 yield unknown if name is None else result.bind(expression.name, name)
             elif name is not None:
                 yield result

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import fx
 
+from chipmunk_fx.graph.between import unknown_between
 from chipmunk_fx.graph.capture import dotted
 from chipmunk_fx.graph.language import Mismatch, match
 from chipmunk_fx.graph.opaque import grouped_experts, opaque_attention
@@ -63,13 +64,21 @@ def find(module: fx.GraphModule, patterns: Sequence[Pattern]) -> list[Candidate]
     found = [c for c in found if c.operands is not None or c.anchor not in taken]
     anchors = {candidate.anchor for candidate in found}
     place = {node: index for index, node in enumerate(calls)}
-    return sorted([*found, *_unread(calls, anchors)], key=lambda candidate: place[candidate.anchor])
+    found += _unread(calls, anchors)
+    return sorted([*found, *_unknown(calls, found)], key=lambda candidate: place[candidate.anchor])
 
 
 def _unread(calls: Sequence[fx.Node], anchors: Set[fx.Node]) -> list[Candidate]:
     reasons = {node: reason for node in calls if (reason := unread_weights(node, anchors))}
     refused = [_candidate(n, "attention", "softmax", Refused("explicit", r), (n,)) for n, r in reasons.items()]
     return [replace(c, node=c.anchor, constraint="attention weights times values") for c in refused]
+
+
+def _unknown(calls: Sequence[fx.Node], found: Sequence[Candidate]) -> list[Candidate]:
+    explained = {node for candidate in found for node in candidate.nodes}
+    seen = [(node, told) for node in calls if (told := unknown_between(node, explained))]
+    refused = [_candidate(n, "mlp", "between", Refused("unknown", why), (n, first)) for n, (why, first) in seen]
+    return [replace(c, node=c.anchor, constraint="a known activation") for c in refused]
 
 
 def _largest(found: Sequence[Candidate]) -> list[Candidate]:

@@ -1,4 +1,4 @@
-"""Write out what Dynamo's graph holds as one call though its formula is known: regions of a checkpoint, PyTorch's encoder layer.
+"""Write out what Dynamo's graph holds as one call though its formula is known: checkpoints, PyTorch's encoder layer, GLU.
 
 Without gradients a checkpointed region is no more than its body, and the fused kernel of nn.TransformerEncoderLayer no
 more than the layer: written out, their attention and MLPs are found as any others are.
@@ -24,6 +24,8 @@ def open_up(graph: fx.Graph, module: fx.GraphModule) -> None:
     for node in graph.nodes:
         if node.target is torch._transformer_encoder_layer_fwd and _is_plain(node):
             node.target = encoder_layer
+        elif node.target is F.glu:
+            node.target = glu
 
 
 def encoder_layer(
@@ -75,6 +77,11 @@ def encoder_layer(
         return x + feed_forward(norm2(x))
     x = norm1(src + attend(src))
     return norm2(x + feed_forward(x))
+
+
+def glu(input: Tensor, dim: int = -1) -> Tensor:  # named as in torch: keywords are passed on
+    value, gate = input.chunk(2, dim)
+    return value * gate.sigmoid()
 
 
 def _is_plain(layer: fx.Node) -> bool:

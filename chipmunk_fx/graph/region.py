@@ -57,9 +57,9 @@ def find_region(module: fx.GraphModule, candidates: Sequence[Candidate], latents
     if latents is None:
         return "the latents are not known"
     moving = depending(latents)  # what only conditions (time embeddings) may be shared with what comes after
-    blocks = {c.block for c in candidates if c.kind == "attention" and c.block and c.anchor in moving}
+    blocks = _blocks(candidates, moving)
     if not blocks:
-        return "no numbered container of modules (blocks.0, ...) holds an attention over the latents"
+        return "no numbered container of modules (blocks.0, ...) holds an attention or an MLP over the latents"
     whole = _region(module, blocks, moving)
     stacks = Counter(block.rpartition(".")[0] for block in blocks)
     if isinstance(whole, Region) or len(stacks) == 1:
@@ -67,6 +67,13 @@ def find_region(module: fx.GraphModule, candidates: Sequence[Candidate], latents
     (longest, _), *_ = stacks.most_common(1)  # refiners before it may work on other streams
     part = _region(module, {block for block in blocks if block.rpartition(".")[0] == longest}, moving)
     return part if isinstance(part, Region) else whole
+
+
+def _blocks(candidates: Sequence[Candidate], moving: Set[fx.Node]) -> set[str]:
+    """Those with an attention; in a model that has none that is known (linear attention), those with an MLP."""
+    found = [c for c in candidates if c.block and c.anchor in moving]
+    attending = {c.block for c in found if c.kind == "attention" and c.block}
+    return attending or {c.block for c in found if c.operands is not None and c.block}
 
 
 def _region(module: fx.GraphModule, blocks: Set[str], moving: set[fx.Node]) -> Region | str:

@@ -10,6 +10,7 @@ from torch import fx
 aten = torch.ops.aten
 
 LINEAR = (aten.linear.default,)
+_NORMS = (aten.layer_norm.default, aten.rms_norm.default, aten.group_norm.default)
 PROJECTIONS = (*LINEAR, aten.convolution.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 VIEWS = (
     *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unflatten.int, aten.flatten.using_ints),
@@ -57,6 +58,12 @@ def roots(value: fx.Node) -> frozenset[fx.Node]:
     return frozenset(stream for node in found for stream in _joined(node, through))
 
 
+def origins(value: fx.Node) -> frozenset[fx.Node]:
+    """The streams behind `roots`: norms and further projections, with or without norms between them, stripped, too."""
+    through = (*VIEWS, *PROJECTIONS, *_NORMS)
+    return frozenset(stream for root in roots(value) for stream in _joined(strip(root, through), through))
+
+
 def _joined(node: fx.Node, through: Iterable[object]) -> list[fx.Node]:
     """The streams of which `node` [batch, tokens, width] is the concatenation along its tokens; else itself."""
     if node.target is not aten.cat.default or rank(node) < 3:
@@ -74,9 +81,14 @@ def placeholders(value: fx.Node) -> list[fx.Node]:
 
 def depending(value: fx.Node) -> set[fx.Node]:
     """All nodes that depend on `value`."""
-    found: set[fx.Node] = set()
-    for node in value.graph.nodes:
-        if any(n is value or n in found for n in node.all_input_nodes):
+    return behind(value.graph, [value])
+
+
+def behind(graph: fx.Graph, values: Iterable[fx.Node]) -> set[fx.Node]:
+    """All nodes that depend on one of the `values`."""
+    values, found = set(values), set()
+    for node in graph.nodes:
+        if any(n in values or n in found for n in node.all_input_nodes):
             found.add(node)
     return found
 

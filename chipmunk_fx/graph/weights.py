@@ -15,6 +15,7 @@ from chipmunk_fx.graph.walk import VIEWS, rank, reaches
 aten = torch.ops.aten
 
 _PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.einsum.default, aten.baddbmm.default)
+_CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 _PARTS = (aten.slice.Tensor, aten.select.int, aten.cat.default, aten.chunk.default, aten.split.Tensor, operator.getitem)
 _BETWEEN = (*VIEWS, *_PARTS, *POINTWISE, aten.masked_fill.Scalar, aten.where.self, aten.where.ScalarOther)
 
@@ -41,7 +42,10 @@ def _is_product(node: fx.Node) -> bool:
         node = queue.pop()
         if node.target in _PRODUCTS:
             return True
-        fresh = [n for n in node.all_input_nodes if n not in seen] if node.target in _BETWEEN else []
+        sources = node.all_input_nodes if node.target in _BETWEEN else []
+        if node.target in _CONVOLUTIONS:  # that mixes the scores of heads
+            sources = node.all_input_nodes[:1]
+        fresh = [n for n in sources if n not in seen]
         seen.update(fresh)
         queue.extend(fresh)
     return False

@@ -277,7 +277,7 @@ class Session:
     ) -> bool:
         """One site on the device stays dense while this generation's shape lasts; false where none is to be had alone, or
         none would be left: whole calls that run dense leave padding out."""
-        site = next((s for s in giving_way(graph.plan) if s.place == "device"), None)
+        site = next((s for s in giving_way(graph.plan) if s.passage is None), None)
         if site is None or over.on_host or graph.is_whole or len(graph.plan.rewritten) == 1:
             return False
         reason = f"caches exceed {over.limit}: some sites stay dense"

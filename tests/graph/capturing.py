@@ -11,10 +11,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from chipmunk_fx.config import Config
 from chipmunk_fx.graph.capture import Capture, capture
-from chipmunk_fx.graph.geometry import Geometry, find_geometry
+from chipmunk_fx.graph.geometry import Geometry, find_geometry, sequence_lengths
 from chipmunk_fx.graph.inputs import Roles, classify
 from chipmunk_fx.graph.match import Candidate, find
-from chipmunk_fx.graph.pattern import AttentionOperands
 from chipmunk_fx.graph.plan import Plan, make_plan
 from chipmunk_fx.patterns import ALL
 from tests.harness.zoo import build
@@ -65,8 +64,7 @@ class Seen:
         return self._geometry(self.candidates, config_of(options))
 
     def _geometry(self, candidates: list[Candidate], config: Config) -> Geometry:
-        rows = [c.operands.q.shape[2] for c in candidates if isinstance(c.operands, AttentionOperands)]
-        return find_geometry(self.capture, self.roles, config.tokens, rows, self.inputs)
+        return find_geometry(self.capture, self.roles, config.tokens, sequence_lengths(candidates), self.inputs)
 
     def plan(self, judge: Callable[[Any], str | None] = lambda site: None, /, **options: Any) -> Plan:
         """Options with dots are written with two underscores; `judge` is the cost gate."""

@@ -103,6 +103,14 @@ def test_several_pictures_in_one_sequence(sequence: list[torch.Tensor], want: tu
     assert geometry.layout(image + 5, want) == (Layout(want, "first", 5) if want else None)
 
 
+def test_text_among_the_ids_has_a_place_for_each_token():
+    counted = torch.arange(5.0)[:, None].expand(5, 3)
+    for text in (torch.zeros(5, 3), counted):
+        assert grids_of_ids(torch.cat([text, picture(0, 4, 6)])) == ((1, 4, 6),)
+    assert grids_of_ids(torch.cat([picture(0, 4, 6), torch.zeros(5, 3)])) == ((1, 4, 6),)
+    assert grids_of_ids(torch.cat([picture(0, 4, 6), torch.zeros(5, 3), picture(0, 4, 6)])) == ()
+
+
 def test_a_dynamic_size_gives_the_grid_of_the_call():
     text = calls([900], [words(count=5)], side=12)[0][2]
     seen = captured(TinyDiT(), *CALL, dynamic=True)
@@ -167,6 +175,8 @@ def test_a_layout_explains_its_length_or_is_none():
         ("SD3", 1024 + 154, Layout(((1, 32, 32),), "last", 154)),
         ("Wan", 128, Layout(((2, 8, 8),), None, 0)),
         ("DiT", 16, Layout(((1, 4, 4),), None, 0)),
+        ("QwenImage", 24, Layout(((1, 4, 4),), "first", 8)),
+        pytest.param("LTX", 512, Layout(((2, 16, 16),), None, 0), marks=pytest.mark.full),
     ],
 )
 def test_diffusers_models(name: str, rows: int, layout: Layout):

@@ -65,3 +65,23 @@ def test_an_encoder_layer_shows_its_attention_and_its_mlp():
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
     found = [(c.kind, c.form) for c in captured(layer, torch.randn(2, 24, 16)).candidates if c.operands]
     assert found == [("attention", "self"), ("mlp", "relu")]
+
+
+class Gated(nn.Module):
+    """One linear whose halves are a value and its sigmoid gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.out = nn.Linear(16, 64), nn.Linear(32, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(F.glu(self.both(x), dim=-1)) + F.glu(x, 1).sum()
+
+
+def test_a_gated_linear_unit_is_its_formula():
+    model, x = Gated(), torch.randn(2, 24, 16)
+    seen = captured(model, x)
+    assert [(c.form, c.reason) for c in seen.candidates] == [("chunked gated sigmoid", None)]
+    inputs = [value for value in seen.inputs if isinstance(value, torch.Tensor)]
+    with torch.no_grad():
+        torch.testing.assert_close(seen.capture.module(*inputs)[0], model(x))
