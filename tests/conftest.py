@@ -13,6 +13,10 @@ from chipmunk_fx.runtime import registry
 settings.register_profile("one process", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("one process")
 
+# Two processes at once share the cores, instead of both taking all of them.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
 # Without a GPU, Triton kernels run in Triton's interpreter, which has to be chosen before triton is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -111,6 +111,7 @@ def test_a_table(capsys: pytest.CaptureFixture[str]):
     assert "skip alone" not in out, "the published list is for 50 steps"
 
 
+@pytest.mark.full
 def test_json_and_a_plot_of_a_named_model(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

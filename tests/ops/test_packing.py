@@ -105,8 +105,10 @@ def steps(case: AttentionCase, run: dict[str, Callable[..., Tensor]], dtype: tor
     return results
 
 
+LONG = [pytest.mark.full] if DEVICE == "cpu" else []  # in an interpreter of kernels
 CASES = [
-    *(ATTENTION_CASES[i] for i in (1, 2, 3, 6, 11, 13)),
+    *(ATTENTION_CASES[i] for i in (2, 13)),
+    *(pytest.param(ATTENTION_CASES[i], marks=LONG) for i in (1, 3, 6, 11)),
     replace(ATTENTION_CASES[2], rows=64, keys=111, layout="tokens_first", columns=48, present=(90,), fixed=5),
 ]
 

@@ -77,7 +77,7 @@ def test_dynamic_keeps_its_meaning(dynamic: bool):
         assert chipmunk_fx.summary(ours).phases == PHASES
 
 
-@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+@pytest.mark.parametrize("lowering", ["eager", pytest.param("inductor", marks=pytest.mark.full)])
 def test_one_dynamic_recompile_and_then_none(lowering: str):
     model = TinyDiT()
     ours = exactly(model, lowering=lowering)

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch._inductor.config import patch
+from torch._inductor.utils import run_and_get_code
 
 import chipmunk_fx
 from chipmunk_fx.runtime import variants
@@ -165,8 +167,13 @@ def test_with_inductor(setting: dict[str, Any], want: list[str]):
     options = {"attention.enabled": False, "mlp.enabled": False} | {f"schedule.{k}": v for k, v in setting.items()}
     ours, inputs = chipmunk(TinyDiT(depth=2), options=options), calls(TIMES[:3])
     other = exactly(TinyDiT(depth=2), **{f"schedule__{k}": v for k, v in setting.items()}, **ALONE)
-    assert_same(run(ours, inputs), run(other, inputs))
+    with patch(fx_graph_cache=False):  # whose graphs come without their code
+        done, code = run_and_get_code(run, ours, inputs)
+    assert_same(done, run(other, inputs))
     assert phases(ours) == {0: want}
+    computed, skipped = (next(text for text in code if op in text) for op in ("region_store", "region_add"))
+    assert computed.count("addmm(") == skipped.count("addmm(") + 2 * 4, "four linears a block"
+    assert "scaled_dot_product" in computed and "scaled_dot_product" not in skipped
 
 
 def changes(model: TinyDiT, inputs: list[Call]) -> list[float]:
