@@ -31,7 +31,7 @@ class _OnceLoader(yaml.SafeLoader):
     """Refuses a key that stands twice in one mapping, of which YAML would drop the first without a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        written = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        written = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
         twice = [name for place, name in enumerate(written) if name in written[:place]]
         if twice and not node.tag.endswith(":set"):
             raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} stands twice", node.start_mark)

@@ -30,7 +30,7 @@ def load(path: str | Path) -> Tensor:
         raise ImageError(f"reading {path} needs Pillow and numpy: pip install pillow numpy") from missing
     try:
         with Image.open(path) as picture:
-            if picture.mode[0] in "IF":  # Pillow would cut them off at 255
+            if picture.mode[0] in "IF":  # of grey, which Pillow would cut off at 255
                 raise OSError(f"its mode {picture.mode} has more than 8 bits a channel")
             pixels = torch.from_numpy(numpy.array(picture.convert("RGB")))
     except (OSError, UnidentifiedImageError) as cause:

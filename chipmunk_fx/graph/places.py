@@ -49,6 +49,16 @@ _LAYOUTS = (
     *(aten.flip.default, aten.roll.default, aten.unfold.default, aten.im2col.default, aten.col2im.default),
     *(aten.pixel_shuffle.default, aten.pixel_unshuffle.default, aten.einsum.default, *_PADS),
 )
+# of which what comes is a view of what went in, however large
+_VIEWS = (
+    *(aten.permute.default, aten.transpose.int, aten.t.default, aten.movedim.int, aten.movedim.intlist),
+    *(aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims, aten.expand.default),
+    *(aten.mT.default, aten.numpy_T.default, aten.swapaxes.default, aten.narrow.default, aten.slice.Tensor),
+    *(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, operator.getitem),
+    *(aten.select.int,),
+)
+_MOST = 2**26  # places, 0.5 GB, that are copied at once
+_MOST_BYTES = 2**30  # that are copied in all
 _ROW_BY_ROW = (*CASTS, *SAME, aten.dropout.default, aten.layer_norm.default, aten.rms_norm.default)
 _TRIES = 8  # sequences that are no raster, before it is given up: those of all further blocks are the same
 _LAST = 3  # projections, from the last on, that may be the one to pixels
@@ -162,13 +172,18 @@ def _sizes(picture: Sequence[Size], places: Tensor, raster: Raster) -> tuple[Siz
 def _carried(graph: fx.Graph, start: Mapping[fx.Node, Tensor]) -> Iterator[tuple[fx.Node, Any]]:
     """Nodes behind `start`, in order, with the places of their values as far as these can be told."""
     held: dict[fx.Node, Any] = dict(start)
+    copies: dict[int, int] = {}  # bytes by address
     for node in graph.nodes:
+        if sum(copies.values()) > _MOST_BYTES:
+            return
         if node.op != "call_function" or node in held or not any(n in held for n in node.all_input_nodes):
             continue
         try:
             value = _carry(node, held)
         except (RuntimeError, TypeError, IndexError, KeyError):  # not told: order is then as it comes
             continue
+        if isinstance(value, Tensor):
+            copies[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
         if value is not None:
             held[node] = value
             yield node, value
@@ -178,7 +193,13 @@ def _carry(node: fx.Node, held: Mapping[fx.Node, Any]) -> Any:
     if node.target in _PADS:
         given = arguments(node)
         return torch.constant_pad_nd(held[given["self"]], [_known(n) for n in given["pad"]], NOWHERE)
+    if node.target is aten.einsum.default and len(node.args[1]) > 1:  # pyright: ignore[reportArgumentType]
+        return None  # a product, not a layout
     if node.target in _LAYOUTS:
+        if node.target not in _VIEWS and prod(hints(shape(node))) > _MOST:
+            if node.target not in _FOLDS:
+                return None
+            return held[node.args[0]].view(hints(shape(node)))  # pyright: ignore[reportArgumentType]
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: held[n] if n in held else _other(n))
         return node.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]
     if node.target in LINEAR:

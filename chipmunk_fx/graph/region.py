@@ -70,10 +70,15 @@ def find_region(module: fx.GraphModule, candidates: Sequence[Candidate], latents
 
 
 def _blocks(candidates: Sequence[Candidate], moving: Set[fx.Node]) -> set[str]:
-    """Those with an attention; in a model that has none that is known (linear attention), those with an MLP."""
+    """Those with an attention; in a model that has none that is known (linear attention), the most alike with an MLP."""
     found = [c for c in candidates if c.block and c.anchor in moving]
     attending = {c.block for c in found if c.kind == "attention" and c.block}
-    return attending or {c.block for c in found if c.operands is not None and c.block}
+    if attending:
+        return attending
+    thinking = {c.block for c in found if c.operands is not None and c.block}
+    stacks = Counter(block.rpartition(".")[0] for block in thinking)
+    longest = next((stack for stack, _ in stacks.most_common(1)), None)  # not an embedder's or a head's
+    return {block for block in thinking if block.rpartition(".")[0] == longest}
 
 
 def _region(module: fx.GraphModule, blocks: Set[str], moving: set[fx.Node]) -> Region | str:

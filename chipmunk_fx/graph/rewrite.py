@@ -137,8 +137,7 @@ class _Writer:
             else:
                 new = self._mlp(site, site.operands)
             self._keep_caches(site)
-            if site.index in self.passages:
-                self._bring(None, self._following(site), late=True, after=new)
+            self._fetch_after(site, new)
         for key in ("nn_module_stack", "stack_trace"):
             if key in anchor.meta:
                 new.meta[key] = anchor.meta[key]
@@ -267,19 +266,29 @@ class _Writer:
 
     def _fetch(self, site: Site) -> None:
         """Wait for this site's caches to be on the device, and have the next site's copied while this one computes."""
-        passage = self.passages.get(site.index)
-        if passage is None:
+        if site.index not in self.passages:
             return
         if site.index == next(iter(self.passages)):
             self._bring(None, site)
             self._bring(None, site, late=True)
-        self._bring(site, self._following(site))
+        coming = self._following(site)
+        self._bring(site, None if self._in_turn(site, coming) else coming)
         self._bring(site, None, late=True)
+
+    def _fetch_after(self, site: Site, result: fx.Node) -> None:
+        """Have what the next site reads copied to buffers that this one has used."""
+        if site.index in self.passages and (coming := self._following(site)):
+            self._bring(None, coming, late=True, after=result)
+            if self._in_turn(site, coming):
+                self._bring(None, coming, after=result)
+
+    def _in_turn(self, site: Site, coming: Site | None) -> bool:
+        """Whether both have one early lane, since a site between them has become dense."""
+        return coming is not None and self._lane(site, late=False) == self._lane(coming, late=False)
 
     def _following(self, site: Site) -> Site | None:
         """The next site whose caches lie on the host."""
-        later = [index for index in self.passages if index > site.index]
-        return self.plan.sites[later[0]] if later else None
+        return next((self.plan.sites[index] for index in self.passages if index > site.index), None)
 
     def _bring(self, ready: Site | None, coming: Site | None, late: bool = False, after: fx.Node | None = None) -> None:
         """Wait for what `ready` needs of its early or late lane, then begin to copy what `coming` reads to its own."""
@@ -288,8 +297,7 @@ class _Writer:
         if waited or read:
             home = [self.state[coming.index, name] for name, _ in read] if coming else []
             arguments = [s for _, s in waited], home, [s for _, s in read], self.state[None, "lanes"], after
-            lane, target = (self._lane(site, late) if site else 0 for site in (ready, coming))
-            kwargs = {"lane": lane, "coming": target}
+            kwargs = {name: self._lane(s, late) if s else 0 for name, s in (("lane", ready), ("coming", coming))}
             self.graph.call_function(torch.ops.chipmunk.cache_fetch.default, arguments, kwargs)
 
     def _lane(self, site: Site, late: bool) -> int:

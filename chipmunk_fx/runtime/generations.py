@@ -102,7 +102,7 @@ class Prepared:
 @dataclass
 class Track:
     """The generations of one key: a timeline, the branches of the one under way, and what its calls did. `faults`: sites for
-    which the budget has no room, as long as the shape is the same."""
+    which the budget has no room in this generation; `dropped`: its caches went to another one."""
 
     timeline: Timeline
     branches: dict[int, Branch] = field(default_factory=dict)
@@ -113,6 +113,7 @@ class Track:
     clock: torch.Tensor | None = None
     prepared: dict[Any, Prepared] = field(default_factory=dict)
     faults: Faults = field(default_factory=Faults)
+    dropped: bool = False
     last_call: int = 0
     begun: int = 0  # larger for the generation that began later, over all sessions
     shape: Hashable = None  # of the latents
@@ -126,7 +127,5 @@ class Track:
         gone = tuple(self.branches.values()) if shape != self.shape else ()
         if gone:
             self.branches = {}
-        if shape != self.shape:
-            self.faults = Faults()
-        self.shape = shape
+        self.faults, self.dropped, self.shape = Faults(), False, shape
         return gone

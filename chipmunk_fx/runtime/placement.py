@@ -107,7 +107,9 @@ def _sent(plan: Plan, where: dict[int, Where], config: Config) -> Plan:
     sites = []
     for site in plan.sites:
         if where.get(site.index) == "host":
-            alike = site.kind, str(site.sizes), branch_slots(site, plan, config), plan.mask_of(site)
+            settings = config.attention if site.kind == "attention" else config.mlp
+            density = settings.density_of(site.layer)  # lists of two may be as long at this size and not at others
+            alike = site.kind, str(site.sizes), branch_slots(site, plan, config), plan.mask_of(site), density
             layout = layouts.setdefault(alike, len(layouts))
             site = replace(site, passage=Passage.of(layout, seen[layout]))
             seen[layout] += 1

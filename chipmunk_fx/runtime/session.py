@@ -87,6 +87,9 @@ class Session:
         branch = track.branches.setdefault(position.branch, Branch())
         known = self._known(graph, values)
         self._look_for_damage(track, branch, position)
+        if track.dropped:
+            self._fall_back(track, position, _DROPPED, Phase.REFRESH)
+            track.dropped = False
         graph, phase, state, renew = self._ready(graph, track, branch, position, values, known)
         before = branch.last_refresh, branch.last_computed
         branch.last_refresh = branch.last_computed = None  # an exception leaves the branch without valid caches
@@ -275,14 +278,14 @@ class Session:
     def _give_way(
         self, graph: Graph, track: Track, position: Position, values: Sequence[Any], over: _OverBudget
     ) -> bool:
-        """One site on the device stays dense while this generation's shape lasts; false where none is to be had alone, or
+        """One site on the device stays dense for this generation; false where none is to be had alone, or
         none would be left: whole calls that run dense leave padding out."""
         site = next((s for s in giving_way(graph.plan) if s.passage is None), None)
         if site is None or over.on_host or graph.is_whole or len(graph.plan.rewritten) == 1:
             return False
-        reason = f"caches exceed {over.limit}: some sites stay dense"
+        reason = "caches exceed memory.budget_gb: some sites stay dense"
         if all(fallback.reason != reason for fallback in track.fallbacks):
-            self._fall_back(track, position, reason)
+            self._fall_back(track, position, reason, Phase.REFRESH)
         self._forsake(track.faults, values[site.owner], site, f"memory budget: {over}")
         return True
 
@@ -310,7 +313,10 @@ class Session:
     def _free_idle(self) -> bool:
         """Free the generation that was called longest ago, of those that are not under way; false where there is none."""
         idle = [t for k, t in self.tracks.items() if k != self.latest and t.branches]
-        self._free([min(idle, key=lambda track: track.last_call)] if idle else [])
+        if idle:
+            oldest = min(idle, key=lambda track: track.last_call)
+            self._free([oldest])
+            oldest.dropped = True
         return bool(idle)
 
     def _free(self, tracks: Iterable[Track]) -> None:
@@ -329,6 +335,7 @@ def _masks(graph: Graph, values: Sequence[Any], known: Known) -> list[torch.Tens
     return masks(graph, values, known) if graph.masked and graph.rewrites and not graph.skips else None
 
 
+_DROPPED = "its caches were dropped for those of another generation (memory.budget_gb)"
 _NOTHING = Known()
 
 

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import chipmunk_fx
-from chipmunk_fx.graph.match import find
+from chipmunk_fx.graph.match import block_of, find
+from chipmunk_fx.graph.region import Region, find_region
 from chipmunk_fx.patterns import ALL
-from tests.graph.capturing import traced
-from tests.runtime.models import Block, TinyDiT, calls, exactly, run
+from tests.graph.capturing import captured, traced
+from tests.runtime.models import WIDTH, Block, TinyDiT, calls, exactly, run
 
 WIDEN, NARROW, DEPTHWISE = torch.randn(64, 16), torch.randn(16, 64), torch.randn(64, 1, 3)
 X = torch.randn(2, 24, 16)
@@ -66,6 +67,35 @@ def test_blocks_without_known_attention_are_told_by_their_mlps():
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
     assert chipmunk_fx.summary(ours).phases == {0: ["refresh", "skip", "skip"]}
     assert chipmunk_fx.explain(linear_dit(), *calls([900])[0]).geometry == "convolution conv2d"
+
+
+class Headed(TinyDiT):
+    """Blocks of linear attention between a stem and a head that hold an MLP, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(LinearBlock() for _ in range(2))
+        self.stem, self.head = (nn.Sequential(nn.LayerNorm(WIDTH), nn.Sequential(*self.mlp())) for _ in range(2))
+        self.eval()
+
+    def mlp(self) -> tuple[nn.Module, ...]:
+        return nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        x = self.stem(self.embed(latents).flatten(2).transpose(1, 2)) + timestep[:, None, None] / 1000
+        for block in self.blocks:
+            x = block(x)
+        return self.out(self.head(x)).transpose(1, 2).reshape_as(latents)
+
+
+def test_a_stem_and_a_head_with_mlps_are_no_blocks():
+    latents, timestep, _ = calls([900])[0]
+    seen = captured(Headed(), latents, timestep)
+    inputs = [n for n in seen.capture.module.graph.nodes if n.op == "placeholder"]
+    assert seen.roles.latents is not None
+    found = find_region(seen.capture.module, seen.candidates, inputs[seen.roles.latents])
+    assert isinstance(found, Region)
+    assert {block_of(node) for node in found.nodes if block_of(node)} == {"blocks.0", "blocks.1"}
 
 
 def test_talking_heads_are_named():

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from chipmunk_fx.graph import places as module
 from chipmunk_fx.graph.geometry import _raster
-from chipmunk_fx.graph.places import Told, entering, leaving, positions
+from chipmunk_fx.graph.places import Told, _carried, entering, leaving, positions
 from chipmunk_fx.graph.sizes import hints
 from chipmunk_fx.graph.walk import behind
 from tests.graph.capturing import captured, traced
@@ -87,6 +88,22 @@ def test_a_video():
 )
 def test_what_is_no_raster_of_patches_is_not_told(other: Callable[[Tensor], Tensor]):
     assert told_of(other, LATENTS) is None
+
+
+def test_products_are_not_computed_and_large_layouts_not_copied(monkeypatch: pytest.MonkeyPatch):
+    def attention(x: Tensor) -> Tensor:
+        x = reshaped(x)
+        return torch.einsum("bnc,bmc->bnm", x, x)
+
+    graph = traced(attention, LATENTS).graph
+    start = next(n for n in graph.nodes if n.op == "placeholder")
+    places = torch.arange(LATENTS.numel(), dtype=torch.float64).view(LATENTS.shape)
+    names = [node.name for node, _ in _carried(graph, {start: places})]
+    assert names and not any("einsum" in name or "bmm" in name for name in names)
+    monkeypatch.setattr(module, "_MOST", 100)
+    assert len(list(_carried(graph, {start: places}))) < len(names)
+    monkeypatch.setattr(module, "_MOST_BYTES", 100)
+    assert len(list(_carried(graph, {start: places}))) <= 1
 
 
 def test_a_sequence_longer_than_any_attention_is_none():

@@ -111,6 +111,33 @@ def test_sites_give_way_to_a_branch_that_does_not_fit(sizes: dict[str, int], cap
     assert chipmunk_fx.summary(told).cache_bytes <= budget * 1e9
 
 
+def test_generations_that_take_each_others_caches_say_so(sizes: dict[str, int]):
+    ours = compiled(TinyDiT(depth=2), memory__budget_gb=1.5 * sum(sizes.values()) / 1e9)
+    pictures = {key: calls(TIMES, seed=seed) for seed, key in enumerate("ab")}
+    for turn in range(len(TIMES)):
+        for key, steps in pictures.items():
+            with chipmunk_fx.generation(ours, key=key):
+                run(ours, steps[turn : turn + 1])
+    for key in pictures:
+        summary = chipmunk_fx.summary(ours, key=key)
+        assert set(summary.phases[0]) == {"refresh"}
+        assert [(f.step, "another generation" in f.reason) for f in summary.fallbacks] == [(1, True), (2, True)]
+
+
+def test_a_generation_that_finds_room_again_is_sparse_again(sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch):
+    ours, steps = compiled(TinyDiT(depth=2)), calls(TIMES, [words(1), words(2)])
+    run(ours, steps[:1])
+    (session,) = registry.sessions(ours)
+    with monkeypatch.context() as short:
+        short.setattr(session, "limit", lambda place: int(1.3 * sum(sizes.values())))
+        chipmunk_fx.reset(ours)
+        run(ours, steps)
+    assert "dense" in {site.status for site in chipmunk_fx.summary(ours).sites}
+    chipmunk_fx.reset(ours)
+    run(ours, steps)
+    assert {site.status for site in chipmunk_fx.summary(ours).sites} == {"rewritten"}
+
+
 def test_a_budget_may_be_larger_than_any_memory():
     assert limit(Config.from_options({"memory.budget_gb": 1e300}), Place(torch.device("cpu"))) == sys.maxsize
 

@@ -16,7 +16,7 @@ from chipmunk_fx.runtime import registry
 from chipmunk_fx.runtime.summary import Summary
 from chipmunk_fx.schedule.phase import Phase
 from chipmunk_fx.state.slots import Slot
-from chipmunk_fx.state.store import Place, Store, allocate
+from chipmunk_fx.state.store import CacheOutOfMemory, Place, Store, allocate
 from tests.runtime.models import TinyDiT, calls, compiled, exactly, identical, run, words
 
 TIMES = (900, 700, 500, 300)
@@ -87,6 +87,39 @@ def test_sites_of_other_densities_have_other_buffers(layers: dict[str, Any]):
     expected, _ = results(**layers)
     done, summary = results(memory__offload="all", **layers)
     assert identical(done, expected) and not summary.fallbacks
+
+
+def test_sites_of_other_densities_have_other_buffers_at_every_size():
+    """Two densities that round to as many columns at the size that is compiled."""
+    model = TinyDiT(3)
+    layers = {"attention__density": 0.30, "attention__layers": {"1": 0.38, "2": 0.38}, "mlp__enabled": False}
+    ours, other = (compiled(model, memory__offload=where, **layers) for where in ("all", "none"))
+    for side in (12, 10, 24):
+        assert identical(run(ours, calls(TIMES, side=side)), run(other, calls(TIMES, side=side)))
+        assert not chipmunk_fx.summary(ours).fallbacks
+
+
+@pytest.mark.parametrize("depth", [3, 4])
+def test_neighbours_of_a_site_without_memory_do_not_overwrite_each_other(depth: int, monkeypatch: pytest.MonkeyPatch):
+    def failing(offload: str) -> tuple[list[torch.Tensor], list[str]]:
+        asked = 0
+
+        def make(self: Store, slots: Any, place: Place) -> Any:
+            nonlocal asked
+            asked += any(slot.name == "rest" for slot in slots) and place.on_host is (offload == "all")
+            if asked == 2:  # the second site's
+                raise CacheOutOfMemory("none left")
+            return whole(self, slots, place)
+
+        monkeypatch.setattr(Store, "make", make)
+        model = compiled(TinyDiT(depth), memory__offload=offload, mlp__enabled=False)
+        done = run(model, calls(TIMES))
+        return done, [site.status for site in chipmunk_fx.summary(model).sites if site.kind == "attention"]
+
+    whole = Store.make
+    (expected, on_device), (done, on_host) = failing("none"), failing("all")
+    assert on_host == on_device == ["rewritten", "dense", *["rewritten"] * (depth - 2)]
+    assert identical(done, expected)
 
 
 def test_the_next_site_is_fetched_while_one_computes_and_its_lists_after():
