@@ -212,11 +212,16 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     if timed := [row for row in shown if "seconds" in row]:
         shown = timed
     cost, unit = ("seconds", "s") if timed else ("operations", "share of dense")
+    named: list[tuple[float, float]] = []
+    wide, high = (max(row[key] for row in shown) - min(row[key] for row in shown) for key in (cost, "psnr"))
     for row in shown:
         colour = "tab:orange" if "alone" in row["name"] else "tab:blue"  # nothing sparse, something sparse
         marker = "^" if "threshold" in row["name"] else "s" if row["skipped"] else "o"
         axes.plot(row[cost], row["psnr"], marker=marker, color=colour)
-        axes.annotate(row["name"], (row[cost], row["psnr"]), xytext=(4, 3), textcoords="offset points", size=6)
+        x, y = row[cost], row["psnr"]
+        if not any(-0.3 * wide < x - a < 0.3 * wide and abs(y - b) < 0.025 * high for a, b in named):
+            axes.annotate(row["name"], (x, y), xytext=(4, 3), textcoords="offset points", size=6)
+            named.append((x, y))  # names would lie on each other; the table has all of them
     axes.set_xlabel(f"{cost} a picture, {unit}")
     axes.set_ylabel("PSNR to dense, dB")
     axes.grid(alpha=0.3)
