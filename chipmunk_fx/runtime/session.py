@@ -53,6 +53,7 @@ class Session:
 
     def call(self, graph: Graph, values: Sequence[Any]) -> Any:
         with self.lock:
+            self.store.follow(values[graph.owner].device)
             return self._serve(graph, values)
 
     def release(self) -> bool:

@@ -88,6 +88,14 @@ class Store:
         self.stage: dict[int, Cell] = {}
         self._lanes: dict[torch.device, tuple[torch.Tensor, list[torch.cuda.Stream]]] = {}
         self._spare: dict[Slot, list[torch.Tensor]] = {}  # host buffers of caches that were dropped
+        self._stream: torch.cuda.Stream | None = None  # of the call before
+
+    def follow(self, device: torch.device) -> None:
+        """Buffers serve one call after the other: have this call's stream wait for that of the call before."""
+        if device.type == "cuda":
+            before, self._stream = self._stream, torch.cuda.current_stream(device)
+            if before is not None and before != self._stream:
+                self._stream.wait_stream(before)
 
     def make(self, slots: Sequence[Slot], place: Place) -> Cell:
         """Raises `CacheOutOfMemory`."""

@@ -223,6 +223,26 @@ def test_a_parameter_replaced_in_a_generation_begins_anew_on_the_host_too():
     assert chipmunk_fx.summary(ours).phases == {0: ["refresh", "sparse", "refresh", "sparse"]}
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs streams")
+def test_calls_on_other_streams_come_one_after_the_other():
+    def results(streams: list[Any]) -> list[torch.Tensor]:
+        model = compiled(TinyDiT(4).cuda(), memory__offload="all")
+        inputs = {key: [[t.cuda() for t in call] for call in calls(TIMES, seed=seed)] for seed, key in enumerate("ab")}
+        done = []
+        torch.cuda.synchronize()
+        for turn in range(len(TIMES)):
+            for key, stream in zip("ab", streams, strict=True):
+                with torch.cuda.stream(stream), chipmunk_fx.generation(model, key=key):
+                    torch.cuda._sleep(20_000_000)  # this stream's work begins long after it was given
+                    done += run(model, inputs[key][turn : turn + 1])
+        torch.cuda.synchronize()
+        return done
+
+    one = torch.cuda.Stream()
+    assert identical(results([torch.cuda.Stream(), torch.cuda.Stream()]), results([one, one]))
+
+
 def test_host_buffers_are_pooled():
     made: list[Slot] = []
 
