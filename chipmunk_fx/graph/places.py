@@ -39,23 +39,19 @@ class Told:
 
 _FOLDS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints)
 _PADS = (aten.pad.default, aten.constant_pad_nd.default)
-_LAYOUTS = (
-    *(*_FOLDS, aten.unflatten.int),
-    *(aten.permute.default, aten.transpose.int, aten.t.default, aten.movedim.int, aten.movedim.intlist),
-    *(aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims, aten.expand.default),
-    *(aten.mT.default, aten.numpy_T.default, aten.swapaxes.default, aten.narrow.default, aten.tile.default),
-    *(aten.cat.default, aten.stack.default, aten.repeat.default, aten.slice.Tensor, aten.select.int),
-    *(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, operator.getitem),
-    *(aten.flip.default, aten.roll.default, aten.unfold.default, aten.im2col.default, aten.col2im.default),
-    *(aten.pixel_shuffle.default, aten.pixel_unshuffle.default, aten.einsum.default, *_PADS),
-)
-# of which what comes is a view of what went in, however large
+# whose result is a view of what went in, however large
 _VIEWS = (
     *(aten.permute.default, aten.transpose.int, aten.t.default, aten.movedim.int, aten.movedim.intlist),
     *(aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims, aten.expand.default),
     *(aten.mT.default, aten.numpy_T.default, aten.swapaxes.default, aten.narrow.default, aten.slice.Tensor),
-    *(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, operator.getitem),
-    *(aten.select.int,),
+    *(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, aten.select.int),
+    operator.getitem,
+)
+_LAYOUTS = (
+    *(*_FOLDS, *_VIEWS, *_PADS, aten.unflatten.int, aten.einsum.default),
+    *(aten.cat.default, aten.stack.default, aten.repeat.default, aten.tile.default, aten.flip.default),
+    *(aten.roll.default, aten.unfold.default, aten.im2col.default, aten.col2im.default),
+    *(aten.pixel_shuffle.default, aten.pixel_unshuffle.default),
 )
 _MOST = 2**26  # places, 0.5 GB, that are copied at once
 _MOST_BYTES = 2**30  # that are copied in all
@@ -172,9 +168,10 @@ def _sizes(picture: Sequence[Size], places: Tensor, raster: Raster) -> tuple[Siz
 def _carried(graph: fx.Graph, start: Mapping[fx.Node, Tensor]) -> Iterator[tuple[fx.Node, Any]]:
     """Nodes behind `start`, in order, with the places of their values as far as these can be told."""
     held: dict[fx.Node, Any] = dict(start)
-    copies: dict[int, int] = {}  # bytes by address
+    copies: set[int] = set()  # addresses
+    spent = 0  # bytes
     for node in graph.nodes:
-        if sum(copies.values()) > _MOST_BYTES:
+        if spent > _MOST_BYTES:
             return
         if node.op != "call_function" or node in held or not any(n in held for n in node.all_input_nodes):
             continue
@@ -182,8 +179,9 @@ def _carried(graph: fx.Graph, start: Mapping[fx.Node, Tensor]) -> Iterator[tuple
             value = _carry(node, held)
         except (RuntimeError, TypeError, IndexError, KeyError):  # not told: order is then as it comes
             continue
-        if isinstance(value, Tensor):
-            copies[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        if isinstance(value, Tensor) and (memory := value.untyped_storage()).data_ptr() not in copies:
+            copies.add(memory.data_ptr())
+            spent += memory.nbytes()
         if value is not None:
             held[node] = value
             yield node, value
