@@ -45,7 +45,7 @@ def test_density_one_is_dense_in_bf16(name: str):
     laws.check_density_one_is_dense(name, dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("name", ["Flux", "H-fused-sdpa/gelu"])
+@pytest.mark.parametrize("name", [pytest.param("Flux", marks=pytest.mark.full), "H-fused-sdpa/gelu"])
 def test_density_one_is_dense_with_inductor(name: str):
     laws.check_density_one_is_dense(name, lowering="inductor")
 

@@ -32,9 +32,10 @@ def results(on: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, model: Any, in
 KEEPING = {"attention__renew_lists": False}
 
 
-@pytest.mark.parametrize(
-    "options", [{}, KEEPING | {"memory__offload": "all"}, KEEPING | {"lowering": "inductor"}], ids=repr
-)
+WITH_INDUCTOR = pytest.param(KEEPING | {"lowering": "inductor"}, marks=pytest.mark.full)
+
+
+@pytest.mark.parametrize("options", [{}, KEEPING | {"memory__offload": "all"}, WITH_INDUCTOR], ids=repr)
 def test_bits_change_no_result(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]):
     options = options | {"schedule__refresh_every": 2, "mlp__enabled": False}
     inputs = [calls(TIMES, [words(1), words(2)], seed=seed, side=side) for seed, side in ((0, 16), (1, 16), (2, 32))]

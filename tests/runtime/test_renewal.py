@@ -74,7 +74,7 @@ def test_caches_that_are_new_have_no_lists_to_keep():
     assert not any((rows < 0).any() or (rows.diff() <= 0).any() for rows in lists(ours))
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("dynamic", [pytest.param(None, marks=pytest.mark.full), True])
 def test_with_inductor(dynamic: bool | None):
     torch._dynamo.reset()
     options = {"attention.dense_layers": 0, "mlp.enabled": False, "gate": "off", "attention.group_rows": 16}
