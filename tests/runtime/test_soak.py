@@ -52,7 +52,7 @@ def soak(count: int, every: int) -> list[Sample]:
             run(model, inputs[index])
         seconds += time.process_time() - start
         if done % len(SHAPES) == 0:
-            if done >= SETTLED and done % every == 0:
+            if done == SETTLED or (done > SETTLED and done % every == 0):
                 gc.collect()
                 (session,) = registry.sessions(model)
                 samples.append(Sample(done, resident(), session.account().total, seconds))
