@@ -24,6 +24,7 @@ aten = torch.ops.aten
 
 NOWHERE = -1  # of text, padding, registers
 Grid = tuple[int, int, int]
+"""(t, h, w) in tokens."""
 Raster = Callable[[Tensor], Grid | None]
 """The grid that places [N, axes] enumerate."""
 
