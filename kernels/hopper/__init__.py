@@ -68,10 +68,11 @@ def attention_sparse(**arguments: Any) -> Tensor:
 
 def mlp_sparse(**arguments: Any) -> Tensor:
     """As `chipmunk_fx.ops.mlp.mlp_sparse`."""
-    from chipmunk_fx.kernels.hopper.mlp import add_listed, exchange_listed
+    from chipmunk_fx.kernels.hopper.mlp import products
+    from chipmunk_fx.kernels.hopper.packing import pool
     from chipmunk_fx.kernels.triton import mlp
 
-    return mlp.sparse(**arguments, first=exchange_listed, second=add_listed)
+    return mlp.sparse(**arguments, steps=(pool, products))
 
 
 def _nvrtc() -> Any:

@@ -37,7 +37,8 @@ __device__ __forceinline__ float high(unsigned int x) { return low(x >> 16); }
 
 
 def multiply(name: str, element: str, n: int, *, left_in_registers: bool = False, inner_apart: bool = False) -> str:
-    """A function `name`: d [64, n] = a b, or d + a b where `add`: 16 long, d in the registers of a warpgroup, b in shared memory.
+    """A function `name`: d [64, n] = a b, or d + a b where `add`: 32 bytes of the inner dimension (16 values, of "e4m3" 32), d in
+    the registers of a warpgroup, b in shared memory.
 
     a in shared memory too: a [64, 16] and b [n, 16], or with `inner_apart` a [16, 64] and b [16, n]. a in registers, as
     four words of each thread: b [16, n].
@@ -50,13 +51,14 @@ def multiply(name: str, element: str, n: int, *, left_in_registers: bool = False
     inputs = ", ".join(f'"{letter}"(a{i})' for i in range(words))
     outputs = ", ".join(f'"+f"(d[{i}])' for i in range(count))
     # signs of a and b, then which of them run along the product's outer dimension first
-    outer = ", 1, 1" if inner_apart else ", 0, 0"
+    outer = "" if element == "e4m3" else ", 1, 1" if inner_apart else ", 0, 0"
+    depth = 32 if element == "e4m3" else 16
     a, flags = (f"{{{left}}}", "1, 1, 1") if left_in_registers else (left, f"1, 1{outer}")
     return f"""
 __device__ __forceinline__ void {name}(float (&d)[{count}], {parameters}, unsigned long long b, bool add) {{
     asm volatile(
         "{{ .reg .pred add; setp.ne.b32 add, %{count + words + 1}, 0;\\n"
-        "wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{element}.{element} {{{results}}}, "
+        "wgmma.mma_async.sync.aligned.m64n{n}k{depth}.f32.{element}.{element} {{{results}}}, "
         "{a}, %{count + words}, add, {flags}; }}"
         : {outputs} : {inputs}, "l"(b), "r"((int)add));
 }}

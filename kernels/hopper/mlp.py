@@ -10,10 +10,11 @@ from torch import Tensor
 from chipmunk_fx.kernels import devices
 from chipmunk_fx.kernels.hopper import nvrtc, tuning
 from chipmunk_fx.kernels.hopper.instructions import ELEMENTS, activation_of, multiply, preamble
-from chipmunk_fx.kernels.hopper.tuning import ProductSettings
+from chipmunk_fx.kernels.hopper.packing import Rows
+from chipmunk_fx.kernels.hopper.tuning import DEPTH, SPAN, ProductSettings
 from chipmunk_fx.kernels.triton.launching import copyable
 
-PARTS = ("primitives.cuh", "products.cuh")
+PARTS = ("primitives.cuh", "cluster.cuh", "products.cuh")
 
 
 class First(ctypes.Structure):
@@ -21,8 +22,8 @@ class First(ctypes.Structure):
 
     _fields_ = [
         *((name, c_void_p) for name in ("x", "w1", "wu")),
-        *((name, c_longlong) for name in ("x_batch", "x_row", "w1_row", "wu_row")),
-        *((name, c_void_p) for name in ("b1", "bu", "order", "lists", "hidden", "change", "means", "mean")),
+        *((name, c_longlong) for name in ("w1_row", "wu_row")),
+        *((name, c_void_p) for name in ("b1", "bu", "lists", "hidden", "change", "means", "mean", "row_scales", "scales")),
         *((name, c_int) for name in ("rows", "steps", "neurons", "groups", "listed", "parts", "batches", "tiles")),
     ]
 
@@ -36,48 +37,56 @@ class Second(ctypes.Structure):
     ]
 
 
-def exchange_listed(
-    x: Tensor, w1: Tensor, b1: Tensor | None, wu: Tensor | None, bu: Tensor | None, order: Tensor | None, hidden: Tensor,
-    lists: Tensor, mean: Tensor, means: Tensor, change: Tensor, *, activation: str, group_rows: int,
+def products(
+    rows: Rows, w1: Tensor, b1: Tensor | None, wu: Tensor | None, bu: Tensor | None, w1_fp8: Tensor | None,
+    scales: Tensor | None, order: Tensor | None, hidden: Tensor, lists: Tensor, mean: Tensor, means: Tensor,
+    by_neuron: Tensor, out: Tensor, result: Tensor, *, activation: str, group_rows: int,
 ) -> None:  # fmt: skip
-    """As `chipmunk_fx.kernels.triton.first.exchange_listed`, for what the backend takes."""
-    x, w1, wu = copyable(x), copyable(w1), None if wu is None else copyable(wu)
+    """As `chipmunk_fx.kernels.triton.mlp.products`, for what the backend takes; rows: as `pool` has them."""
+    weights = (copyable(w1), None if wu is None else copyable(wu))
+    if w1_fp8 is not None:
+        weights = (w1_fp8[0], None if wu is None else w1_fp8[1])
+    sizes = (out.shape[1], w1.shape[1])
+    change = _first(rows, *weights, b1, bu, scales, hidden, lists, mean, means, *sizes, activation, group_rows)
+    _second(change, by_neuron, order, lists, out, result, group_rows)
+
+
+def _first(
+    rows: Rows, w1: Tensor, wu: Tensor | None, b1: Tensor | None, bu: Tensor | None, scales: Tensor | None, hidden: Tensor,
+    lists: Tensor, mean: Tensor, means: Tensor, count: int, width: int, activation: str, group_rows: int,
+) -> Tensor:  # fmt: skip
+    """Writes hidden and mean; returns the changes as second.cu wants them. count: of rows; width: of one."""
     batch, groups, listed = lists.shape
     settings = tuning.first_settings(
-        ELEMENTS[x.dtype],
-        group_rows,
-        batch * groups,
-        x.shape[2],
-        listed,
-        activation,
-        wu is not None,
-        devices.units(x.device),
-    )
-    parts = group_rows // settings.rows
-    tiles = batch * groups * parts * -(-listed // settings.neurons)
-    problem = First(
-        x.data_ptr(), w1.data_ptr(), _pointer(wu), *(2 * stride for stride in x.stride()[:2]), 2 * w1.stride(0),
-        0 if wu is None else 2 * wu.stride(0), _pointer(b1), _pointer(bu), _pointer(order), lists.data_ptr(),
-        hidden.data_ptr(), change.data_ptr(), means.data_ptr(), mean.data_ptr(),
-        x.shape[1], x.shape[2] // 64, w1.shape[0], groups, listed, parts, batch * groups, tiles,
+        ELEMENTS[hidden.dtype], group_rows, batch * groups, width, listed, activation, wu is not None,
+        scales is not None, devices.units(hidden.device),
     )  # fmt: skip
-    _kernel(settings, "first.cu", "exchange_listed", x.device.index).launch(tiles, problem, x.device)
+    change = hidden.new_empty(batch * groups, group_rows // settings.rows, -(-listed // DEPTH), DEPTH * settings.rows)
+    if listed % DEPTH:
+        change[:, :, -1] = 0
+    tiles = settings.clusters(batch * groups * group_rows, listed)
+    problem = First(
+        rows.values.data_ptr(), w1.data_ptr(), _pointer(wu), _pitch(w1), _pitch(wu), _pointer(b1), _pointer(bu),
+        lists.data_ptr(), hidden.data_ptr(), change.data_ptr(), means.data_ptr(), mean.data_ptr(), _pointer(rows.scales),
+        _pointer(scales), count, rows.values.shape[2], w1.shape[0], groups, listed, change.shape[1], batch * groups, tiles,
+    )  # fmt: skip
+    _kernel(settings, "first.cu", "exchange_listed", hidden.device.index).launch(tiles, problem, hidden.device)
+    return change
 
 
-def add_listed(
+def _second(
     change: Tensor, by_neuron: Tensor, order: Tensor | None, lists: Tensor, out: Tensor, result: Tensor, group_rows: int
 ) -> None:
-    """As `chipmunk_fx.kernels.triton.second.add_listed`, for what the backend takes."""
+    """Adds to out, and writes result."""
     batch, groups, listed = lists.shape
     rows, width = out.shape[1:]
     settings = tuning.second_settings(
         ELEMENTS[change.dtype], group_rows, batch * groups, listed, width, devices.units(out.device)
     )
-    parts = group_rows // settings.rows
-    tiles = batch * groups * parts * (width // settings.columns)
+    tiles = settings.clusters(batch * groups * group_rows, width)
     problem = Second(
         change.data_ptr(), by_neuron.data_ptr(), _pointer(order), lists.data_ptr(), out.data_ptr(), result.data_ptr(),
-        rows, width, groups, listed, parts, batch * groups, tiles,
+        rows, width, groups, listed, group_rows // settings.rows, batch * groups, tiles,
     )  # fmt: skip
     _kernel(settings, "second.cu", "add_listed", out.device.index).launch(tiles, problem, out.device)
 
@@ -85,12 +94,12 @@ def add_listed(
 def source(settings: ProductSettings, file: str) -> str:
     """The whole of the CUDA C++ of "first.cu" or "second.cu"."""
     first = settings.activation is not None
-    sizes = {"consumers": settings.consumers, "columns": settings.columns, "buffers": settings.buffers}
-    sizes |= {"gated": settings.gated} if first else {}
+    names = ("consumers", "columns", "buffers", "cluster", *(("gated", "fp8") if first else ()))
+    sizes = {name: getattr(settings, name) for name in names} | {"span": SPAN} | ({"depth": DEPTH} if first else {})
     return "\n".join(
         [
             preamble(settings.element, **sizes),
-            multiply("multiply", settings.element, settings.columns, inner_apart=not first),
+            multiply("multiply", "e4m3" if settings.fp8 else settings.element, settings.columns, inner_apart=not first),
             *((Path(__file__).parent / name).read_text() for name in PARTS),
             activation_of(settings.activation, settings.element) if settings.activation else "",
             (Path(__file__).parent / file).read_text(),
@@ -101,12 +110,17 @@ def source(settings: ProductSettings, file: str) -> str:
 @cache
 def _kernel(settings: ProductSettings, file: str, name: str, device: int) -> nvrtc.Kernel:
     """Compiled once a process, loaded once a device."""
-    return nvrtc.load(_code(settings, file), name, settings.threads, settings.shared)
+    return nvrtc.load(_code(settings, file), name, settings.threads, settings.shared, settings.cluster)
 
 
 @cache
 def _code(settings: ProductSettings, file: str) -> bytes:
     return nvrtc.compiled(source(settings, file), "sm_90a")
+
+
+def _pitch(x: Tensor | None) -> int:
+    """Bytes from one row to the next."""
+    return 0 if x is None else x.stride(0) * x.itemsize
 
 
 def _pointer(x: Tensor | None) -> int | None:

@@ -67,16 +67,20 @@ def _text(nvrtc: ctypes.CDLL, program: c_void_p) -> str:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A loaded function; `module` keeps its code on the device of the context that was current when it was loaded."""
+    """A loaded function; `module` keeps its code on the device of the context that was current when it was loaded.
+
+    threads, shared (bytes): of a block; cluster: blocks that work on a tile, as the function says itself.
+    """
 
     module: c_void_p
     function: c_void_p
     threads: int
     shared: int
+    cluster: int
 
     def launch(self, tiles: int, problem: ctypes.Structure, device: torch.device) -> None:
-        """Runs a block for each of `tiles`, at most one a multiprocessor, on the current stream; `problem` is passed by value."""
-        blocks = min(tiles, devices.units(device))
+        """Runs a cluster for each of `tiles`, at most a block a multiprocessor, on the current stream; `problem` by value."""
+        blocks = min(tiles, devices.units(device) // self.cluster) * self.cluster
         stream = torch.cuda.current_stream(device).cuda_stream
         pointers = (c_void_p * 1)(ctypes.addressof(problem))
         done = driver().cuLaunchKernel(
@@ -91,15 +95,15 @@ def driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
 
 
-def load(code: bytes, name: str, threads: int, shared: int) -> Kernel:
-    """Function `name` of `code` on the current device. threads and shared (bytes): of each of its blocks."""
+def load(code: bytes, name: str, threads: int, shared: int, cluster: int = 1) -> Kernel:
+    """Function `name` of `code` on the current device. The rest: as of `Kernel`."""
     module, function = c_void_p(), c_void_p()
     check(driver().cuModuleLoadData(byref(module), code), "loading")
     check(driver().cuModuleGetFunction(byref(function), module, name.encode()), f"finding {name}")
     check(
         driver().cuFuncSetAttribute(function, c_int(_MAX_DYNAMIC_SHARED), c_int(shared)), f"{shared} bytes for {name}"
     )
-    return Kernel(module, function, threads, shared)
+    return Kernel(module, function, threads, shared, cluster)
 
 
 def check(result: int, doing: str) -> None:

@@ -45,15 +45,6 @@ __device__ __forceinline__ void copy16(u32 to, u64 from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 
-// Zeros in place of what is not `there`.
-__device__ __forceinline__ void copy16_if(u32 to, const char *from, bool there) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
-}
-
-__device__ __forceinline__ void prefetch(const char *from) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
-}
-
 // Read and written once: first to leave the cache.
 __device__ __forceinline__ uint2 load_once(const char *from) {
     uint2 x;
@@ -65,8 +56,55 @@ __device__ __forceinline__ void store_once(char *to, uint2 x) {
     asm volatile("st.global.cs.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(x.x), "r"(x.y) : "memory");
 }
 
+__device__ __forceinline__ void store_once(char *to, uint4 x) {
+    asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+}
+
 __device__ __forceinline__ void store(char *to, uint2 x) {
     asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(x.x), "r"(x.y) : "memory");
+}
+
+__device__ __forceinline__ void store(char *to, uint4 x) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+}
+
+// Shared memory.
+__device__ __forceinline__ void put(u32 address, u32 x) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+}
+
+__device__ __forceinline__ void put(u32 address, u64 x) {
+    asm volatile("st.shared.u64 [%0], %1;" ::"r"(address), "l"(x) : "memory");
+}
+
+__device__ __forceinline__ u32 taken(u32 address) {
+    u32 x;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(address));
+    return x;
+}
+
+__device__ __forceinline__ u64 taken8(u32 address) {
+    u64 x;
+    asm volatile("ld.shared.u64 %0, [%1];" : "=l"(x) : "r"(address));
+    return x;
+}
+
+__device__ __forceinline__ uint4 taken16(u32 address) {
+    uint4 x;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(address));
+    return x;
+}
+
+// Four blocks of 8 x 8 values of 2 bytes, as products leave them in a warp; lane 8 i + j says where row j of block i goes,
+// or where it is `transposed`, column j.
+__device__ __forceinline__ void put_blocks(u32 address, const u32 (&x)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
+                 ::"r"(address), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
+}
+
+__device__ __forceinline__ void put_blocks_transposed(u32 address, const u32 (&x)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+                 ::"r"(address), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
 }
 
 // Makes what ordinary copies have written visible to the products.
@@ -81,10 +119,11 @@ __device__ __forceinline__ void named_pass(int barrier) {
     asm volatile("bar.arrive %0, 256;" ::"r"(barrier) : "memory");
 }
 
-// Of an operand in shared memory with 128-byte swizzle: 1024 bytes from 8 rows to the next 8, `block` bytes from 64
-// elements to the next 64 where rows are the inner dimension of the product.
+// Of an operand in shared memory with rows of SPAN bytes, swizzled over as many: `block` bytes from 64 elements to the
+// next 64 where rows are the inner dimension of the product.
+template <int SPAN = 128>
 __device__ __forceinline__ u64 described(u32 address, u32 block = 16) {
-    return (1ull << 62) | (u64)(1024 >> 4) << 32 | (u64)(block >> 4) << 16 | (address & 0x3FFFF) >> 4;
+    return (SPAN == 128 ? 1ull : 2ull) << 62 | (u64)(8 * SPAN >> 4) << 32 | (u64)(block >> 4) << 16 | (address & 0x3FFFF) >> 4;
 }
 
 __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

@@ -1,14 +1,18 @@
 // The second product of a column-sparse MLP, for sm_90a: what the listed neurons changed, times their gathered weights,
-// onto the result kept. Compiled at run time behind what instructions.py writes, primitives.cuh and products.cuh:
+// onto the result kept. Compiled at run time behind what instructions.py writes, primitives.cuh, cluster.cuh and products.cuh:
 //   CONSUMERS  warpgroups of 64 rows each; one more warpgroup copies
 //   COLUMNS    of the result in one tile, a multiple of 64 that divides its width
 //   BUFFERS    stages in shared memory
+//   CLUSTER    blocks of a cluster; the result has a multiple of so many tiles in a row
+// Lists are padded to stages of 64 neurons: what these changed is zero.
 
-constexpr int BLOCK = DEPTH * LINE;           // bytes of 64 listed neurons by 64 rows or columns
-constexpr int PAIRS = COLUMNS / 16;           // of chunks of 8 columns
+constexpr int DEPTH = SPAN / 2;      // listed neurons in one stage
+constexpr int BLOCK = DEPTH * LINE;  // bytes of those by 64 rows or columns
+constexpr int PIECES = COLUMNS / 4;  // of 4 values, in a row of the result
+constexpr int TIMES = PIECES / 2;    // a consumer adds 128 pieces at a time
 
 struct Problem {
-    const char *change, *weights;  // [batch x groups, listed, group_rows], [neurons, width]; 2 bytes a value
+    const char *change, *weights;  // [batch x groups, parts, steps] left operands of a stage, [neurons, width]; 2 bytes a value
     const int *order, *lists;      // [rows] or null, [batch x groups, listed]
     float *out;                    // [batch, rows, width]
     char *result;                  // the same, 2 bytes a value
@@ -23,18 +27,13 @@ __device__ __forceinline__ i64 row_of(const Problem &p, const Place &at, int pla
 __device__ __forceinline__ void produce(const Problem &p, const Shared &shared) {
     constexpr int PASSES = DEPTH / 16;
     Ring ring;
-    const u32 place = shared.stages + place_of_lane(), pitch = p.parts * ROWS * 2, row = p.width * 2;
-    const int line = line_of_lane(), byte = threadIdx.x % 8 * 16;
-    for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
-        const Place at = locate(tile, p.batches, p.groups, p.parts);
+    const u32 row = p.width * 2;
+    const int line = threadIdx.x % 128 / 8, byte = threadIdx.x % 8 * 16, steps = (p.listed + DEPTH - 1) / DEPTH;
+    const u32 place = shared.stages + LEFT + line * LINE + ((threadIdx.x ^ line) & 7) * 16;
+    each_tile(p, [&](const Place &at) {
         const int *list = p.lists + (i64)at.list * p.listed;
-        const char *left = p.change + ((i64)at.list * p.listed + line) * pitch + at.part * ROWS * 2 + byte;
+        const char *left = p.change + (i64)at.block * steps * LEFT;
         const char *weights = p.weights + at.column * COLUMNS * 2 + byte;
-#pragma unroll 1
-        for (int line = threadIdx.x; line < ROWS; line += 128)
-#pragma unroll
-            for (int i = 0; i < COLUMNS * 4; i += LINE)
-                prefetch((const char *)(p.out + row_of(p, at, line) * p.width + at.column * COLUMNS) + i);
         u32 ids[2][PASSES];  // of this stage and the next: each is read two stages ahead
         auto read = [&](u32 (&ids)[PASSES], int first) {
 #pragma unroll
@@ -48,92 +47,99 @@ __device__ __forceinline__ void produce(const Problem &p, const Shared &shared) 
             for (int half = 0; half < 2; half++) {
                 const int first = pair + half * DEPTH;
                 if (first >= p.listed) break;
-                const u32 to = place + free_stage(shared, ring);
+                const u32 to = place + free_stage(shared, ring, left);
 #pragma unroll
                 for (int i = 0; i < PASSES; i++) {
-                    const bool there = first + i * 16 + line < p.listed;
                     const char *right = weights + (u64)ids[half][i] * row;
 #pragma unroll
-                    for (int c = 0; c < CONSUMERS; c++)
-                        copy16_if(to + i * 16 * LINE + c * BLOCK, left + (i * 16 * pitch + c * LINE), there);
-#pragma unroll
-                    for (int c = 0; c < COLUMNS / 64; c++)
-                        copy16_if(to + RIGHT + i * 16 * LINE + c * BLOCK, right + c * LINE, there);
+                    for (int c = 0; c < COLUMNS / 64; c++) copy16(to + i * 16 * LINE + c * BLOCK, (u64)(right + c * LINE));
                 }
-                left += DEPTH * pitch;
+                left += LEFT;
                 barrier_arrive_after_copies(shared.full + ring.slot * 8);
                 ring.advance();
                 read(ids[half], first + 2 * DEPTH);
             }
-    }
+    });
 }
 
-struct Rows {  // the two of a thread: where they begin in the result, at the tile's columns
-    i64 start[2];
-    bool live[2];
+// What is left to do with a tile, a piece a lane at a time. What is put aside lies row by row, pairs of pieces swizzled by row.
+struct Addition {
+    const Problem &p;
+    u32 aside, table;      // of a consumer: the table has a row of the result for each of its own, or -1
+    int number, next;      // piece of the lane
+    int column;            // of the result, the tile's first
+    i64 at;                // of the result, or -1
+    const Kept kept;
 
-    __device__ __forceinline__ Rows(const Problem &p, const Place &at, int number) {
+    __device__ __forceinline__ Addition(const Problem &p, const Shared &shared, int number)
+        : p(p), kept(shared), aside(shared.aside + number * ASIDE), table(shared.tables + number * 256), number(number) {}
+
+    __device__ __forceinline__ void begin(const float (&d)[COLUMNS / 2], const Place &place) {
+        meet(number);  // nothing is left to do with what lies there
+        const int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane % 16;
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
-            const int place = number * 64 + row_of_thread(r);
-            live[r] = at.first + place < p.rows;
-            start[r] = row_of(p, at, place) * p.width + at.column * COLUMNS;
+        for (int i = 0; i < PIECES / 2; i += 2) {
+            u32 x[4];
+#pragma unroll
+            for (int j = 0; j < 4; j++) x[j] = pack(d[4 * i + 2 * j], d[4 * i + 2 * j + 1]);
+            put_blocks(aside + row * (COLUMNS * 2) + ((i + lane / 16) ^ row & 7) * 16, x);
         }
+        const int mine = threadIdx.x % 128, first = number * 64 + mine;
+        if (mine < 64) put(table + mine * 4, (u32)(place.first + first < p.rows ? row_of(p, place, first) : -1));
+        next = mine;
+        column = place.column * COLUMNS;
+        meet(number);
+        fetch();
     }
 
-    __device__ __forceinline__ float2 *out(const Problem &p, int r, int chunk) const {
-        return (float2 *)(p.out + start[r] + chunk * 8 + threadIdx.x % 4 * 2);
+    __device__ __forceinline__ void fetch() {
+        at = -1;
+        if (next >= 64 * PIECES) return;
+        const int row = (int)taken(table + next / PIECES * 4);
+        if (row < 0) return;
+        at = (i64)row * p.width + column + next % PIECES * 4;
+        kept.fetch(p.out + at);
+    }
+
+    __device__ __forceinline__ void add() const {
+        if (at < 0) return;
+        const int row = next / PIECES, piece = next % PIECES;
+        const u64 d = taken8(aside + row * (COLUMNS * 2) + (piece / 2 ^ row & 7) * 16 + piece % 2 * 8);
+        const uint4 old = kept.taken();
+        const float4 x = {__uint_as_float(old.x) + low((u32)d), __uint_as_float(old.y) + high((u32)d),
+                          __uint_as_float(old.z) + low((u32)(d >> 32)), __uint_as_float(old.w) + high((u32)(d >> 32))};
+        *(float4 *)(p.out + at) = x;
+        store(p.result + at * 2, uint2{pack(x.x, x.y), pack(x.z, x.w)});
+    }
+
+    __device__ __forceinline__ void run() {
+        add();
+        next += 128;
+        fetch();
     }
 };
 
-__device__ __forceinline__ void load_out(float (&d)[COLUMNS / 2], const Problem &p, const Rows &rows) {
-#pragma unroll
-    for (int i = 0; i < COLUMNS / 8; i++)
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            const float2 x = *rows.out(p, r, i);
-            d[4 * i + 2 * r] = x.x;
-            d[4 * i + 2 * r + 1] = x.y;
-        }
-}
-
-__device__ __forceinline__ void store_out(const float (&d)[COLUMNS / 2], const Problem &p, const Rows &rows) {
-#pragma unroll
-    for (int i = 0; i < PAIRS; i++)
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            u32 words[2];
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const float2 x = {d[8 * i + 4 * half + 2 * r], d[8 * i + 4 * half + 2 * r + 1]};
-                if (rows.live[r]) *rows.out(p, r, 2 * i + half) = x;
-                words[half] = pack(x.x, x.y);
-            }
-            swap_with_neighbour(words[0], words[1]);
-            if (rows.live[r]) store(p.result + rows.start[r] * 2 + i * 32 + byte_of_lane(), {words[0], words[1]});
-        }
-}
-
 __device__ __forceinline__ void consume(const Problem &p, const Shared &shared) {
-    const int number = __shfl_sync(~0u, (int)threadIdx.x / 128 - 1, 0);
+    const int number = __shfl_sync(~0u, (int)threadIdx.x / 128 - 1, 0), steps = (p.listed + DEPTH - 1) / DEPTH;
     Ring ring;
-    for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
-        const Rows rows(p, locate(tile, p.batches, p.groups, p.parts), number);
+    Addition addition(p, shared, number);
+    int times = 0;  // there is nothing to do beside the first tile
+    each_tile(p, [&](const Place &at) {
         float d[COLUMNS / 2];
-        load_out(d, p, rows);
-        const int steps = (p.listed + DEPTH - 1) / DEPTH;
-        const u32 last = multiply_all(
-            d, steps, true, ring, shared, [&](float (&d)[COLUMNS / 2], u32 left, u32 right, bool add) {
+        auto stage = [&](float (&d)[COLUMNS / 2], u32 left, u32 right, bool add) {
 #pragma unroll
-                for (int i = 0; i < DEPTH / 16; i++)
-                    multiply(d, described(left + number * BLOCK + i * 16 * LINE, BLOCK),
-                             described(right + i * 16 * LINE, BLOCK), add);
-            });
+            for (int i = 0; i < DEPTH / 16; i++)
+                multiply(d, described(left + number * BLOCK + i * 16 * LINE, BLOCK),
+                         described(right + i * 16 * LINE, BLOCK), add || i > 0);
+        };
+        const u32 last = multiply_all(d, steps, ring, shared, stage, times, [&] { addition.run(); });
         finish(d, shared, last);
-        store_out(d, p, rows);
-    }
+        addition.begin(d, at);
+        times = TIMES;
+    });
+    for (int i = 0; i < TIMES; i++) addition.run();
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) add_listed(const __grid_constant__ Problem p) {
+extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 1) add_listed(const __grid_constant__ Problem p) {
     run(p);
 }

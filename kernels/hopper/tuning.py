@@ -5,6 +5,8 @@ from functools import cache
 
 SHARED = 232_448  # bytes that one thread block may take on sm_90
 UNITS = 132
+SPAN = 64  # bytes of the inner dimension in a stage of the MLP's products
+DEPTH = SPAN // 2  # listed neurons of a stage of the second product
 
 
 @dataclass(frozen=True)
@@ -54,62 +56,66 @@ def columns_settings(element: str, width: int, group_rows: int) -> Settings:
 class ProductSettings(Block):
     """Of one product of the MLP. columns: of the result in one tile; of the first product, gathered weights.
 
-    activation: of the first product; of the second there is none.
+    cluster: blocks that work on neighbouring tiles of the same rows. activation: of the first product; of the second there
+    is none. fp8: the first's operands are e4m3.
     """
 
     columns: int
+    cluster: int
     activation: str | None = None
     gated: bool = False
+    fp8: bool = False
 
     @property
     def neurons(self) -> int:
         """Of a tile of the first product."""
         return self.columns // 2 if self.gated else self.columns
 
+    def clusters(self, rows: int, columns: int) -> int:
+        """Needed for so many rows, in whole groups, and listed neurons, or columns of the second product's result."""
+        return rows // self.rows * -(-columns // (self.neurons * self.cluster))
+
     @property
     def tables(self) -> int:
-        """Bytes for what the first product keeps of its list: pointers to lines, and twice neurons and biases."""
-        return 0 if self.activation is None else 8 * (self.rows + self.columns) + 8 * (self.neurons + self.columns)
+        """Bytes for pointers to lines, and three times neurons and biases; of the second product for its rows."""
+        if self.activation is None:
+            return 4 * self.rows
+        return 8 * self.columns + 12 * (self.neurons + self.columns)
+
+    @property
+    def aside(self) -> int:
+        """Bytes for the result of the tile before, and for what is added to it or compared with it."""
+        return 2 * self.rows * self.columns + 16 * 128 * self.consumers
 
     @property
     def stage(self) -> int:
-        return 128 * (self.rows + self.columns)
+        return SPAN * (self.rows + self.columns)
 
     @property
     def buffers(self) -> int:
-        """As many stages as shared memory holds, at most 6: more gain nothing."""
-        return min(6, (SHARED - self.tables - 16) // (self.stage + 16))
+        """As many stages as shared memory holds, at most 12: more gain nothing."""
+        return min(12, (SHARED - self.aside - self.tables - 16) // (self.stage + 16))
 
     @property
     def shared(self) -> int:
-        return self.buffers * (self.stage + 16) + 16 + self.tables
+        return self.buffers * (self.stage + 16) + 16 + self.aside + self.tables
 
 
-# Of one multiprocessor of an H200: it makes 2048 multiply-adds a clock, and is taken to get 32 bytes from the second-level cache;
-# what else a tile costs (filling the ring, the epilogue) takes as long as so many stages.
+# Of one multiprocessor of an H200: it makes 2048 multiply-adds a clock (twice as many in fp8), and is taken to get 32 bytes from the
+# second-level cache; what else a tile costs (filling the ring, putting aside) takes as long as so many stages.
 BYTES, PRODUCTS, EXTRA_STAGES = 32, 2048, 5
 
 
 @cache
 def first_settings(
-    element: str,
-    group_rows: int,
-    groups: int,
-    width: int,
-    listed: int,
-    activation: str,
-    gated: bool,
+    element: str, group_rows: int, groups: int, width: int, listed: int, activation: str, gated: bool, fp8: bool,
     units: int = UNITS,
-) -> ProductSettings:
+) -> ProductSettings:  # fmt: skip
     """Of the first product. groups: of all batch entries; width: of x; listed: neurons of a group."""
     consumers, most = _shape(group_rows)
-    each = 2 if gated else 1
-    tiles = groups * group_rows // (64 * consumers)
-    columns = min(
-        range(most, 95, -16),
-        key=lambda n: _clocks(consumers, n, tiles * -(-listed * each // n), width, units),
-    )
-    return ProductSettings(element, consumers, columns, activation, gated)
+    allowed = (ProductSettings(element, consumers, n, 2, activation, gated, fp8) for n in range(most, 95, -16))
+    depth = width * (1 if fp8 else 2) // SPAN
+    return min(allowed, key=lambda s: _clocks(s, s.clusters(groups * group_rows, listed), depth, units))
 
 
 @cache
@@ -118,10 +124,18 @@ def second_settings(
 ) -> ProductSettings:
     """Of the second product. groups: of all batch entries; listed: neurons of a group; width: of the result, in 64s."""
     consumers, most = _shape(group_rows)
-    tiles = groups * group_rows // (64 * consumers)
-    allowed = (n for n in (256, 192, 128, 64) if n <= most and width % n == 0)
-    columns = min(allowed, key=lambda n: _clocks(consumers, n, tiles * (width // n), listed, units))
-    return ProductSettings(element, consumers, columns)
+    allowed = (
+        ProductSettings(element, consumers, n, cluster)
+        for n in (256, 192, 128, 64)
+        for cluster in (2, 1)
+        if n <= most and width % (n * cluster) == 0
+    )
+    return min(allowed, key=lambda s: _clocks(s, s.clusters(groups * group_rows, width), -(-listed // DEPTH), units))
+
+
+def block_rows(group_rows: int) -> int:
+    """Rows of a group that a block of the MLP's products works on at once."""
+    return 64 * _shape(group_rows)[0]
 
 
 def _shape(group_rows: int) -> tuple[int, int]:
@@ -129,8 +143,9 @@ def _shape(group_rows: int) -> tuple[int, int]:
     return (3, 192) if group_rows % 192 == 0 else (2, 256)
 
 
-def _clocks(consumers: int, columns: int, tiles: int, depth: int, units: int) -> int:
+def _clocks(settings: ProductSettings, clusters: int, stages: int, units: int) -> int:
     """Of the busiest multiprocessor: the last round of tiles should be nearly full, and tiles should be large."""
-    rows = 64 * consumers
-    stage = max(rows * columns * 64 // PRODUCTS, (rows + columns) * 128 // BYTES)
-    return -(-tiles // units) * stage * (-(-depth // 64) + EXTRA_STAGES)
+    products = settings.rows * settings.columns * SPAN // 2 // PRODUCTS
+    copies = (settings.rows // settings.cluster + settings.columns) * SPAN // BYTES
+    rounds = -(-clusters // (units // settings.cluster))
+    return rounds * max(products, copies) * (stages + EXTRA_STAGES)

@@ -1,6 +1,7 @@
 """The two MLP operators: which kernels run, in which order, over how much at a time."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ def refresh(
         rows = inner_contiguous(_batches(x))
         lists.copy_(torch.arange(lists.shape[-1], device=x.device).expand_as(lists))
         store_transposed(inner_contiguous(w2), by_neuron)
-        mean.copy_(_pooled(rows, w1, b1, wu, bu, order, activation, group_rows))
+        mean.copy_(_first_product(group_means(rows, order, group_rows), w1, b1, wu, bu, activation))
         results = []
         for entry, cached in zip(rows, hidden, strict=True):
             h = F.linear(entry, w1, b1)
@@ -41,9 +42,10 @@ def sparse(
     *, x: Tensor, w1: Tensor, b1: Tensor | None, wu: Tensor | None, bu: Tensor | None, w2: Tensor, b2: Tensor | None,
     order: Tensor | None, clock: Tensor, hidden: Tensor, out: Tensor, mean: Tensor, lists: Tensor,
     by_neuron: Tensor, activation: str, group_rows: int, random_density: float, seed: int, site: int,
-    first: Callable[..., None] = exchange_listed, second: Callable[..., None] = add_listed,
+    steps: tuple[Callable[..., tuple[Tensor, Any]], Callable[..., None]] | None = None,
 ) -> Tensor:  # fmt: skip
-    """As `chipmunk_fx.ops.mlp.mlp_sparse`. first, second: called like `exchange_listed` and `add_listed`."""
+    """As `chipmunk_fx.ops.mlp.mlp_sparse`. steps: called in place of `pool` and `products`."""
+    pooling, multiplying = steps or (pool, products)
     neurons, columns = w1.shape[0], lists.shape[-1]
     if columns == neurons:
         return refresh(
@@ -54,30 +56,40 @@ def sparse(
         rows = inner_contiguous(_batches(x))
         w1, wu = inner_contiguous(w1), None if wu is None else inner_contiguous(wu)
         b1, bu = (None if t is None else inner_contiguous(t) for t in (b1, bu))
-        means = _pooled(rows, w1, b1, wu, bu, order, activation, group_rows).float()
+        averages, prepared = pooling(rows, order, group_rows, False)
+        means = _first_product(averages, w1, b1, wu, bu, activation).float()
         select(
             lists.view(-1, columns), means.view(-1, neurons), mean.view(-1, neurons), clock,
             drawn=random_count(neurons, random_density, columns), seed=seed, site=site, renewed=True,
         )  # fmt: skip
-        change = hidden.new_empty(*lists.shape, group_rows)
-        first(
-            rows,
-            w1,
-            b1,
-            wu,
-            bu,
-            order,
-            hidden,
-            lists,
-            mean,
-            means,
-            change,
-            activation=activation,
-            group_rows=group_rows,
-        )
         result = torch.empty(*x.shape[:-1], out.shape[-1], dtype=x.dtype, device=x.device)
-        second(change, by_neuron, order, lists, out, result, group_rows)
+        multiplying(
+            prepared, w1, b1, wu, bu, None, None, order, hidden, lists, mean, means, by_neuron, out, result,
+            activation=activation, group_rows=group_rows,
+        )  # fmt: skip
         return result
+
+
+def pool(rows: Tensor, order: Tensor | None, group_rows: int, fp8: bool) -> tuple[Tensor, Tensor]:
+    """The mean row of each group, [B, G, C], and what `products` takes as rows. fp8: not here."""
+    return group_means(rows, order, group_rows), rows
+
+
+def products(
+    rows: Tensor, w1: Tensor, b1: Tensor | None, wu: Tensor | None, bu: Tensor | None, w1_fp8: Tensor | None,
+    scales: Tensor | None, order: Tensor | None, hidden: Tensor, lists: Tensor, mean: Tensor, means: Tensor,
+    by_neuron: Tensor, out: Tensor, result: Tensor, *, activation: str, group_rows: int,
+) -> None:  # fmt: skip
+    """Of the listed neurons: hidden and mean take their new values, out what these change; result = out in x's dtype.
+
+    rows [B, N, C], w1, wu [F, C], b1, bu [F], each with neighbouring values of a row; hidden [B, G, F, R], lists [B, G, K],
+    mean and means [B, G, F], by_neuron [F, C2], out and result [B, N, C2]. w1_fp8, scales: not here.
+    """
+    change = hidden.new_empty(*lists.shape, group_rows)
+    exchange_listed(
+        rows, w1, b1, wu, bu, order, hidden, lists, mean, means, change, activation=activation, group_rows=group_rows
+    )
+    add_listed(change, by_neuron, order, lists, out, result, group_rows)
 
 
 def _batches(x: Tensor) -> Tensor:
@@ -85,11 +97,9 @@ def _batches(x: Tensor) -> Tensor:
     return x.flatten(1, -2) if x.ndim > 2 else x.unsqueeze(0)
 
 
-def _pooled(
-    rows: Tensor, w1: Tensor, b1: Tensor | None, wu: Tensor | None, bu: Tensor | None, order: Tensor | None,
-    activation: str, group_rows: int,
-) -> Tensor:  # fmt: skip
-    """[B, G, F]: what tells how far a neuron has moved, the first product of each group's mean row."""
-    means = group_means(rows, order, group_rows)
+def _first_product(
+    means: Tensor, w1: Tensor, b1: Tensor | None, wu: Tensor | None, bu: Tensor | None, activation: str
+) -> Tensor:
+    """[B, G, F] of each group's mean row [B, G, C]: what tells how far a neuron has moved."""
     pooled = F.linear(means, w1, b1)
     return pooled if wu is None else activation_named(activation)(pooled) * F.linear(means, wu, bu)
