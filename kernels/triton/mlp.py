@@ -18,7 +18,7 @@ from chipmunk_fx.ops.selection import random_count
 def refresh(
     *, x: Tensor, w1: Tensor, b1: Tensor | None, wu: Tensor | None, bu: Tensor | None, w2: Tensor, b2: Tensor | None,
     order: Tensor | None, clock: Tensor, hidden: Tensor, out: Tensor, mean: Tensor, lists: Tensor,
-    by_neuron: Tensor, activation: str, group_rows: int,
+    by_neuron: Tensor, w1_fp8: Tensor | None, scales: Tensor | None, activation: str, group_rows: int,
 ) -> Tensor:  # fmt: skip
     """As `chipmunk_fx.ops.mlp.mlp_refresh`: dense products by the vendor's library, on rows in their own order."""
     with on_device_of(x):
@@ -40,7 +40,8 @@ def refresh(
 def sparse(
     *, x: Tensor, w1: Tensor, b1: Tensor | None, wu: Tensor | None, bu: Tensor | None, w2: Tensor, b2: Tensor | None,
     order: Tensor | None, clock: Tensor, hidden: Tensor, out: Tensor, mean: Tensor, lists: Tensor,
-    by_neuron: Tensor, activation: str, group_rows: int, random_density: float, seed: int, site: int,
+    by_neuron: Tensor, w1_fp8: Tensor | None, scales: Tensor | None, activation: str, group_rows: int,
+    random_density: float, seed: int, site: int,
     first: Callable[..., None] = exchange_listed, second: Callable[..., None] = add_listed,
 ) -> Tensor:  # fmt: skip
     """As `chipmunk_fx.ops.mlp.mlp_sparse`. first, second: called like `exchange_listed` and `add_listed`."""
@@ -48,7 +49,7 @@ def sparse(
     if columns == neurons:
         return refresh(
             x=x, w1=w1, b1=b1, wu=wu, bu=bu, w2=w2, b2=b2, order=order, clock=clock, hidden=hidden, out=out, mean=mean,
-            lists=lists, by_neuron=by_neuron, activation=activation, group_rows=group_rows,
+            lists=lists, by_neuron=by_neuron, w1_fp8=w1_fp8, scales=scales, activation=activation, group_rows=group_rows,
         )  # fmt: skip
     with on_device_of(x):
         rows = inner_contiguous(_batches(x))

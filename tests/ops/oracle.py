@@ -95,6 +95,27 @@ def hidden(values: dict[str, Any], x: Tensor, chosen: Tensor | slice = slice(Non
     return a if values["wu"] is None else a * linear("wu", "bu")
 
 
+def hidden_in_fp8(values: dict[str, Any], x: Tensor, chosen: Tensor) -> Tensor:
+    """The same from `w1_fp8` and x in e4m3, summed up in fp32 at least and rounded to x's dtype once."""
+    accurate = torch.promote_types(x.dtype, torch.float32)
+    eight, row_scale = (part.to(accurate) for part in in_fp8(x))
+
+    def linear(part: int, bias: str) -> Tensor:
+        weight, scale = (values[name][part].to(accurate) for name in ("w1_fp8", "scales"))
+        sums = eight @ weight[chosen].mT * row_scale * scale
+        return (sums if values[bias] is None else sums + values[bias][chosen].to(accurate)).to(x.dtype)
+
+    a = ACTIVATIONS[values["activation"]](linear(0, "b1"))
+    return a if values["wu"] is None else a * linear(1, "bu")
+
+
+def in_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [.., C] as e4m3 numbers and their scale [.., 1] in fp32."""
+    largest = x.float().abs().amax(-1, keepdim=True)
+    scale = torch.where(largest > 0, largest / 448, torch.ones_like(largest))
+    return (x.float() / scale).to(torch.float8_e4m3fn), scale
+
+
 def batches(x: Tensor) -> Tensor:
     """[B, N, C]."""
     return x.reshape(x.shape[0] if x.ndim > 2 else 1, -1, x.shape[-1])
@@ -116,10 +137,11 @@ def group_means(values: dict[str, Any]) -> Tensor:
 def sparse_mlp(values: dict[str, Any], lists: Tensor) -> tuple[Tensor, Tensor]:
     """out [B, N, C2] and hidden [B, G, F, R] after a sparse step over `lists`, from those before it."""
     x, out, stored = batches(values["x"]), values["out"].clone(), values["hidden"].clone()
+    first = hidden if values["w1_fp8"] is None else hidden_in_fp8
     for b in range(x.shape[0]):
         for g, rows in enumerate(groups(values, x.shape[1])):
             chosen = lists[b, g].long()
-            new = hidden(values, x[b, rows], chosen)
+            new = first(values, x[b, rows], chosen)
             change = new - stored[b, g, chosen, : len(rows)].mT
             out[b, rows] += (change @ values["w2"][:, chosen].mT).to(out.dtype)
             stored[b, g, chosen, : len(rows)] = new.mT
