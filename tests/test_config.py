@@ -492,10 +492,16 @@ def test_original_defaults_hold_for_keys_left_out(tmp_path):
     assert (config.memory.offload, config.tokens.order) == ("all", "auto")
 
 
+def test_fp8_of_an_original_file_is_honoured(tmp_path):
+    config, warnings = load(tmp_path, "mlp: {is_fp8: true}\n")
+    assert config.mlp.fp8 and warnings == []
+    assert not load(tmp_path, "world_size: 1\n")[0].mlp.fp8
+    assert not any(make({"preset": preset})[0].mlp.fp8 for preset in PRESETS)
+
+
 @pytest.mark.parametrize(
     ("text", "name"),
     [
-        ("mlp: {is_fp8: true}", "mlp.is_fp8 = True"),
         ("world_size: 8", "world_size = 8"),
         ("attn: {coverage: 0.7}", "attn.coverage = 0.7"),
         ("attn: {top_keys: 0, local_voxels: 5}", "attn.top_keys = 0"),

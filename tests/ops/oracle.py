@@ -116,6 +116,19 @@ def in_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x.float() / scale).to(torch.float8_e4m3fn), scale
 
 
+def worst_in_fp8(x: Tensor, weight: Tensor) -> Tensor:
+    """Largest error of x [.., C] weight^T [C, F] with both rounded to e4m3: (|x| + dx) (|w| + dw) - |x| |w|, summed up.
+
+    dx, dw: 2^-4 of a number, by three bits after the point, and never less than half of the least step, 2^-10 of the scale.
+    """
+
+    def roundoff(values: Tensor, largest: Tensor) -> Tensor:
+        return torch.maximum(values / 16, largest / 448 / 1024)
+
+    x, w = x.abs(), weight.abs()
+    return (x + roundoff(x, x.amax(-1, keepdim=True))) @ (w + roundoff(w, w.max())).mT - x @ w.mT
+
+
 def batches(x: Tensor) -> Tensor:
     """[B, N, C]."""
     return x.reshape(x.shape[0] if x.ndim > 2 else 1, -1, x.shape[-1])
