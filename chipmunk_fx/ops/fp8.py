@@ -34,7 +34,8 @@ def product(weight: Tensor, scale: Tensor, bias: Tensor | None, rows: Tensor, ch
     weight [F, C] in e4m3 with its scale; bias [F]. What hardware sums up in fp32 is emulated by a product in fp32.
     """
     flat = chosen.reshape(-1)
-    gathered = weight.index_select(0, flat).view(*chosen.shape, -1).float()
+    bits = weight.view(torch.uint8).index_select(0, flat)  # not every device gathers e4m3
+    gathered = bits.view(DTYPE).float().view(*chosen.shape, -1)
     row_scale = scale_for(rows.abs().amax(-1, keepdim=True))
     values = torch.bmm(gathered, rounded(rows, row_scale).float().mT).mul_(row_scale.mT * scale)
     if bias is not None:
