@@ -117,6 +117,7 @@ def test_defaults_are_those_of_the_table():
         ("mlp.layers", {"7": 1}, ((7, 7, 1.0),)),
         ("mlp.layers", ((7, 9, 0.5),), ((7, 9, 0.5),)),
         ("mlp.list_lifetime", 1, 1),
+        ("mlp.fp8", True, True),
         ("schedule.refresh_every", 1, 1),
         ("schedule.refresh_steps", [0, 1, 10, 40], (0, 1, 10, 40)),
         ("schedule.refresh_steps", {40, 0, 10, 1}, (0, 1, 10, 40)),
@@ -169,6 +170,7 @@ def test_values_that_are_allowed(key, given, kept):
         ("mlp.density", [0, 2]),
         ("mlp.group_rows", [24]),
         ("mlp.list_lifetime", [0]),
+        ("mlp.fp8", [1, "e4m3", None]),
         ("mlp.dense_layers", [-1, True]),
         (
             "attention.layers",
