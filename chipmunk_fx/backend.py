@@ -31,6 +31,7 @@ from chipmunk_fx.runtime import registry
 from chipmunk_fx.runtime.gate import cost_gate
 from chipmunk_fx.runtime.graphs import Graph
 from chipmunk_fx.runtime.placement import fit, limit, notes
+from chipmunk_fx.runtime.precision import settle
 from chipmunk_fx.runtime.report import Report, explain_model, report_of
 from chipmunk_fx.runtime.session import Session
 from chipmunk_fx.runtime.summary import Summary, summarize
@@ -73,7 +74,7 @@ def analyse(graph_module: fx.GraphModule, inputs: Sequence[Any], config: Config)
     geometry = find_geometry(captured, roles, config.tokens, sequence_lengths(candidates), inputs)
     judge = partial(cost_gate, config=config)
     plan = make_plan(captured, candidates, roles, geometry, config, judge, inputs, group_rows)
-    return captured, fit(plan, config)
+    return captured, fit(settle(plan, config), config)
 
 
 def explain(model: nn.Module, *args: Any, config: Any = None, **kwargs: Any) -> Report:

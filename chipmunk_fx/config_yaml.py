@@ -126,7 +126,6 @@ _FLAGS = tuple(name for name, default in ORIGINAL.items() if isinstance(default,
 _ONLY: Mapping[str, tuple[Any, str]] = MappingProxyType(
     {
         "world_size": (1, "one device"),
-        "mlp.is_fp8": (False, "the MLP keeps the model's dtype"),
         "attn.full_attn_to_3d_tail": (True, "text columns are always taken"),
         "attn.delta_cache": (True, "the rest of the attention always comes from the cache"),
         "attn.coverage": (None, "the number of columns is fixed by top_keys"),
@@ -190,6 +189,7 @@ class _Original:
         yield "mlp.density", self._share("mlp.top_keys")
         yield "mlp.random_density", self._setting("mlp.random_keys")
         yield "mlp.list_lifetime", self._setting("mlp.block_mask_cache")
+        yield "mlp.fp8", self._setting("mlp.is_fp8")
         yield "mlp.dense_layers", self._setting("mlp.first_n_dense_layers")
         yield "schedule.refresh_every", self._setting(f"{self._clock()}.full_step_every")
         if self["attn.is_enabled"]:

@@ -53,6 +53,16 @@ def on_hopper(kind: str, device: torch.device, dtype: torch.dtype, sizes: Sequen
     return suits and torch.cuda.get_device_capability(device) == hopper.CAPABILITY and hopper._nvrtc() is not None
 
 
+def refused_in_fp8(device: torch.device, dtype: torch.dtype, sizes: Sequence[int], group_rows: int) -> str | None:
+    """Why sparse steps of such an MLP cannot make their first product in fp8; None where they can. A CPU emulates it."""
+    if device.type == "cpu":
+        return None
+    in_groups = any(group_rows % rows == 0 for rows in hopper.GROUP_ROWS)
+    if not in_groups or not on_hopper("mlp", device, dtype, sizes):
+        return "only the Hopper kernels have it, in groups of 128 or 192 rows of bf16 or fp16 and multiples of 64 wide"
+    return hopper.refused_width_in_fp8(sizes[2])
+
+
 def choose(
     op: str, arguments: Mapping[str, Any], backends: Sequence[Backend] = BACKENDS
 ) -> tuple[Callable[..., Tensor], str, tuple[str, ...]]:

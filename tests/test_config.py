@@ -35,6 +35,7 @@ DEFAULTS = {
     "mlp.density": 0.30,
     "mlp.random_density": 0.05,
     "mlp.list_lifetime": 2,
+    "mlp.fp8": False,
     "mlp.group_rows": "auto",
     "mlp.dense_layers": 2,
     "mlp.layers": (),
@@ -116,6 +117,7 @@ def test_defaults_are_those_of_the_table():
         ("mlp.layers", {"7": 1}, ((7, 7, 1.0),)),
         ("mlp.layers", ((7, 9, 0.5),), ((7, 9, 0.5),)),
         ("mlp.list_lifetime", 1, 1),
+        ("mlp.fp8", True, True),
         ("schedule.refresh_every", 1, 1),
         ("schedule.refresh_steps", [0, 1, 10, 40], (0, 1, 10, 40)),
         ("schedule.refresh_steps", {40, 0, 10, 1}, (0, 1, 10, 40)),
@@ -168,6 +170,7 @@ def test_values_that_are_allowed(key, given, kept):
         ("mlp.density", [0, 2]),
         ("mlp.group_rows", [24]),
         ("mlp.list_lifetime", [0]),
+        ("mlp.fp8", [1, "e4m3", None]),
         ("mlp.dense_layers", [-1, True]),
         (
             "attention.layers",
@@ -363,6 +366,7 @@ _strategies = {
     "mlp.density": _density,
     "mlp.random_density": _share,
     "mlp.list_lifetime": st.integers(1, 9),
+    "mlp.fp8": st.booleans(),
     "mlp.group_rows": _rows,
     "mlp.dense_layers": _count,
     "mlp.layers": _layers,
@@ -492,10 +496,16 @@ def test_original_defaults_hold_for_keys_left_out(tmp_path):
     assert (config.memory.offload, config.tokens.order) == ("all", "auto")
 
 
+def test_fp8_of_an_original_file_is_honoured(tmp_path):
+    config, warnings = load(tmp_path, "mlp: {is_fp8: true}\n")
+    assert config.mlp.fp8 and warnings == []
+    assert not load(tmp_path, "world_size: 1\n")[0].mlp.fp8
+    assert not any(make({"preset": preset})[0].mlp.fp8 for preset in PRESETS)
+
+
 @pytest.mark.parametrize(
     ("text", "name"),
     [
-        ("mlp: {is_fp8: true}", "mlp.is_fp8 = True"),
         ("world_size: 8", "world_size = 8"),
         ("attn: {coverage: 0.7}", "attn.coverage = 0.7"),
         ("attn: {top_keys: 0, local_voxels: 5}", "attn.top_keys = 0"),

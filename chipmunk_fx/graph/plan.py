@@ -16,13 +16,14 @@ from chipmunk_fx.graph.capture import Capture
 from chipmunk_fx.graph.flops import product_flops
 from chipmunk_fx.graph.geometry import Geometry
 from chipmunk_fx.graph.inputs import Roles
+from chipmunk_fx.graph.layers import number_layers
 from chipmunk_fx.graph.masks import Mask, Probe, make_probe, probe_refusal, tellers_of
 from chipmunk_fx.graph.match import Candidate
 from chipmunk_fx.graph.passage import Passage
 from chipmunk_fx.graph.pattern import AttentionOperands, MlpOperands
 from chipmunk_fx.graph.region import Region, Stream, dead_after_skip, find_region
 from chipmunk_fx.graph.sizes import Size, bindings, evaluate, hints, unbacked
-from chipmunk_fx.graph.walk import ancestors, depending, placeholders, projections, shape
+from chipmunk_fx.graph.walk import ancestors, placeholders, projections, shape
 from chipmunk_fx.ops.groups import GROUP_ROWS
 from chipmunk_fx.schedule.phase import Phase
 
@@ -54,6 +55,7 @@ class Site:
     status: Literal["rewritten", "dense"] = "rewritten"
     reason: str = ""
     passage: Passage | None = None  # of caches that lie on the host between steps
+    fp8: bool = False  # the first product of an MLP's sparse steps is made in fp8
 
     @property
     def rows(self) -> Size:
@@ -65,8 +67,16 @@ class Site:
         if self.kind == "attention":
             return 4 * prod(self.hints)
         b, n, c, f, out = self.hints
-        gated = isinstance(self.operands, MlpOperands) and self.operands.wu is not None
-        return 2 * b * n * f * (c * (2 if gated else 1) + out)
+        return 2 * b * n * f * (c * self.first_weights + out)
+
+    @property
+    def first_weights(self) -> int:
+        """Weights of the first product of an MLP: two where there is an up branch."""
+        return 2 if isinstance(self.operands, MlpOperands) and self.operands.wu is not None else 1
+
+    def noted(self, note: str) -> Site:
+        """The same with more to say of it."""
+        return replace(self, reason="; ".join(said for said in (self.reason, note) if said))
 
 
 @dataclass(frozen=True)
@@ -182,26 +192,6 @@ def make_plan(
         tuple(sites), tuple(refused), roles, geometry, rest, total, windowed, probe, region, skips,
         product_flops(capture.module, spared), measured,
     )  # fmt: skip
-
-
-def number_layers(candidates: Sequence[Candidate], latents: fx.Node | None) -> dict[Candidate, int]:
-    """Block index of each candidate: blocks in order of their first attention that depends on the latents.
-
-    An MLP belongs to its block or, where modules have no names, to the attention before it. Text-only refiners have none.
-    """
-    moving = None if latents is None else depending(latents)
-    order: dict[str, int] = {}
-    layers: dict[Candidate, int] = {}
-    last: int | None = None
-    for candidate in candidates:
-        block = candidate.block
-        if candidate.kind == "attention" and candidate.form != "cross":
-            if moving is not None and candidate.anchor not in moving:
-                continue
-            last = layers[candidate] = order.setdefault(block or candidate.name, len(order))
-        elif candidate.kind == "mlp" and (layer := order.get(block) if block else last) is not None:
-            layers[candidate] = layer
-    return layers
 
 
 def _embeds(candidate: Candidate, latents: fx.Node | None, whole: bool) -> str | None:

@@ -17,7 +17,7 @@ from chipmunk_fx.graph.capture import SDPA_CHOICE, Capture
 from chipmunk_fx.graph.pattern import AttentionOperands, Kept, MlpOperands, Part
 from chipmunk_fx.graph.plan import Plan, Site
 from chipmunk_fx.graph.region import Region
-from chipmunk_fx.graph.state import StateInput, slot_names, state_inputs
+from chipmunk_fx.graph.state import MLP_SLOTS, MLP_WEIGHTS, StateInput, slot_names, state_inputs
 from chipmunk_fx.graph.walk import is_used, rank
 from chipmunk_fx.schedule.phase import Phase
 
@@ -190,7 +190,7 @@ class _Writer:
 
     def _mlp(self, site: Site, operands: MlpOperands) -> fx.Node:
         config, ops = self.config.mlp, torch.ops.chipmunk
-        slots = [self._slot(site, name) for name in ("hidden", "out", "mean", "lists", "by_neuron")]
+        slots = [self._slot(site, name) if name in slot_names(site) else None for name in MLP_SLOTS]
         weights = [self._part(p) for p in (operands.w1, operands.b1, operands.wu, operands.bu, operands.w2)]
         bias = None if operands.b2 is None else self.copied[operands.b2]
         there, back = _layouts(site, operands)
@@ -331,7 +331,7 @@ class _Writer:
         if self.phase is Phase.REFRESH:
             kept = ("lists",) if site.kind == "attention" and not self.renew else ()
             return kept if reads else names
-        written = () if site.kind == "attention" else tuple(name for name in names if name != "by_neuron")
+        written = () if site.kind == "attention" else tuple(name for name in names if name not in MLP_WEIGHTS)
         return names if reads else written
 
 

@@ -10,7 +10,8 @@ from chipmunk_fx.graph.plan import Plan, Site
 from chipmunk_fx.schedule.phase import Phase
 
 ATTENTION_SLOTS = ("rest", "share", "lists")
-MLP_SLOTS = ("hidden", "out", "mean", "lists", "by_neuron")
+MLP_WEIGHTS = ("by_neuron", "w1_fp8", "scales")  # written by a refresh alone
+MLP_SLOTS = ("hidden", "out", "mean", "lists", *MLP_WEIGHTS)
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,9 @@ def state_inputs(plan: Plan, phase: Phase) -> tuple[StateInput, ...]:
 
 
 def slot_names(site: Site) -> tuple[str, ...]:
-    return ATTENTION_SLOTS if site.kind == "attention" else MLP_SLOTS
+    if site.kind == "attention":
+        return ATTENTION_SLOTS
+    return MLP_SLOTS if site.fp8 else tuple(name for name in MLP_SLOTS if name not in ("w1_fp8", "scales"))
 
 
 def _passage(plan: Plan) -> Iterator[StateInput]:

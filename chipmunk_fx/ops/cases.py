@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from chipmunk_fx.ops import fp8
 from chipmunk_fx.ops.groups import group_count
 from chipmunk_fx.ops.library import argument_names, within_span
 
@@ -133,7 +134,9 @@ class AttentionCase:
 
 @dataclass(frozen=True)
 class MlpCase:
-    """lead: the dimensions before the width; neurons: F; narrow: w2 is a slice of the columns of a larger weight."""
+    """lead: the dimensions before the width; neurons: F; narrow: w2 is a slice of the columns of a larger weight; fp8: the
+    first product of a sparse step is made in it.
+    """
 
     lead: tuple[int, ...]
     width: int
@@ -148,6 +151,7 @@ class MlpCase:
     activation: str = "gelu_tanh"
     random_density: float = 0.05
     step: int = 3
+    fp8: bool = False
 
     @property
     def batch(self) -> int:
@@ -170,7 +174,7 @@ class MlpCase:
             return torch.randn(*shape, dtype=dtype, device=device, generator=generator) / math.sqrt(shape[-1])
 
         wide = normal(self.result, self.neurons + (16 if self.narrow else 0))
-        groups = group_count(self.rows, self.group_rows)
+        groups, parts = group_count(self.rows, self.group_rows), 1 + self.gated
         hidden = (self.batch, groups, self.neurons, self.group_rows)
         order = torch.randperm(self.rows, generator=torch.Generator().manual_seed(seed)).int().to(device)
         return {
@@ -188,6 +192,8 @@ class MlpCase:
             "mean": _poisoned(hidden[:3], torch.float32, device),
             "lists": _poisoned((*hidden[:2], self.columns), torch.int32, device),
             "by_neuron": _poisoned((self.neurons, self.result), dtype, device),
+            "w1_fp8": _poisoned((parts, self.neurons, self.width), fp8.DTYPE, device) if self.fp8 else None,
+            "scales": _poisoned((parts,), torch.float32, device) if self.fp8 else None,
             "activation": self.activation,
             "group_rows": self.group_rows,
             "random_density": self.random_density,
@@ -245,6 +251,9 @@ MLP_CASES = (
     MlpCase(lead=(1, 63), width=64, neurons=111, group_rows=128, columns=30, gated=True, biased=False, narrow=True),
     MlpCase(lead=(2, 200), width=80, neurons=300, group_rows=64, columns=96, ordered=True, narrow=True),
     MlpCase(lead=(1, 1000), width=128, neurons=512, group_rows=128, columns=176, result=128, ordered=True),
+    MlpCase(lead=(2, 111), width=128, neurons=200, group_rows=32, columns=64, ordered=True, fp8=True),
+    MlpCase(lead=(63,), width=256, neurons=96, group_rows=16, columns=40, biased=False, activation="gelu", fp8=True),
+    MlpCase(lead=(1, 2, 40), width=128, neurons=96, group_rows=16, columns=48, gated=True, activation="silu", fp8=True),
 )
 LONG_MLP_CASES = (
     MlpCase(lead=(1, 4353), width=512, neurons=2048, group_rows=128, columns=640, result=512, ordered=True),
@@ -259,4 +268,31 @@ LONG_MLP_CASES = (
     MlpCase(
         lead=(1, 300), width=512, neurons=900, group_rows=128, columns=500, result=512, activation="relu2", narrow=True
     ),
+    MlpCase(lead=(1, 4353), width=512, neurons=2048, group_rows=192, columns=640, result=512, ordered=True, fp8=True),
+    MlpCase(lead=(2, 1000), width=640, neurons=1000, group_rows=128, columns=333, result=320, fp8=True, biased=False),
+    MlpCase(lead=(1, 700), width=768, neurons=900, group_rows=384, columns=200, result=576, gated=True, fp8=True),
+    MlpCase(
+        lead=(500,),
+        width=1024,
+        neurons=1111,
+        group_rows=192,
+        columns=165,
+        biased=False,
+        narrow=True,
+        result=256,
+        fp8=True,
+    ),
+    MlpCase(
+        lead=(1, 400),
+        width=512,
+        neurons=800,
+        group_rows=192,
+        columns=99,
+        gated=True,
+        activation="silu",
+        result=512,
+        fp8=True,
+        ordered=True,
+        biased=False,
+    ),  # fmt: skip
 )

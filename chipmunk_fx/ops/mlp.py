@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from chipmunk_fx.ops import fp8
 from chipmunk_fx.ops.activations import activation as activation_named
 from chipmunk_fx.ops.groups import Span, group_count, groups_at_once, put, spans, take
 from chipmunk_fx.ops.selection import random_count, select, stream, substream
@@ -31,6 +32,8 @@ def mlp_refresh(
     mean: Tensor,
     lists: Tensor,
     by_neuron: Tensor,
+    w1_fp8: Tensor | None,
+    scales: Tensor | None,
     *,
     activation: str,
     group_rows: int,
@@ -38,14 +41,17 @@ def mlp_refresh(
     """act(x w1^T + b1) [* (x wu^T + bu)] w2^T + b2, keeping what `mlp_sparse` builds on.
 
     hidden = the activations, neuron by neuron within a group; out = the result; mean = first product of each group's
-    mean row; lists = the first K neurons (a sparse step that does not renew them stays defined); by_neuron = w2^T.
+    mean row; lists = the first K neurons (a sparse step that does not renew them stays defined); by_neuron = w2^T;
+    w1_fp8, scales = w1 and wu in fp8, for the first product of `mlp_sparse`, where they are given.
 
-    Arguments as in kernels/README.md. Returns out in x's dtype, [..., C2]; writes hidden, out, mean, lists and by_neuron.
+    Arguments as in kernels/README.md. Returns out in x's dtype, [..., C2]; writes all from hidden on.
     """
     first = FirstProduct(w1, b1, wu, bu, activation_named(activation))
     positions = None if order is None else order.long()
     lists.copy_(torch.arange(lists.shape[-1], device=lists.device).expand_as(lists))
     by_neuron.copy_(w2.mT)
+    if w1_fp8 is not None and scales is not None:
+        fp8.store_weights(w1, wu, w1_fp8, scales)
     at_once = groups_at_once(x.device, group_rows * w1.shape[0] * x.element_size())
     for b, rows in enumerate(_batches(x, positions)):
         mean[b] = first.pooled(group_means(rows, group_rows))
@@ -71,6 +77,8 @@ def mlp_sparse(
     mean: Tensor,
     lists: Tensor,
     by_neuron: Tensor,
+    w1_fp8: Tensor | None,
+    scales: Tensor | None,
     *,
     activation: str,
     group_rows: int,
@@ -84,20 +92,21 @@ def mlp_sparse(
     lists  = where clock[1] is not 0: the neurons of the largest |mean' - mean|, then random ones; else as they are
     hidden' = act(...) of the listed neurons
     out   += (hidden' - hidden) by_neuron[list];  hidden and mean of the listed neurons take their new values
-    With all neurons listed that is a refresh.
+    With all neurons listed that is a refresh. Where w1_fp8 and scales are given, hidden' comes of a product in fp8.
 
     Arguments as in kernels/README.md. Returns out in x's dtype, [..., C2]; writes hidden, out, mean and lists.
     """
     if lists.shape[-1] == w1.shape[0]:
         # nothing to leave out, and adding to `out` step by step would only gather rounding errors
-        kept = (clock, hidden, out, mean, lists, by_neuron)
+        kept = (clock, hidden, out, mean, lists, by_neuron, w1_fp8, scales)
         return mlp_refresh(x, w1, b1, wu, bu, w2, b2, order, *kept, activation=activation, group_rows=group_rows)
-    first = FirstProduct(w1, b1, wu, bu, activation_named(activation))
+    first = FirstProduct(w1, b1, wu, bu, activation_named(activation), w1_fp8, scales)
     positions = None if order is None else order.long()
     key = stream(seed, site, clock[0])
     drawn = random_count(w1.shape[0], random_density, lists.shape[-1])
     widest = max(w1.shape[1], w2.shape[0])  # the two products gather one after the other
-    at_once = groups_at_once(x.device, lists.shape[-1] * widest * x.element_size())
+    item = x.element_size() if w1_fp8 is None else 4
+    at_once = groups_at_once(x.device, lists.shape[-1] * widest * item)
     for b, rows in enumerate(_batches(x, positions)):
         means = first.pooled(group_means(rows, group_rows))
         renew(lists[b], clock[1], (means - mean[b]).abs_(), drawn, substream(key, b))
@@ -113,13 +122,18 @@ def mlp_sparse(
 
 @dataclass(frozen=True)
 class FirstProduct:
-    """x -> act(x w1^T + b1), times x wu^T + bu where there is an up branch. w1, wu [F, C], b1, bu [F]."""
+    """x -> act(x w1^T + b1), times x wu^T + bu where there is an up branch. w1, wu [F, C], b1, bu [F].
+
+    w1_fp8 [P, F, C], scales [P]: w1 (and wu) in fp8, where the neurons chosen are to be computed so.
+    """
 
     w1: Tensor
     b1: Tensor | None
     wu: Tensor | None
     bu: Tensor | None
     act: Callable[[Tensor], Tensor]
+    w1_fp8: Tensor | None = None
+    scales: Tensor | None = None
 
     def dense(self, rows: Tensor) -> Tensor:
         """Every neuron: [..., C] -> [..., F]."""
@@ -133,8 +147,13 @@ class FirstProduct:
 
     def sparse(self, rows: Tensor, chosen: Tensor) -> Tensor:
         """The neurons chosen [g, K] of rows [g, R, C], neuron by neuron: [g, K, R]."""
-        values = self.act(_product(self.w1, self.b1, rows, chosen))
-        return values if self.wu is None else values.mul_(_product(self.wu, self.bu, rows, chosen))
+        values = self.act(self._product(0, self.w1, self.b1, rows, chosen))
+        return values if self.wu is None else values.mul_(self._product(1, self.wu, self.bu, rows, chosen))
+
+    def _product(self, part: int, weight: Tensor, bias: Tensor | None, rows: Tensor, chosen: Tensor) -> Tensor:
+        if self.w1_fp8 is None or self.scales is None:
+            return _product(weight, bias, rows, chosen)
+        return fp8.product(self.w1_fp8[part], self.scales[part], bias, rows, chosen)
 
 
 def _product(weight: Tensor, bias: Tensor | None, rows: Tensor, chosen: Tensor) -> Tensor:

@@ -26,8 +26,9 @@ def site_slots(site: Site, sizes: Sequence[int], columns: int, grouped_rows: int
             b, h, n, m, d, site.dtype, grouped_rows=grouped_rows, group_rows=site.group_rows, columns=columns,
             device=site.device.type,
         )  # fmt: skip
-    b, n, _, f, out = sizes
-    return mlp_slots(b, n, f, out, site.dtype, group_rows=site.group_rows, columns=columns)
+    b, n, c, f, out = sizes
+    fp8 = (site.first_weights, c) if site.fp8 else None
+    return mlp_slots(b, n, f, out, site.dtype, group_rows=site.group_rows, columns=columns, fp8=fp8)
 
 
 def density(site: Site, config: Config) -> float:

@@ -96,7 +96,7 @@ def giving_way(plan: Plan) -> Iterator[Site]:
 def _placed(site: Site, where: dict[int, Where], sizes: dict[int, int], reasons: dict[int, str]) -> Site:
     place = where.get(site.index)
     if place == "host":
-        return replace(site, reason=f"caches of {sizes[site.index] / 1e6:.3g} MB in host memory")
+        return site.noted(f"caches of {sizes[site.index] / 1e6:.3g} MB in host memory")
     return site if place != "dense" else replace(site, status="dense", reason=reasons[site.index])
 
 

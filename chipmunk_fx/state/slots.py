@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from chipmunk_fx.ops.fp8 import DTYPE as FP8
 from chipmunk_fx.ops.packing import smallest
 
 
@@ -59,16 +60,35 @@ def attention_slots(
 
 
 def mlp_slots(
-    batch: int, rows: int, neurons: int, width: int, dtype: torch.dtype, *, group_rows: int, columns: int
+    batch: int,
+    rows: int,
+    neurons: int,
+    width: int,
+    dtype: torch.dtype,
+    *,
+    group_rows: int,
+    columns: int,
+    fp8: tuple[int, int] | None = None,
 ) -> tuple[Slot, ...]:
-    """hidden, out, mean, lists and by_neuron of an MLP site; `width` is that of its result."""
+    """hidden, out, mean, lists and by_neuron of an MLP site; `width` is that of its result.
+
+    fp8: number and width of the weights that are kept in it, w1_fp8 with their scales; None: none are.
+    """
     groups = math.ceil(rows / group_rows)
-    return (
+    slots = (
         Slot("hidden", (batch, groups, neurons, group_rows), dtype),
         Slot("out", (batch, rows, width), torch.float32),
         Slot("mean", (batch, groups, neurons), torch.float32),
         Slot("lists", (batch, groups, min(columns, neurons)), torch.int32),
         Slot("by_neuron", (neurons, width), dtype, shared=True),
+    )
+    if fp8 is None:
+        return slots
+    weights, inner = fp8
+    return (
+        *slots,
+        Slot("w1_fp8", (weights, neurons, inner), FP8, shared=True),
+        Slot("scales", (weights,), torch.float32, shared=True),
     )
 
 

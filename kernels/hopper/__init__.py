@@ -18,6 +18,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 WIDTHS = (64, 128)
 GROUP_ROWS = (128, 192)  # and their multiples
 LEAST_WIDTH = 512  # of x: more steps to a tile than there are buffers
+FP8_WIDTH = 128  # and its multiples, of x in fp8
 
 
 def supports(op: str, arguments: Mapping[str, Any]) -> str | None:
@@ -34,9 +35,11 @@ def supports(op: str, arguments: Mapping[str, Any]) -> str | None:
         return refused
     if all(group_rows % rows for rows in GROUP_ROWS):
         return f"groups of {group_rows} rows, allowed are multiples of {' and of '.join(map(str, GROUP_ROWS))}"
+    if arguments.get("w1_fp8") is not None and (wrong := refused_width_in_fp8(x.shape[-1])):
+        return wrong
     if _nvrtc() is None:
         return f"no NVRTC for CUDA {torch.version.cuda}, needed is that of the package nvidia-cuda-nvrtc"
-    return triton.supports(op, arguments)
+    return triton.refused(op, arguments)
 
 
 def refused_width(attention: bool, width: int, result: int) -> str | None:
@@ -48,6 +51,11 @@ def refused_width(attention: bool, width: int, result: int) -> str | None:
     if not attention and result % 64:
         return f"a result {result} wide, allowed are multiples of 64"
     return None
+
+
+def refused_width_in_fp8(width: int) -> str | None:
+    """The same of an MLP whose inputs are `width` wide, where its first product is to be made in fp8."""
+    return f"width {width}, in fp8 allowed are multiples of {FP8_WIDTH}" if width % FP8_WIDTH else None
 
 
 def attention_refresh(**arguments: Any) -> Tensor:
@@ -64,6 +72,13 @@ def attention_sparse(**arguments: Any) -> Tensor:
     from chipmunk_fx.kernels.triton import attention
 
     return attention.sparse(**arguments, over_columns=attend_columns)
+
+
+def mlp_refresh(**arguments: Any) -> Tensor:
+    """As `chipmunk_fx.ops.mlp.mlp_refresh`."""
+    from chipmunk_fx.kernels.triton import mlp
+
+    return mlp.refresh(**arguments)
 
 
 def mlp_sparse(**arguments: Any) -> Tensor:

@@ -8,8 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from chipmunk_fx.kernels.hopper.tuning import SPAN, block_rows
-
-LARGEST = tl.constexpr(448.0)  # of float8_e4m3fn
+from chipmunk_fx.ops.fp8 import DTYPE, LARGEST
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ def pool(x: Tensor, order: Tensor | None, group_rows: int, fp8: bool) -> tuple[T
     """
     batch, rows, width = x.shape
     groups, block = triton.cdiv(rows, group_rows), block_rows(group_rows)
-    dtype = torch.float8_e4m3fn if fp8 else x.dtype
+    dtype = DTYPE if fp8 else x.dtype
     shape = (batch * groups, group_rows // block, width * dtype.itemsize // SPAN, block, SPAN // dtype.itemsize)
     values = torch.empty(shape, dtype=dtype, device=x.device)
     means = torch.empty(batch, groups, width, dtype=x.dtype, device=x.device)
@@ -46,7 +45,7 @@ def pool(x: Tensor, order: Tensor | None, group_rows: int, fp8: bool) -> tuple[T
     scales = torch.empty_like(largest)
     _quantise[(triton.cdiv(rows, 16), 4, batch)](
         x, order, largest, scales, values, *x.stride()[:2], rows, values.shape[2], groups * group_rows,
-        BLOCK=block, ROWS=16, PIECES=SPAN // 16,
+        LARGEST=LARGEST, BLOCK=block, ROWS=16, PIECES=SPAN // 16,
     )  # fmt: skip
     return means, Rows(values, scales)
 
@@ -89,7 +88,7 @@ def _pool(
 @triton.jit
 def _quantise(
     x, order, largest, scales, values, x_b, x_n, rows, steps, places,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr,
+    LARGEST: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     """A quarter of the columns of ROWS rows."""
     b = tl.program_id(2).to(tl.int64)
@@ -99,7 +98,8 @@ def _quantise(
     if order is not None:
         row = tl.load(order + place, mask=live, other=0)
     most = tl.load(largest + b * rows + place, mask=live, other=0.0)
-    scale = tl.where(most == 0, 1.0, most / LARGEST)
+    scale = most / LARGEST
+    scale = tl.where(scale == 0, 1.0, scale)
     if tl.program_id(1) == 0:
         tl.store(scales + b * rows + place, scale, mask=live)
     piece = tl.arange(0, PIECES)
@@ -108,6 +108,7 @@ def _quantise(
     for step in range(tl.program_id(1), steps, tl.num_programs(1)):
         source = x + b * x_b + row.to(tl.int64)[:, None, None] * x_n + step * (PIECES * 16) + inner[None]
         some = tl.load(source, mask=live[:, None, None], other=0.0).to(tl.float32) / scale[:, None, None]
+        some = tl.clamp(some, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
         target = packed + _target(place, step + piece * 0, piece, steps, BLOCK, PIECES, 16)
         tl.store(target, some.to(values.dtype.element_ty), mask=live[:, None, None])
 

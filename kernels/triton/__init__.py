@@ -21,6 +21,13 @@ WIDEST = 256  # head width: wider tiles do not fit the registers
 
 def supports(op: str, arguments: Mapping[str, Any]) -> str | None:
     """None where the kernels take the call, otherwise the value that they do not take and those that they do."""
+    if arguments.get("w1_fp8") is not None:
+        return "weights in fp8, allowed is the dtype of x"
+    return refused(op, arguments)
+
+
+def refused(op: str, arguments: Mapping[str, Any]) -> str | None:
+    """As `supports`, whatever the first product of an MLP is made in."""
     if find_spec("triton") is None:
         return "triton is not installed"
     attention = op.startswith("attention")

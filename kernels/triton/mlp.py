@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chipmunk_fx.kernels.triton.first import exchange_listed
+from chipmunk_fx.kernels.triton.fp8 import store_weight
 from chipmunk_fx.kernels.triton.launching import inner_contiguous, on_device_of
 from chipmunk_fx.kernels.triton.pooling import group_means, store_activations, store_transposed
 from chipmunk_fx.kernels.triton.second import add_listed
@@ -19,13 +20,16 @@ from chipmunk_fx.ops.selection import random_count
 def refresh(
     *, x: Tensor, w1: Tensor, b1: Tensor | None, wu: Tensor | None, bu: Tensor | None, w2: Tensor, b2: Tensor | None,
     order: Tensor | None, clock: Tensor, hidden: Tensor, out: Tensor, mean: Tensor, lists: Tensor,
-    by_neuron: Tensor, activation: str, group_rows: int,
+    by_neuron: Tensor, w1_fp8: Tensor | None, scales: Tensor | None, activation: str, group_rows: int,
 ) -> Tensor:  # fmt: skip
     """As `chipmunk_fx.ops.mlp.mlp_refresh`: dense products by the vendor's library, on rows in their own order."""
     with on_device_of(x):
         rows = inner_contiguous(_batches(x))
         lists.copy_(torch.arange(lists.shape[-1], device=x.device).expand_as(lists))
         store_transposed(inner_contiguous(w2), by_neuron)
+        if w1_fp8 is not None and scales is not None:
+            for part, weight in enumerate((w1,) if wu is None else (w1, wu)):
+                store_weight(inner_contiguous(weight), w1_fp8[part], scales[part])
         mean.copy_(_first_product(group_means(rows, order, group_rows), w1, b1, wu, bu, activation))
         results = []
         for entry, cached in zip(rows, hidden, strict=True):
@@ -41,7 +45,8 @@ def refresh(
 def sparse(
     *, x: Tensor, w1: Tensor, b1: Tensor | None, wu: Tensor | None, bu: Tensor | None, w2: Tensor, b2: Tensor | None,
     order: Tensor | None, clock: Tensor, hidden: Tensor, out: Tensor, mean: Tensor, lists: Tensor,
-    by_neuron: Tensor, activation: str, group_rows: int, random_density: float, seed: int, site: int,
+    by_neuron: Tensor, w1_fp8: Tensor | None, scales: Tensor | None, activation: str, group_rows: int,
+    random_density: float, seed: int, site: int,
     steps: tuple[Callable[..., tuple[Tensor, Any]], Callable[..., None]] | None = None,
 ) -> Tensor:  # fmt: skip
     """As `chipmunk_fx.ops.mlp.mlp_sparse`. steps: called in place of `pool` and `products`."""
@@ -50,13 +55,13 @@ def sparse(
     if columns == neurons:
         return refresh(
             x=x, w1=w1, b1=b1, wu=wu, bu=bu, w2=w2, b2=b2, order=order, clock=clock, hidden=hidden, out=out, mean=mean,
-            lists=lists, by_neuron=by_neuron, activation=activation, group_rows=group_rows,
+            lists=lists, by_neuron=by_neuron, w1_fp8=w1_fp8, scales=scales, activation=activation, group_rows=group_rows,
         )  # fmt: skip
     with on_device_of(x):
         rows = inner_contiguous(_batches(x))
         w1, wu = inner_contiguous(w1), None if wu is None else inner_contiguous(wu)
         b1, bu = (None if t is None else inner_contiguous(t) for t in (b1, bu))
-        averages, prepared = pooling(rows, order, group_rows, False)
+        averages, prepared = pooling(rows, order, group_rows, w1_fp8 is not None)
         means = _first_product(averages, w1, b1, wu, bu, activation).float()
         select(
             lists.view(-1, columns), means.view(-1, neurons), mean.view(-1, neurons), clock,
@@ -64,7 +69,7 @@ def sparse(
         )  # fmt: skip
         result = torch.empty(*x.shape[:-1], out.shape[-1], dtype=x.dtype, device=x.device)
         multiplying(
-            prepared, w1, b1, wu, bu, None, None, order, hidden, lists, mean, means, by_neuron, out, result,
+            prepared, w1, b1, wu, bu, w1_fp8, scales, order, hidden, lists, mean, means, by_neuron, out, result,
             activation=activation, group_rows=group_rows,
         )  # fmt: skip
         return result

@@ -95,6 +95,40 @@ def hidden(values: dict[str, Any], x: Tensor, chosen: Tensor | slice = slice(Non
     return a if values["wu"] is None else a * linear("wu", "bu")
 
 
+def hidden_in_fp8(values: dict[str, Any], x: Tensor, chosen: Tensor) -> Tensor:
+    """The same from `w1_fp8` and x in e4m3, summed up in fp32 at least and rounded to x's dtype once."""
+    accurate = torch.promote_types(x.dtype, torch.float32)
+    eight, row_scale = (part.to(accurate) for part in in_fp8(x))
+
+    def linear(part: int, bias: str) -> Tensor:
+        weight, scale = (values[name][part].to(accurate) for name in ("w1_fp8", "scales"))
+        sums = eight @ weight[chosen].mT * row_scale * scale
+        return (sums if values[bias] is None else sums + values[bias][chosen].to(accurate)).to(x.dtype)
+
+    a = ACTIVATIONS[values["activation"]](linear(0, "b1"))
+    return a if values["wu"] is None else a * linear(1, "bu")
+
+
+def in_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [.., C] as e4m3 numbers and their scale [.., 1] in fp32."""
+    largest = x.float().abs().amax(-1, keepdim=True)
+    scale = torch.where(largest > 0, largest / 448, torch.ones_like(largest))
+    return (x.float() / scale).to(torch.float8_e4m3fn), scale
+
+
+def worst_in_fp8(x: Tensor, weight: Tensor) -> Tensor:
+    """Largest error of x [.., C] weight^T [C, F] with both rounded to e4m3: (|x| + dx) (|w| + dw) - |x| |w|, summed up.
+
+    dx, dw: 2^-4 of a number, by three bits after the point, and never less than half of the least step, 2^-10 of the scale.
+    """
+
+    def roundoff(values: Tensor, largest: Tensor) -> Tensor:
+        return torch.maximum(values / 16, largest / 448 / 1024)
+
+    x, w = x.abs(), weight.abs()
+    return (x + roundoff(x, x.amax(-1, keepdim=True))) @ (w + roundoff(w, w.max())).mT - x @ w.mT
+
+
 def batches(x: Tensor) -> Tensor:
     """[B, N, C]."""
     return x.reshape(x.shape[0] if x.ndim > 2 else 1, -1, x.shape[-1])
@@ -116,10 +150,11 @@ def group_means(values: dict[str, Any]) -> Tensor:
 def sparse_mlp(values: dict[str, Any], lists: Tensor) -> tuple[Tensor, Tensor]:
     """out [B, N, C2] and hidden [B, G, F, R] after a sparse step over `lists`, from those before it."""
     x, out, stored = batches(values["x"]), values["out"].clone(), values["hidden"].clone()
+    first = hidden if values["w1_fp8"] is None else hidden_in_fp8
     for b in range(x.shape[0]):
         for g, rows in enumerate(groups(values, x.shape[1])):
             chosen = lists[b, g].long()
-            new = hidden(values, x[b, rows], chosen)
+            new = first(values, x[b, rows], chosen)
             change = new - stored[b, g, chosen, : len(rows)].mT
             out[b, rows] += (change @ values["w2"][:, chosen].mT).to(out.dtype)
             stored[b, g, chosen, : len(rows)] = new.mT

@@ -182,6 +182,17 @@ def test_mlp_refresh(implementation: str, dtype: torch.dtype, case: MlpCase):
     within(result.view_as(truth), plain, truth)
     within(values["mean"], oracle.group_means(values), oracle.group_means(exact))
     assert_hidden(values, exact)
+    if case.fp8:
+        assert_weights_in_fp8(values)
+
+
+def assert_weights_in_fp8(values: dict[str, Any]) -> None:
+    """Weights over 448th parts of the largest, rounded to the nearest of e4m3: half of 2^-3 of them, or of 2^-9."""
+    for part, name in enumerate(("w1", "wu") if values["wu"] is not None else ("w1",)):
+        weight, scale = values[name].double(), values["scales"][part].double()
+        assert scale.item() == pytest.approx(weight.abs().max().item() / 448, rel=1e-6)
+        error = (values["w1_fp8"][part].double() * scale - weight).abs()
+        assert (error <= (weight.abs() / 16).clamp(min=scale / 1024) * (1 + 1e-5)).all()
 
 
 def assert_hidden(values: dict[str, Any], exact: dict[str, Any]) -> None:

@@ -66,10 +66,11 @@ def test_mlp_slots_are_what_the_operators_take(case: MlpCase):
     slots = mlp_slots(
         case.batch, case.rows, case.neurons, case.result, torch.float16,
         group_rows=case.group_rows, columns=case.columns,
+        fp8=(1 + case.gated, case.width) if case.fp8 else None,
     )  # fmt: skip
-    assert [(s.name, s.shape, s.dtype) for s in slots] == described(
-        values, "hidden", "out", "mean", "lists", "by_neuron"
-    )
+    names = ["hidden", "out", "mean", "lists", "by_neuron", *(["w1_fp8", "scales"] if case.fp8 else [])]
+    assert [(s.name, s.shape, s.dtype) for s in slots] == described(values, *names)
+    assert {s.name for s in slots if s.shared} == {*names[4:]}
 
 
 def described(values: dict, *names: str) -> list:

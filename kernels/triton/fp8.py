@@ -1,0 +1,32 @@
+"""Weights in fp8, for backends that multiply them."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from chipmunk_fx.ops.fp8 import LARGEST, scale_for
+
+
+def store_weight(weight: Tensor, rounded: Tensor, scale: Tensor) -> None:
+    """rounded [F, C] in e4m3, contiguous, = weight [F, C] / scale, and scale [] = its largest magnitude over 448, or 1.
+
+    Lines of weight may lie apart.
+    """
+    least, most = torch.aminmax(weight)
+    scale.copy_(scale_for(torch.maximum(-least, most)))
+    neurons, width = weight.shape
+    grid = (triton.cdiv(width, 256), triton.cdiv(neurons, 16))
+    _store_weight[grid](weight, rounded, scale, weight.stride(0), neurons, width, LARGEST=LARGEST, ROWS=16, WIDTHS=256)
+
+
+@triton.jit
+def _store_weight(
+    weight, rounded, scale, pitch, neurons, width, LARGEST: tl.constexpr, ROWS: tl.constexpr, WIDTHS: tl.constexpr
+):
+    neuron = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    c = tl.program_id(0) * WIDTHS + tl.arange(0, WIDTHS)
+    mask = (neuron < neurons)[:, None] & (c < width)[None, :]
+    value = tl.load(weight + neuron[:, None] * pitch + c[None, :], mask=mask, other=0.0).to(tl.float32) / tl.load(scale)
+    value = tl.clamp(value, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(rounded + neuron[:, None] * width + c[None, :], value.to(rounded.dtype.element_ty), mask=mask)
