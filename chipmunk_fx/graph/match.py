@@ -78,7 +78,7 @@ def _unread(calls: Sequence[fx.Node], anchors: Set[fx.Node]) -> list[Candidate]:
 
 
 def _unweighted(calls: Sequence[fx.Node], found: Sequence[Candidate]) -> list[Candidate]:
-    """`found` with products in a row, in place of what else begins there: of the same projections the last (a recurrence has many)."""
+    """`found` with products in a row, in place of what begins there: one of the same projections (recurrences have many)."""
     begun = [c for c in found if c.kind == "attention" and c.form == "unknown" and len(c.nodes) == 1]
     told = unweighted(calls, {node for candidate in found if candidate not in begun for node in candidate.nodes})
     last = {frozenset(projections(products[0])): products for products in told}
