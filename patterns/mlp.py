@@ -22,6 +22,7 @@ from chipmunk_fx.patterns.divided import beside, divided_refusal, kept, rows
 from chipmunk_fx.patterns.linears import first_linear, linear_refusal, second_linear
 from chipmunk_fx.patterns.modules import (
     Addmm,
+    Attending,
     Folded,
     GatedMlp,
     Hyper,
@@ -138,6 +139,7 @@ def plain_examples() -> Sequence[Example]:
     layouts = {
         "tokens in a grid": lambda: (Mlp(F.gelu), (torch.randn(1, 4, 6, 16),)),
         "tokens of all samples in a row": lambda: (Folded(F.gelu), tokens()),
+        "tokens without a batch": lambda: (Attending(F.gelu), (torch.randn(24, 16),)),
         "no norm before": lambda: (Unnormed(F.gelu), tokens()),
         "part of a linear": lambda: (Mlp(lambda h: F.gelu(h[..., :24]), 24), tokens()),
         "matmul": lambda: (Matmul(F.gelu), tokens()),

@@ -87,6 +87,15 @@ class Folded(Mlp):
         return super().forward(x.flatten(0, 1)).view_as(x)
 
 
+class Attending(Mlp):
+    """Tokens of one sample without a batch, that attend to each other before."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        heads = x.sin().unflatten(-1, (2, 8)).transpose(0, 1)[None]
+        attended = F.scaled_dot_product_attention(heads, heads, heads)
+        return super().forward(x + attended.squeeze(0).transpose(0, 1).flatten(1))
+
+
 class Matmul(Mlp):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = self.act(self.norm(x) @ self.fc1.weight.T + self.fc1.bias)

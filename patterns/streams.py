@@ -13,17 +13,18 @@ aten = torch.ops.aten
 
 _FOLDS = (aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.flatten.using_ints)
 _PICKS = (aten.index.Tensor, aten.index_select.default, aten.gather.default, aten.masked_select.default)
+_ATTENTION = (aten.scaled_dot_product_attention.default, aten.softmax.int)
 _SWAPS = (aten.transpose.int, aten.permute.default, aten.movedim.int)
 
 
 def stream_refusal(x: fx.Node) -> str | None:
     """Why `x` holds no rows of tokens that could share a list.
 
-    None for [batch, ..., tokens, width], [tokens, batch, width] and [rows, width] with the tokens of all samples.
+    None for [batch, ..., tokens, width], [tokens, batch, width] and [rows, width] with the tokens of one or of all samples.
     """
     if rank(x) >= 3 and _rows(x, 1) == 1 and not _tokens_first(x):
         return f"input {_sizes(x)} has one row a sample: a conditioning vector, or no tokens to group"
-    if rank(x) >= 3 or _folded(x):
+    if rank(x) >= 3 or _folded(x) or _attended(x):
         return None
     source = _source(x)
     if source.target in _PICKS and not _one_a_sample(source):
@@ -55,6 +56,19 @@ def _folded(x: fx.Node) -> bool:
     return any(
         isinstance(n, fx.Node) and rank(n) >= 3 and shape(n)[-1] == shape(x)[-1] and _rows(n, 1) != 1 for n in sources
     )
+
+
+def _attended(x: fx.Node) -> bool:
+    """Whether the rows of x [rows, width] are the tokens of one sample: an attention behind it has as many rows."""
+    rows = _rows(x) if rank(x) == 2 else None
+    behind = ancestors(x, lambda n: n.target in _ATTENTION) if rows not in (None, 1) else []
+    return any(n.target in _ATTENTION and rank(n) >= 3 and _rows_attending(n) == rows for n in behind)
+
+
+def _rows_attending(attention: fx.Node) -> int | None:
+    """Of [1, heads, rows, width] or [heads, rows, keys]; None where there are several samples."""
+    *batch, _, rows, _ = _hints(attention)
+    return rows if batch in ([], [1]) else None
 
 
 def _tokens_first(x: fx.Node) -> bool:

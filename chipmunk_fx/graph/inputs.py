@@ -64,7 +64,9 @@ def classify(capture: Capture) -> Roles:
     nodes = [n for n in capture.module.graph.nodes if n.op == "placeholder"]
     free = [i for i, entry in enumerate(capture.inputs) if entry.is_tensor and not entry.is_parameter]
     names = {i: _last_word(capture.inputs[i].name) for i in free}
-    embeds, timed, rotary = _sinusoids(capture.module)
+    embeds, waved, rotary = _sinusoids(capture.module)
+    told = ((n, _last_word(entry.name)) for n, entry in zip(nodes, capture.inputs, strict=True) if n in waved)
+    timed = {n for n, name in told if rank(n) <= 2 or name in _TIME_NAMES}  # a stream of tokens is no time
     times = [i for i in free if nodes[i] in timed] or [i for i in free if _looks_up(nodes[i], names[i])]
     numbers = {i: _last_word(entry.name) for i, entry in enumerate(capture.inputs) if not entry.is_tensor}
     times = times or [i for i in numbers if nodes[i] in timed and numbers[i] in _TIME_NAMES]  # not: sizes
@@ -85,13 +87,13 @@ def _constant(capture: Capture) -> Constant | None:
 
 
 def _sinusoids(module: fx.GraphModule) -> tuple[bool, set[fx.Node], set[fx.Node]]:
-    """Whether a wave (sin or cos) reaches a linear; inputs behind such waves (time), and behind others (rotary)."""
+    """Whether a wave (sin or cos) reaches a linear; inputs behind such waves (times), and behind others (rotary)."""
 
     def into_linear(node: fx.Node, user: fx.Node) -> bool:
         return user.target in LINEAR and user.args[0] is node
 
     embeds = False
-    timed: set[fx.Node] = set()
+    waved: set[fx.Node] = set()
     rotary: set[fx.Node] = set()
     for node in module.graph.nodes:
         if node.target in _WAVES:
@@ -99,12 +101,12 @@ def _sinusoids(module: fx.GraphModule) -> tuple[bool, set[fx.Node], set[fx.Node]
             sources = [p for p in ancestors(node, lambda n: n.target in PROJECTIONS) if p.op == "placeholder"]
             if reaches(node, _EMBEDDING, into_linear):
                 embeds = True
-                timed.update(p for p in sources if rank(p) <= 2)  # a stream of tokens is no time
+                waved.update(sources)
             else:
                 rotary.update(sources)
         elif node.target in (aten.polar.default, aten.complex.default):
             rotary.update(placeholders(node))
-    return embeds, timed, rotary
+    return embeds, waved, rotary
 
 
 def _looks_up(node: fx.Node, name: str) -> bool:

@@ -13,8 +13,10 @@ from torch import fx
 from chipmunk_fx.graph.between import unknown_between
 from chipmunk_fx.graph.capture import dotted
 from chipmunk_fx.graph.language import Mismatch, match
-from chipmunk_fx.graph.opaque import grouped_experts, opaque_attention
+from chipmunk_fx.graph.opaque import batched_experts, grouped_experts, opaque_attention
 from chipmunk_fx.graph.pattern import Accepted, AttentionOperands, MlpOperands, Pattern, Refused
+from chipmunk_fx.graph.products import unweighted
+from chipmunk_fx.graph.walk import projections
 from chipmunk_fx.graph.weights import unread_weights
 
 _TORCH_FILES = ("/torch/", "<eval_with_key>")
@@ -49,7 +51,7 @@ def find(module: fx.GraphModule, patterns: Sequence[Pattern]) -> list[Candidate]
         for op in pattern.anchors:
             applicable.setdefault(op, []).append(pattern)
     calls = [n for n in module.graph.nodes if n.op == "call_function"]
-    candidates = [_best(n, applicable[n.target]) if n.target in applicable else _opaque(n) for n in calls]
+    candidates = [_opaque(n) or (_best(n, applicable[n.target]) if n.target in applicable else None) for n in calls]
     found = _largest([candidate for candidate in candidates if candidate])
     taken: dict[fx.Node, fx.Node] = {}  # node -> anchor of the match that explains it
     for index, candidate in enumerate(found):
@@ -65,6 +67,7 @@ def find(module: fx.GraphModule, patterns: Sequence[Pattern]) -> list[Candidate]
     anchors = {candidate.anchor for candidate in found}
     place = {node: index for index, node in enumerate(calls)}
     found += _unread(calls, anchors)
+    found = _unweighted(calls, found)
     return sorted([*found, *_unknown(calls, found)], key=lambda candidate: place[candidate.anchor])
 
 
@@ -72,6 +75,19 @@ def _unread(calls: Sequence[fx.Node], anchors: Set[fx.Node]) -> list[Candidate]:
     reasons = {node: reason for node in calls if (reason := unread_weights(node, anchors))}
     refused = [_candidate(n, "attention", "softmax", Refused("explicit", r), (n,)) for n, r in reasons.items()]
     return [replace(c, node=c.anchor, constraint="attention weights times values") for c in refused]
+
+
+def _unweighted(calls: Sequence[fx.Node], found: Sequence[Candidate]) -> list[Candidate]:
+    """`found` with products in a row, in place of what begins there: one of the same projections (recurrences have many)."""
+    begun = [c for c in found if c.kind == "attention" and c.form == "unknown" and len(c.nodes) == 1]
+    told = unweighted(calls, {node for candidate in found if candidate not in begun for node in candidate.nodes})
+    last = {frozenset(projections(products[0])): products for products in told}
+    refused = [
+        _candidate(n, "attention", "products", Refused("unknown", w), (n, first)) for n, first, w in last.values()
+    ]
+    taken = {n for n, _, _ in told}
+    kept = [candidate for candidate in found if candidate not in begun or candidate.anchor not in taken]
+    return [*kept, *(replace(c, node=c.anchor, constraint="a softmax between the products") for c in refused)]
 
 
 def _unknown(calls: Sequence[fx.Node], found: Sequence[Candidate]) -> list[Candidate]:
@@ -122,7 +138,7 @@ def _opaque(anchor: fx.Node) -> Candidate | None:
     if reason := opaque_attention(anchor):
         refused = _candidate(anchor, "attention", "opaque", Refused("opaque", reason), (anchor,))
         return replace(refused, node=anchor, constraint="an attention that the graph shows the formula of")
-    if reason := grouped_experts(anchor):
+    if reason := grouped_experts(anchor) or batched_experts(anchor):
         refused = _candidate(anchor, "mlp", "opaque", Refused("experts", reason), (anchor,))
         return replace(refused, node=anchor, constraint="rows that stay from step to step")
     return None

@@ -1,4 +1,4 @@
-"""Attention by kernels that a graph shows as one call without a formula, and experts in grouped products: left to the user."""
+"""Attention by kernels that a graph shows as one call without a formula, and experts in one product: left to the user."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import torch
 from torch import fx
 
 from chipmunk_fx.graph.pointwise import POINTWISE
-from chipmunk_fx.graph.walk import VIEWS, ancestors, rank
+from chipmunk_fx.graph.walk import VIEWS, ancestors, rank, strip
 
 _NAMES = re.compile(r"attn|attention|sage|fmha")
 _OURS = ("chipmunk", "prims")
 _GROUPED = torch.ops.aten._grouped_mm.default
+_BATCHED = (torch.ops.aten.bmm.default, torch.ops.aten.matmul.default, torch.ops.aten.einsum.default)
 _BETWEEN = (*VIEWS, *POINTWISE, torch.ops.aten.chunk.default, torch.ops.aten.slice.Tensor, operator.getitem)
 _OPEN = (torch.ops.aten.scaled_dot_product_attention.default,)
 
@@ -23,6 +24,21 @@ def grouped_experts(node: fx.Node) -> str | None:
     if node.target is not _GROUPED or not any(n.target is _GROUPED for n in _behind(node)):
         return None
     return "experts in one grouped product: each reads rows picked out of a sequence, others at every step"
+
+
+def batched_experts(node: fx.Node) -> str | None:
+    """The same of experts in batched products, one matrix for each of them."""
+    if not _by_matrices(node) or not any(map(_by_matrices, _behind(node))):
+        return None
+    return "experts in batched products: each has weights of its own; one linear for all rows is supported"
+
+
+def _by_matrices(node: fx.Node) -> bool:
+    """Whether a product's right operand is a weight of the graph [experts, in, out]."""
+    if node.target not in _BATCHED or len(node.all_input_nodes) != 2:
+        return False
+    weight = strip(node.all_input_nodes[1])
+    return rank(weight) == 3 and weight.op in ("placeholder", "get_attr")
 
 
 def _behind(product: fx.Node) -> list[fx.Node]:

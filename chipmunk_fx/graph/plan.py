@@ -184,7 +184,7 @@ def make_plan(
     rest = beside + sum(_beside_flops(s) for s in sites)
     total = rest + sum(s.dense_flops for s in sites)
     windowed = config.attention.local_window > 0
-    region = find_region(capture.module, candidates, _node(inputs, roles.latents))
+    region = find_region(capture, candidates, _node(inputs, roles.latents))
     spared = set() if isinstance(region, str) else dead_after_skip(capture.module, region)
     measured = config.schedule.skip_threshold is not None
     skips = (bool(config.schedule.skip_steps) or measured) and not isinstance(region, str)

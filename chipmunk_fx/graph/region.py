@@ -14,13 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from chipmunk_fx.graph.capture import Capture
 from chipmunk_fx.graph.language import arguments
 from chipmunk_fx.graph.match import Candidate, block_of
 from chipmunk_fx.graph.sizes import hint, hints
-from chipmunk_fx.graph.walk import VIEWS, depending, mutated_between, shape, storage, written
+from chipmunk_fx.graph.walk import VIEWS, behind, depending, mutated_between, shape, storage, written
 
 aten = torch.ops.aten
 
+_SUMS = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
 _SPLITS = (aten.split_with_sizes.default, aten.split.Tensor, aten.chunk.default, aten.unsafe_split.Tensor)
 
 
@@ -52,20 +54,34 @@ class Region:
         return "; ".join(f"{s.start} to {s.stop}" for s in self.streams)
 
 
-def find_region(module: fx.GraphModule, candidates: Sequence[Candidate], latents: fx.Node | None) -> Region | str:
+@dataclass(frozen=True)
+class _Inside:
+    """Of a graph the nodes of a region, what depends on the latents, and what depends on any input of a call."""
+
+    graph: fx.Graph
+    nodes: set[fx.Node]
+    moving: Set[fx.Node]
+    given: Set[fx.Node]
+
+
+def find_region(capture: Capture, candidates: Sequence[Candidate], latents: fx.Node | None) -> Region | str:
     """The region of all blocks or, where that is none, of the longest stack; or why no step can be skipped."""
     if latents is None:
         return "the latents are not known"
+    graph = capture.module.graph
     moving = depending(latents)  # what only conditions (time embeddings) may be shared with what comes after
+    inputs = zip((n for n in graph.nodes if n.op == "placeholder"), capture.inputs, strict=True)
+    own = {n for n, entry in inputs if entry.is_tensor and not entry.is_parameter}
+    given = behind(graph, own) | own
     blocks = _blocks(candidates, moving)
     if not blocks:
         return "no numbered container of modules (blocks.0, ...) holds an attention or an MLP over the latents"
-    whole = _region(module, blocks, moving)
+    whole = _region(graph, blocks, moving, given)
     stacks = Counter(block.rpartition(".")[0] for block in blocks)
     if isinstance(whole, Region) or len(stacks) == 1:
         return whole
     (longest, _), *_ = stacks.most_common(1)  # refiners before it may work on other streams
-    part = _region(module, {block for block in blocks if block.rpartition(".")[0] == longest}, moving)
+    part = _region(graph, {block for block in blocks if block.rpartition(".")[0] == longest}, moving, given)
     return part if isinstance(part, Region) else whole
 
 
@@ -81,27 +97,36 @@ def _blocks(candidates: Sequence[Candidate], moving: Set[fx.Node]) -> set[str]:
     return {block for block in thinking if block.rpartition(".")[0] == longest}
 
 
-def _region(module: fx.GraphModule, blocks: Set[str], moving: set[fx.Node]) -> Region | str:
-    nodes = _closed(module, {n for n in moving if n.op == "call_function" and block_of(n) in blocks})
-    after = _after(module, nodes)
-    outside = {storage(n): n for n in module.graph.nodes if n not in nodes and n not in after}
+def _region(graph: fx.Graph, blocks: Set[str], moving: Set[fx.Node], given: Set[fx.Node]) -> Region | str:
+    nodes = _closed(graph, {n for n in moving if n.op == "call_function" and block_of(n) in blocks})
+    nodes |= _filled(graph, nodes)
+    inside = _Inside(graph, nodes, moving, given)
+    after = behind(graph, nodes)
+    outside = {storage(n): n for n in graph.nodes if n not in nodes and n not in after}
     for node in nodes:
         if outer := next((outside[s] for n in written(node) if (s := storage(n)) in outside), None):
             return f"{node} in the blocks writes in place to {outer} outside of them"
     streams = []
-    leaving = [n for n in module.graph.nodes if n in nodes and any(user not in nodes for user in n.users)]
+    leaving = [n for n in graph.nodes if n in nodes and _further(n, nodes)]
     while leaving:
         node = leaving.pop(0)
-        stream = _stream(node, nodes, moving)
+        if not (further := _further(node, nodes)):
+            continue
+        start = _follow(node, (), nodes, moving, set())
+        if start is None and all(_is_sum(user, nodes) for user in further):
+            nodes.update(further)  # what a block makes is added to a stream behind it
+            leaving += further
+            continue
+        stream = _stream(start, node, inside)
         if isinstance(stream, Stream):
             streams.append(stream)
-        elif all(user in nodes or _is_part(user) for user in node.users):
+        elif all(map(_is_part, further)):
             # joint streams are cut, and layouts restored, behind the last block
-            further = [user for user in node.users if user not in nodes]
             nodes.update(further)
             leaving += further
         else:
             return stream
+    streams = [stream for stream in streams if _further(stream.stop, nodes)]
     return Region(frozenset(nodes), tuple(streams)) if streams else "nothing after the blocks reads what they add to"
 
 
@@ -116,10 +141,10 @@ def dead_after_skip(module: fx.GraphModule, region: Region) -> set[fx.Node]:
     return dead
 
 
-def _closed(module: fx.GraphModule, blocks: set[fx.Node]) -> set[fx.Node]:
+def _closed(graph: fx.Graph, blocks: set[fx.Node]) -> set[fx.Node]:
     """The nodes of the blocks, whatever lies on a way from one to another, and in-place writes to what is theirs."""
-    after, before = _after(module, blocks), set()
-    for node in reversed(module.graph.nodes):
+    after, before = behind(graph, blocks), set()
+    for node in reversed(graph.nodes):
         if any(n in blocks or n in before for n in node.users):
             before.add(node)
     closed = blocks | (after & before)
@@ -128,24 +153,40 @@ def _closed(module: fx.GraphModule, blocks: set[fx.Node]) -> set[fx.Node]:
     }
 
 
-def _after(module: fx.GraphModule, nodes: set[fx.Node]) -> set[fx.Node]:
-    """What depends on one of the nodes."""
-    after: set[fx.Node] = set()
-    for node in module.graph.nodes:
-        if any(n in nodes or n in after for n in node.all_input_nodes):
-            after.add(node)
-    return after
+def _filled(graph: fx.Graph, nodes: Set[fx.Node]) -> set[fx.Node]:
+    """What is made (zeros, say) for the nodes to write to in place, and read by nobody else."""
+    targets, found = {storage(n) for node in nodes for n in written(node)}, set()
+    for node in reversed(graph.nodes):
+        own = node.op == "call_function" and node not in nodes and storage(node) in targets
+        if own and node.users and all(user in nodes or user in found for user in node.users):
+            found.add(node)
+    return found
+
+
+def _further(node: fx.Node, nodes: Set[fx.Node]) -> list[fx.Node]:
+    """What outside of the nodes reads one of them."""
+    return [user for user in node.users if user not in nodes]
+
+
+def _is_sum(node: fx.Node, nodes: Set[fx.Node]) -> bool:
+    """Whether the node adds up, or scales, what the nodes made and nothing else."""
+    return node.target in _SUMS and nodes.issuperset(node.all_input_nodes)
 
 
 def _is_part(node: fx.Node) -> bool:
     return node.target in (*VIEWS, *_SPLITS, aten.slice.Tensor, operator.getitem)
 
 
-def _stream(stop: fx.Node, nodes: set[fx.Node], moving: set[fx.Node]) -> Stream | str:
+def _stream(start: fx.Node | None, stop: fx.Node, inside: _Inside) -> Stream | str:
+    """`start`: what enters the region, depends on the latents and leads to `stop`, if there is such a thing."""
     value = stop.meta.get("val")
     if not isinstance(value, torch.Tensor):
         return f"{stop} leaves the blocks and is no tensor"
-    start = _follow(stop, (), nodes, moving, set()) or _only_entry(stop, nodes, moving)
+    if start is None:
+        # the stream of another input (sound beside a picture), or one that a norm ends
+        other = _follow(stop, (), inside.nodes, inside.given, set()), _only_entry(stop, inside.nodes, inside.moving)
+        found = {n for n in other if n is not None}
+        start = found.pop() if len(found) == 1 else None
     if start is None:
         return f"{stop} leaves the blocks and no stream {hints(value.shape)} that enters them leads to it"
     if hints(shape(start)) != hints(value.shape):
@@ -156,7 +197,7 @@ def _stream(stop: fx.Node, nodes: set[fx.Node], moving: set[fx.Node]) -> Stream 
 
 
 def _follow(
-    node: fx.Node, cuts: tuple[Cut, ...], nodes: set[fx.Node], moving: set[fx.Node], seen: set
+    node: fx.Node, cuts: tuple[Cut, ...], nodes: Set[fx.Node], moving: Set[fx.Node], seen: set
 ) -> fx.Node | None:
     """Back along additions, casts and layouts to a node that enters the region."""
     if (node, cuts) in seen:
@@ -211,7 +252,7 @@ def _part(given: dict, cuts: tuple[Cut, ...]) -> list[tuple[fx.Node, tuple[Cut, 
     return []
 
 
-def _only_entry(stop: fx.Node, nodes: set[fx.Node], moving: set[fx.Node]) -> fx.Node | None:
+def _only_entry(stop: fx.Node, nodes: Set[fx.Node], moving: Set[fx.Node]) -> fx.Node | None:
     """The one tensor of that size that enters the region and depends on the latents."""
     entries = dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in nodes)
     value = stop.meta["val"]

@@ -93,7 +93,7 @@ def test_a_stem_and_a_head_with_mlps_are_no_blocks():
     seen = captured(Headed(), latents, timestep)
     inputs = [n for n in seen.capture.module.graph.nodes if n.op == "placeholder"]
     assert seen.roles.latents is not None
-    found = find_region(seen.capture.module, seen.candidates, inputs[seen.roles.latents])
+    found = find_region(seen.capture, seen.candidates, inputs[seen.roles.latents])
     assert isinstance(found, Region)
     assert {block_of(node) for node in found.nodes if block_of(node)} == {"blocks.0", "blocks.1"}
 

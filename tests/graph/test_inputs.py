@@ -42,6 +42,13 @@ class Waved(TinyDiT):
         )
 
 
+class Framed(TinyDiT):
+    """A timestep for every frame."""
+
+    def forward(self, latents, timestep, text):
+        return super().forward(latents, timestep.flatten(1).amax(1), text)
+
+
 class Rotary(nn.Module):
     """Tokens with positions given as ids [N, 3], used for rotary embedding only."""
 
@@ -88,6 +95,11 @@ def test_names_are_not_needed():
 def test_a_time_may_be_looked_up():
     seen = captured(Table(), noise(), torch.tensor([900]), torch.tensor([3]))
     assert seen.role("timestep") == "timestep"
+
+
+def test_a_timestep_may_have_a_value_for_every_frame():
+    latents, _, text = calls([900])[0]
+    assert captured(Framed(), latents, torch.full((1, 1, 3), 900.0), text).role("timestep") == "timestep"
 
 
 def test_a_better_name_wins_between_two_sinusoids():

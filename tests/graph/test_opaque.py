@@ -73,3 +73,29 @@ def test_experts_in_grouped_products_are_listed():
     sites = chipmunk_fx.explain(model, torch.randn(1, 24, 16, dtype=torch.bfloat16)).sites
     assert [(s.name, s.kind, s.form, s.accepted) for s in sites] == [(str(i), "mlp", "experts", False) for i in (0, 1)]
     assert all("experts in one grouped product" in site.reason for site in sites)
+
+
+class Batched(nn.Module):
+    """Every expert reads every row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.randn(4, 16, 32)), nn.Parameter(torch.randn(4, 32, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.gelu(torch.einsum("bnc,ecf->benf", x, self.first))
+        return x + torch.einsum("benf,efc->benc", hidden, self.second).mean(1)
+
+
+class Picked(Batched):
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.unflatten(1, (4, 6)).transpose(0, 1).flatten(1, 2)
+        return x + torch.bmm(F.silu(torch.bmm(rows, self.first)), self.second).view_as(x)
+
+
+@pytest.mark.parametrize("kind", [Batched, Picked])
+def test_experts_in_batched_products_are_listed(kind: type[nn.Module]):
+    torch._dynamo.reset()
+    (site,) = chipmunk_fx.explain(kind(), torch.randn(1, 24, 16)).sites
+    assert (site.kind, site.form, site.accepted) == ("mlp", "experts", False)
+    assert "experts in batched products" in site.reason

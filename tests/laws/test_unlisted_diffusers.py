@@ -1,6 +1,8 @@
-"""Classes of diffusers that are not in the zoo: what is in them is found, and density 1 is dense."""
+"""Classes of diffusers that are not in the zoo: what is in them is found, density 1 is dense, and steps are skipped."""
 
+from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +13,16 @@ from tests.harness.diffusers_models import transformer
 from tests.harness.laws import PHASES, SCHEDULE_LENGTH, STEPS, compiled, outputs
 from tests.harness.more_diffusers import LISTED, Inputs
 from tests.harness.newer_diffusers import NEWER
+from tests.harness.newest_diffusers import NEWEST
 from tests.harness.tolerance import assert_near
 
-pytestmark = pytest.mark.full
-ALL = LISTED | NEWER
+ALL = LISTED | NEWER | NEWEST
+SHORT = ("Cosmos3OmniTransformer",)
 EVERYTHING = {"attention__random_density": 0.0, "mlp__random_density": 0.0}
+
+
+def some(names: Iterable[str]) -> list[Any]:
+    return [name if name in SHORT else pytest.param(name, marks=pytest.mark.full) for name in names]
 
 
 def built(name: str) -> tuple[nn.Module, Inputs]:
@@ -37,7 +44,7 @@ def moving(name: str, inputs: Inputs, drift: float) -> list[Inputs]:
     return steps
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", some(ALL))
 def test_what_is_in_a_class_is_found(name: str):
     torch._dynamo.reset()
     model, inputs = built(name)
@@ -46,7 +53,7 @@ def test_what_is_in_a_class_is_found(name: str):
     assert report.timestep == known.names[1]
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", some(ALL))
 def test_density_one_is_dense(name: str):
     (model, inputs), known = built(name), ALL[name]
     steps = moving(name, inputs, 0.3)
@@ -57,7 +64,7 @@ def test_density_one_is_dense(name: str):
     assert all(site.phases == {0: PHASES} for site in rewritten)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", some(ALL))
 def test_standing_still(name: str):
     model, inputs = built(name)
     steps = moving(name, inputs, 0.0)
@@ -65,3 +72,12 @@ def test_standing_still(name: str):
     assert_near(outputs(ours, steps), outputs(model, steps))
     shares = [site.density for site in chipmunk_fx.summary(ours).sites if "sparse" in site.phases[0]]
     assert min(shares) < 0.5
+
+
+@pytest.mark.parametrize("name", some([*NEWEST, "LTX2VideoTransformer3DModel"]))
+def test_steps_that_stand_still_are_skipped(name: str):
+    model, inputs = built(name)
+    steps = moving(name, inputs, 0.0)
+    ours = compiled(model, "eager", 1.0, **EVERYTHING, schedule__skip_steps=[1, 2])
+    assert_near(outputs(ours, steps), outputs(model, steps))
+    assert chipmunk_fx.summary(ours).phases == {0: ["refresh", "skip", "skip", "refresh", "sparse"]}
