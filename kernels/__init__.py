@@ -58,9 +58,9 @@ def refused_in_fp8(device: torch.device, dtype: torch.dtype, sizes: Sequence[int
     if device.type == "cpu":
         return None
     in_groups = any(group_rows % rows == 0 for rows in hopper.GROUP_ROWS)
-    if not in_groups or not on_hopper("mlp", device, dtype, sizes):
-        return "only the Hopper kernels have it, in groups of 128 or 192 rows of bf16 or fp16 and multiples of 64 wide"
-    return hopper.refused_width_in_fp8(sizes[2])
+    if not in_groups or dtype not in hopper.FP8_DTYPES or not on_hopper("mlp", device, dtype, sizes):
+        return "only the Hopper kernels have it, in groups of 128 or 192 rows of bf16 and multiples of 64 wide"
+    return None
 
 
 def choose(

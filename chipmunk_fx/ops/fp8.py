@@ -12,7 +12,7 @@ LARGEST = torch.finfo(DTYPE).max  # 448
 
 def scale_for(largest: Tensor) -> Tensor:
     """The fp32 scale under which numbers up to `largest` in size fill the range; 1 where that would be 0."""
-    scale = largest.float() / LARGEST
+    scale = largest.float() * (1 / LARGEST)
     return scale.masked_fill(scale == 0, 1.0)
 
 

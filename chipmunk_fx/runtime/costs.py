@@ -49,8 +49,9 @@ def at(rows: int, measured: tuple[Cost, ...] = CUDA_ATTENTION) -> Cost:
     return measured[-1]
 
 
-# How much faster Hopper makes a product in fp8 than in bf16: twice, less what it takes to round x. Expected, not measured.
-FP8_GAIN = 1.9
+# How much faster Hopper makes the first product in fp8. H100, 4352 rows, 3712 of 12288 neurons, us: 178 in bf16, 109 in fp8
+# and 11 to round x.
+FP8_GAIN = 1.45
 
 
 @dataclass(frozen=True)

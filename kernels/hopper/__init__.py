@@ -17,8 +17,8 @@ CAPABILITY = (9, 0)
 DTYPES = (torch.bfloat16, torch.float16)
 WIDTHS = (64, 128)
 GROUP_ROWS = (128, 192)  # and their multiples
-LEAST_WIDTH = 512  # of x: more steps to a tile than there are buffers
-FP8_WIDTH = 128  # and its multiples, of x in fp8
+LEAST_WIDTH = 512  # of x: in fp8 as many stages as there are buffers
+FP8_DTYPES = (torch.bfloat16,)  # fp16 keeps more bits than sums of products in fp8 have
 
 
 def supports(op: str, arguments: Mapping[str, Any]) -> str | None:
@@ -35,8 +35,8 @@ def supports(op: str, arguments: Mapping[str, Any]) -> str | None:
         return refused
     if all(group_rows % rows for rows in GROUP_ROWS):
         return f"groups of {group_rows} rows, allowed are multiples of {' and of '.join(map(str, GROUP_ROWS))}"
-    if arguments.get("w1_fp8") is not None and (wrong := refused_width_in_fp8(x.shape[-1])):
-        return wrong
+    if arguments.get("w1_fp8") is not None and x.dtype not in FP8_DTYPES:
+        return f"weights in fp8 with {x.dtype}, allowed is {', '.join(map(str, FP8_DTYPES))}"
     if _nvrtc() is None:
         return f"no NVRTC for CUDA {torch.version.cuda}, needed is that of the package nvidia-cuda-nvrtc"
     return triton.refused(op, arguments)
@@ -51,11 +51,6 @@ def refused_width(attention: bool, width: int, result: int) -> str | None:
     if not attention and result % 64:
         return f"a result {result} wide, allowed are multiples of 64"
     return None
-
-
-def refused_width_in_fp8(width: int) -> str | None:
-    """The same of an MLP whose inputs are `width` wide, where its first product is to be made in fp8."""
-    return f"width {width}, in fp8 allowed are multiples of {FP8_WIDTH}" if width % FP8_WIDTH else None
 
 
 def attention_refresh(**arguments: Any) -> Tensor:

@@ -23,7 +23,10 @@ class First(ctypes.Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("x", "w1", "wu")),
         *((name, c_longlong) for name in ("w1_row", "wu_row")),
-        *((name, c_void_p) for name in ("b1", "bu", "lists", "hidden", "change", "means", "mean", "row_scales", "scales")),
+        *(
+            (name, c_void_p)
+            for name in ("b1", "bu", "lists", "hidden", "change", "means", "mean", "row_scales", "scales")
+        ),
         *((name, c_int) for name in ("rows", "steps", "neurons", "groups", "listed", "parts", "batches", "tiles")),
     ]
 

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from chipmunk_fx.kernels.hopper.tuning import SPAN, block_rows
+from chipmunk_fx.kernels.triton.numeric import cast
 from chipmunk_fx.ops.fp8 import DTYPE, LARGEST
 
 
@@ -38,7 +39,7 @@ def pool(x: Tensor, order: Tensor | None, group_rows: int, fp8: bool) -> tuple[T
     largest = torch.zeros(batch, rows, dtype=torch.float32, device=x.device) if fp8 else None
     _pool[(width // 64, groups, batch)](
         x, order, means, largest, values, *x.stride()[:2], rows, width, groups,
-        GROUP=group_rows, BLOCK=block, ROWS=64, PIECES=SPAN // 16,
+        GROUP=group_rows, BLOCK=block, ROWS=32, PIECES=SPAN // 16, num_warps=2,
     )  # fmt: skip
     if not fp8:
         return means, Rows(values, None)
@@ -62,15 +63,17 @@ def _pool(
     column = tl.program_id(0) * 64 + (piece * 8)[:, None] + tl.arange(0, 8)[None, :]
     height = tl.minimum(GROUP, rows - group * GROUP)
     packed = values + (b * groups + group) * GROUP * width
-    sums = tl.zeros([8, 8], tl.float32)
+    sums = tl.zeros([ROWS, 8, 8], tl.float32)
     for first in range(0, height, ROWS):
         place = first + tl.arange(0, ROWS)
         live = place < height
         row = group * GROUP + place
         if order is not None:
             row = tl.load(order + row, mask=live, other=0)
-        some = tl.load(x + b * x_b + row.to(tl.int64)[:, None, None] * x_n + column[None], mask=live[:, None, None], other=0.0)
-        sums += tl.sum(some.to(tl.float32), 0)
+        some = tl.load(
+            x + b * x_b + row.to(tl.int64)[:, None, None] * x_n + column[None], mask=live[:, None, None], other=0.0
+        )
+        sums += some.to(tl.float32)
         if largest is None:
             step = tl.program_id(0) * (8 // PIECES) + piece // PIECES
             target = packed + _target(place, step, piece % PIECES, width // (8 * PIECES), BLOCK, PIECES, 8)
@@ -81,8 +84,8 @@ def _pool(
             most = tl.max(tl.max(bits, 2), 1)
             at = (largest + b * rows + group * GROUP + place).to(tl.pointer_type(tl.int32), bitcast=True)
             tl.atomic_max(at, most, mask=live, sem="relaxed")
-    mean = tl.sum(sums[None], 0) / height
-    tl.store(means + (b * groups + group) * width + column, mean.to(means.dtype.element_ty))
+    mean = tl.sum(sums, 0) / height
+    tl.store(means + (b * groups + group) * width + column, cast(mean, means.dtype.element_ty))
 
 
 @triton.jit
@@ -98,7 +101,7 @@ def _quantise(
     if order is not None:
         row = tl.load(order + place, mask=live, other=0)
     most = tl.load(largest + b * rows + place, mask=live, other=0.0)
-    scale = most / LARGEST
+    scale = most * (1 / LARGEST)
     scale = tl.where(scale == 0, 1.0, scale)
     if tl.program_id(1) == 0:
         tl.store(scales + b * rows + place, scale, mask=live)
@@ -107,10 +110,11 @@ def _quantise(
     packed = values + b * places * steps * (PIECES * 16)
     for step in range(tl.program_id(1), steps, tl.num_programs(1)):
         source = x + b * x_b + row.to(tl.int64)[:, None, None] * x_n + step * (PIECES * 16) + inner[None]
-        some = tl.load(source, mask=live[:, None, None], other=0.0).to(tl.float32) / scale[:, None, None]
+        some = tl.load(source, mask=live[:, None, None], other=0.0).to(tl.float32)
+        some = tl.div_rn(some, tl.broadcast_to(scale[:, None, None], some.shape))
         some = tl.clamp(some, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
         target = packed + _target(place, step + piece * 0, piece, steps, BLOCK, PIECES, 16)
-        tl.store(target, some.to(values.dtype.element_ty), mask=live[:, None, None])
+        tl.store(target, cast(some, values.dtype.element_ty), mask=live[:, None, None])
 
 
 @triton.jit

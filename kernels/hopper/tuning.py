@@ -93,16 +93,16 @@ class ProductSettings(Block):
 
     @property
     def buffers(self) -> int:
-        """As many stages as shared memory holds, at most 12: more gain nothing."""
-        return min(12, (SHARED - self.aside - self.tables - 16) // (self.stage + 16))
+        """As many stages as shared memory holds, but not more than a tile has: tables are kept for three tiles."""
+        return min(8, (SHARED - self.aside - self.tables - 16) // (self.stage + 16))
 
     @property
     def shared(self) -> int:
         return self.buffers * (self.stage + 16) + 16 + self.aside + self.tables
 
 
-# Of one multiprocessor of an H200: it makes 2048 multiply-adds a clock (twice as many in fp8), and is taken to get 32 bytes from the
-# second-level cache; what else a tile costs (filling the ring, putting aside) takes as long as so many stages.
+# Of one multiprocessor of an H200: it makes 2048 multiply-adds a clock (twice as many in fp8), and is taken to get 32 bytes
+# from the second-level cache; what else a tile costs (filling the ring, putting aside) takes as long as so many stages.
 BYTES, PRODUCTS, EXTRA_STAGES = 32, 2048, 5
 
 

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from chipmunk_fx.kernels.triton.numeric import cast
 from chipmunk_fx.ops.fp8 import LARGEST, scale_for
 
 
@@ -27,6 +28,7 @@ def _store_weight(
     neuron = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     c = tl.program_id(0) * WIDTHS + tl.arange(0, WIDTHS)
     mask = (neuron < neurons)[:, None] & (c < width)[None, :]
-    value = tl.load(weight + neuron[:, None] * pitch + c[None, :], mask=mask, other=0.0).to(tl.float32) / tl.load(scale)
+    value = tl.load(weight + neuron[:, None] * pitch + c[None, :], mask=mask, other=0.0).to(tl.float32)
+    value = tl.div_rn(value, tl.load(scale) + tl.zeros_like(value))
     value = tl.clamp(value, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(rounded + neuron[:, None] * width + c[None, :], value.to(rounded.dtype.element_ty), mask=mask)
+    tl.store(rounded + neuron[:, None] * width + c[None, :], cast(value, rounded.dtype.element_ty), mask=mask)

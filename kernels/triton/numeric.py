@@ -25,4 +25,11 @@ def cast(x, dtype: tl.constexpr):
         bits = x.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
         x = bits.to(tl.float32, bitcast=True)
+    if (
+        INTERPRETED and dtype == tl.float8e4nv
+    ):  # whose carry into the exponent it would lose; below 2^-6 multiples of 2^-9
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -1048576
+        small = ((x * 512 + 12582912) - 12582912) / 512
+        x = tl.where(tl.abs(x) < 0.015625, small, tl.where(x == x, bits.to(tl.float32, bitcast=True), x))
     return x.to(dtype)

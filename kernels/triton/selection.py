@@ -287,12 +287,15 @@ def _tallied(scores, minus, always, valid, counts, column, total, low, high, shi
 
 @triton.jit
 def _quantile(rank, wanted, BITS: tl.constexpr):
-    """The largest of BITS bits that at least `wanted` of the ranks reach; 0 where too few are not negative."""
+    """A number of BITS bits that at least `wanted` of the ranks reach: the largest, or one that just so many reach; 0 where
+    too few are not negative."""
     low = 0
-    for bit in range(BITS):
-        middle = low + (1 << (BITS - 1 - bit))
-        if tl.sum((rank >= middle).to(tl.int32), 0) >= wanted:
-            low = middle
+    step = 1 << (BITS - 1)
+    while step > 0:
+        reached = tl.sum((rank >= low + step).to(tl.int32), 0)
+        if reached >= wanted:
+            low += step
+        step = tl.where(reached == wanted, 0, step >> 1)
     return low
 
 

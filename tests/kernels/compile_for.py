@@ -19,7 +19,9 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 import chipmunk_fx.kernels.triton as backend
+from chipmunk_fx.kernels.hopper.packing import pool
 from chipmunk_fx.kernels.triton import tuning
+from chipmunk_fx.kernels.triton.fp8 import store_weight
 from chipmunk_fx.ops.cases import AttentionCase, MlpCase, arguments
 from chipmunk_fx.ops.packing import line_bytes
 
@@ -34,6 +36,7 @@ TARGETS = {  # what programs are compiled for, and what tile sizes depend on the
 }
 TYPES = {
     torch.uint8: "*u8",
+    torch.float8_e4m3fn: "*fp8e4nv",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.float32: "*fp32",
@@ -100,8 +103,10 @@ class Launch:
         return triton.compile(source, target=target, options=dict(self.options))
 
 
-def launches(device: tuning.Device, cases: Sequence[tuple[torch.dtype, AttentionCase | MlpCase]]) -> Iterator[Launch]:
-    """Every kernel that the operators launch on `cases`, each once."""
+def launches(
+    device: tuning.Device, cases: Sequence[tuple[torch.dtype, AttentionCase | MlpCase]], hopper: bool
+) -> Iterator[Launch]:
+    """Every kernel that the operators launch on `cases`, each once; with those that come before Hopper's products."""
     seen: dict[Launch, None] = {}
 
     def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -119,13 +124,18 @@ def launches(device: tuning.Device, cases: Sequence[tuple[torch.dtype, Attention
             bits = torch.zeros(len(lists), line_bytes(case.keys), dtype=torch.uint8)
             backend.pack_bits(lists, bits, case.keys)
             backend.unpack_bits(bits, lists, case.keys)
+        elif hopper and dtype != torch.float32:
+            rounded = torch.empty(values["w1"].shape, dtype=torch.float8_e4m3fn)
+            store_weight(values["w1"], rounded, torch.empty(()))
+            for fp8 in (False, True):
+                pool(torch.zeros(1, 256, 128, dtype=dtype), values["order"], 128, fp8)
     return iter(seen)
 
 
 def main(name: str, full: bool) -> int:
     target, device = TARGETS[name]
     too_large = 0
-    for launch in launches(device, CASES + MORE_CASES if full else CASES):
+    for launch in launches(device, CASES + MORE_CASES if full else CASES, hopper=name == "sm_90"):
         metadata: Any = launch.compiled(target).metadata
         dtype = next(kind for _, kind in launch.signature if kind.startswith("*"))
         print(f"{name} {launch.kernel.__name__} {dtype[1:]} {metadata.num_warps} warps {metadata.shared} bytes")

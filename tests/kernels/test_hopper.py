@@ -24,22 +24,25 @@ EVERY = [
 
 BEGIN = {2: 168, 3: 128}  # registers a thread of a block, by its multiplying warpgroups: BEGIN of primitives.cuh
 FIRST = [
-    *(ProductSettings("bf16", 3, columns, "gelu_tanh") for columns in (96, 176, 192)),
-    ProductSettings("bf16", 2, 256, "gelu_tanh"),
-    *(ProductSettings("f16", 3, 192, name) for name in ("gelu", "relu2", "tanh")),
+    *(ProductSettings("bf16", 3, columns, 2, "gelu_tanh") for columns in (96, 176, 192)),
+    ProductSettings("bf16", 2, 256, 2, "gelu_tanh"),
+    *(ProductSettings("f16", 3, 192, 2, name) for name in ("gelu", "relu2", "tanh")),
     *(
-        ProductSettings(e, c, n, "silu", gated=True)
+        ProductSettings(e, c, n, 2, "silu", gated=True)
         for e, c, n in (("bf16", 3, 192), ("f16", 2, 256), ("bf16", 2, 112))
     ),
+    ProductSettings("bf16", 3, 176, 2, "gelu_tanh", fp8=True),
+    ProductSettings("bf16", 2, 256, 2, "silu", gated=True, fp8=True),
 ]
 SECOND = [
-    *(ProductSettings("bf16", 3, columns) for columns in (64, 128, 192)),
-    *(ProductSettings("f16", 2, columns) for columns in (64, 128, 192, 256)),
+    *(ProductSettings("bf16", 3, columns, 2) for columns in (64, 128, 192)),
+    *(ProductSettings("f16", 2, columns, cluster) for columns, cluster in ((64, 1), (128, 2), (192, 1), (256, 2))),
 ]
 LONG = [
-    *(ProductSettings("bf16", 3, columns, "gelu_tanh") for columns in (112, 128, 144, 160)),
-    *(ProductSettings("bf16", 2, columns, "gelu_tanh") for columns in (96, 176)),
-    *(ProductSettings("bf16", 3, 192, name) for name in ACTIVATIONS),
+    *(ProductSettings("bf16", 3, columns, 2, "gelu_tanh") for columns in (112, 128, 144, 160)),
+    *(ProductSettings("bf16", 2, columns, 2, "gelu_tanh") for columns in (96, 176)),
+    *(ProductSettings("bf16", 3, 192, 2, name) for name in ACTIVATIONS),
+    *(ProductSettings("bf16", 3, columns, 2, "gelu", fp8=True) for columns in (96, 112, 192)),
 ]
 PRODUCTS = [*(pytest.param(settings, "first.cu", marks=pytest.mark.full) for settings in LONG),
             *((settings, "first.cu") for settings in FIRST), *((settings, "second.cu") for settings in SECOND)]  # fmt: skip
@@ -78,7 +81,7 @@ def test_a_product_compiles_without_spilling(
     ("source", "copying", "more"),
     [
         (columns.source(tuning.columns_settings("bf16", 128, 128)), "2 ? 40 :", "2 ? 48 :"),
-        (mlp.source(ProductSettings("bf16", 2, 256), "second.cu"), "2 ? 88 :", "2 ? 96 :"),
+        (mlp.source(ProductSettings("bf16", 2, 256, 2), "second.cu"), "2 ? 88 :", "2 ? 96 :"),
     ],
     ids=["attention", "product"],
 )
@@ -111,16 +114,27 @@ def test_tiles_of_products_are_allowed_and_cover_the_lists(
     group_rows: int, gated: bool, rows: int, listed: int, width: int
 ):
     groups = -(-rows // group_rows)
-    first = tuning.first_settings("bf16", group_rows, groups, 3072, listed, "gelu", gated)
+    first = tuning.first_settings("bf16", group_rows, groups, 3072, listed, "gelu", gated, False)
     second = tuning.second_settings("bf16", group_rows, groups, listed, width)
     assert group_rows % first.rows == 0 and first.rows == second.rows
     assert first.columns % 16 == 0 and first.columns <= (192 if first.consumers == 3 else 256)
-    assert width % second.columns == 0 and second.columns % 64 == 0
+    assert width % (second.columns * second.cluster) == 0 and second.columns % 64 == 0
+    blocks = groups * group_rows // first.rows
+    assert first.clusters(groups * group_rows, listed) * first.cluster * first.neurons >= blocks * listed
+    assert second.clusters(groups * group_rows, width) * second.cluster * second.columns == blocks * width
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_tile_has_as_many_stages_as_are_under_way(fp8: bool):
+    """The tables of a tile are written again three tiles later, when the first of them has to be done with."""
+    for group_rows, listed in product(hopper.GROUP_ROWS, (16, 500)):
+        settings = tuning.first_settings("bf16", group_rows, 4, hopper.LEAST_WIDTH, listed, "gelu", False, fp8)
+        assert settings.buffers <= hopper.LEAST_WIDTH * (1 if fp8 else 2) // tuning.SPAN
 
 
 def test_the_last_round_of_tiles_is_filled_well():
     """4352 rows in groups of 192, 3712 neurons: 192 wide tiles would take 4 rounds of 132 for what fills 3.5."""
-    assert tuning.first_settings("bf16", 192, 23, 3072, 3712, "gelu", False).columns == 176
+    assert tuning.first_settings("bf16", 192, 23, 3072, 3712, "gelu", False, False).columns == 176
 
 
 @needs_nvrtc
