@@ -103,7 +103,7 @@ class ProductSettings(Block):
 
 # Of one multiprocessor of an H200: it makes 2048 multiply-adds a clock (twice as many in fp8), and is taken to get 32 bytes
 # from the second-level cache; what else a tile costs (filling the ring, putting aside) takes as long as so many stages.
-BYTES, PRODUCTS, EXTRA_STAGES = 32, 2048, 5
+BYTES, PRODUCTS, EXTRA_STAGES = 32, 2048, 10
 
 
 @cache
