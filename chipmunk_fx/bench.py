@@ -29,7 +29,7 @@ from chipmunk_fx.errors import BenchError
 from chipmunk_fx.kernels import choose, group_rows
 from chipmunk_fx.ops import flash4
 from chipmunk_fx.ops.cases import AttentionCase, MlpCase, arguments, call
-from chipmunk_fx.ops.packing import smallest
+from chipmunk_fx.state.slots import attention_slots
 
 STRIDE = 4  # every 4th row of a group is sampled, the default
 RENEW_EVERY = 10  # steps from one refresh to the next, the default
@@ -136,8 +136,9 @@ def measure(shapes: Iterable[Shape], dtype: torch.dtype, device: str, seconds: f
             rows = group_rows(shape.kind, torch.device(device), dtype, shape.sizes)
             values = shape.case(rows).values(dtype, device)
             if shape.kind == "attention":  # lists as they are kept between steps
-                kept, indices = smallest(values["lists"].shape, shape.rows, device)
-                values["lists"] = torch.empty(kept, dtype=indices, device=device)
+                sizes = (1, shape.heads, shape.rows, shape.rows, shape.width, dtype)
+                kept = attention_slots(*sizes, group_rows=rows, columns=shape.columns, device=device)[-1]
+                values["lists"] = torch.empty(kept.shape, dtype=kept.dtype, device=device)
             site = (shape.kind, shape.rows, shape.heads, shape.width, shape.neurons)
             if site not in dense:
                 dense[site] = min(_dense(shape, values, seconds))

@@ -17,7 +17,7 @@ from chipmunk_fx.graph.capture import SDPA_CHOICE, Capture
 from chipmunk_fx.graph.pattern import AttentionOperands, Kept, MlpOperands, Part
 from chipmunk_fx.graph.plan import Plan, Site
 from chipmunk_fx.graph.region import Region
-from chipmunk_fx.graph.state import MLP_SLOTS, MLP_WEIGHTS, StateInput, slot_names, state_inputs
+from chipmunk_fx.graph.state import MLP_SLOTS, MLP_WEIGHTS, WATCHED, StateInput, slot_names, state_inputs
 from chipmunk_fx.graph.walk import is_used, rank
 from chipmunk_fx.schedule.phase import Phase
 
@@ -311,11 +311,11 @@ class _Writer:
 
     def _keep_caches(self, site: Site) -> None:
         """Look for nan and inf in what the site has written, and send it home."""
-        written = self._touched(site, reads=False)
-        if not written:
+        if not (written := self._touched(site, reads=False)):
             return
-        told = self._slot(site, "rest" if site.kind == "attention" else "out")
-        self.graph.call_function(torch.ops.chipmunk.cache_watch.default, (told, self.state[None, "broken"]))
+        name, columns = WATCHED[site.kind]
+        watched = self._slot(site, name), self.state[None, "broken"]
+        self.graph.call_function(torch.ops.chipmunk.cache_watch.default, watched, {"columns": columns})
         for late in (False, True) if site.index in self.passages else ():
             if staged := self._staged(site, written, late):
                 home = [self.state[site.index, name] for name, _ in staged]

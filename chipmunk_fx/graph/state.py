@@ -12,6 +12,8 @@ from chipmunk_fx.schedule.phase import Phase
 ATTENTION_SLOTS = ("rest", "share", "lists")
 MLP_WEIGHTS = ("by_neuron", "w1_fp8", "scales")  # written by a refresh alone
 MLP_SLOTS = ("hidden", "out", "mean", "lists", *MLP_WEIGHTS)
+# What tells that a site's caches are broken, and how much of each row: a hidden value that is not finite is in all of `out`.
+WATCHED = {"attention": ("rest", 1 << 30), "mlp": ("out", 64)}
 
 
 @dataclass(frozen=True)

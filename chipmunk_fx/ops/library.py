@@ -49,7 +49,7 @@ SCHEMAS = MappingProxyType(
             "-> ()"
         ),
         "cache_store": "(Tensor[] stage, Tensor(a!)[] host, Tensor lanes, *, int lane) -> ()",
-        "cache_watch": "(Tensor cache, Tensor(a!) broken) -> ()",
+        "cache_watch": "(Tensor cache, Tensor(a!) broken, *, int columns) -> ()",
         "mlp_refresh": f"({_MLP}) -> Tensor",
         "mlp_sparse": f"({_MLP}, float random_density, int seed, int site) -> Tensor",
     }

@@ -39,9 +39,12 @@ def cache_store(stage: Sequence[Tensor], host: Sequence[Tensor], lanes: Tensor, 
     _copy(stage, host, stage[0], lanes, lane)
 
 
-def cache_watch(cache: Tensor, broken: Tensor) -> None:
-    """broken: bool [1], becomes true where `cache` holds nan or inf. Values that sum up to inf may count."""
-    broken.logical_or_(cache.sum(dtype=torch.float32).isfinite().logical_not())
+def cache_watch(cache: Tensor, broken: Tensor, *, columns: int) -> None:
+    """broken: bool [1], becomes true where the first `columns` values of any row of `cache` hold nan or inf.
+
+    Values that sum up to inf may count.
+    """
+    broken.logical_or_(cache[..., :columns].sum(dtype=torch.float32).isfinite().logical_not())
 
 
 def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor], buffer: Tensor, lanes: Tensor, lane: int) -> None:

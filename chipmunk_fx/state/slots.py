@@ -8,6 +8,8 @@ import torch
 from chipmunk_fx.ops.fp8 import DTYPE as FP8
 from chipmunk_fx.ops.packing import smallest
 
+SMALL = 8  # lists that take up to this part of the rest are kept as they are
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -48,15 +50,16 @@ def attention_slots(
 ) -> tuple[Slot, Slot, Slot]:
     """rest, share and lists of an attention site. `grouped_rows`: those that the order names, all by default.
 
-    device: the type of that which computes. Lists are packed there; those of an MLP, one for all heads, are small.
+    device: the type of that which computes. Lists are packed there, but not on a GPU where they are small beside the rest: to
+    unpack them takes a tenth of a short sparse step. Those of an MLP, one for all heads, are always small.
     """
     grouped = rows if grouped_rows is None else grouped_rows
     lists = batch, heads, math.ceil(grouped / group_rows), min(columns, keys)
-    return (
-        Slot("rest", (batch, heads, rows, width), dtype),
-        Slot("share", (batch, heads, rows), torch.float32),
-        Slot("lists", *smallest(lists, keys, device)),
-    )
+    rest = Slot("rest", (batch, heads, rows, width), dtype)
+    kept = Slot("lists", lists, torch.int32)
+    if device != "cuda" or kept.bytes > rest.bytes // SMALL:
+        kept = Slot("lists", *smallest(lists, keys, device))
+    return rest, Slot("share", (batch, heads, rows), torch.float32), kept
 
 
 def mlp_slots(

@@ -175,7 +175,7 @@ _KANDINSKY = {
     **{"out_audio_dim": 4, "text_token_padding": True, "ca_rope": True, "cross_gates": True, "fix_modulation": True},
 }
 _HELIOS = {
-    **{**VIDEO_HEADS, "in_channels": 4, "out_channels": 4, "text_dim": 16, "freq_dim": 32, "ffn_dim": 64},
+    **{**VIDEO_HEADS, "in_channels": 4, "out_channels": 4, "text_dim": 16, "freq_dim": 32, "ffn_dim": 128},
     **{"num_layers": 2, "rope_dim": (4, 4, 4)},
 }
 _CONSISTENT = {

@@ -118,7 +118,9 @@ def launches(
         values = case.values(dtype)
         for op in ("attention_refresh", "attention_sparse") if "q" in values else ("mlp_refresh", "mlp_sparse"):
             getattr(backend, op)(**arguments(op, values))
-        backend.cache_watch(cache=values["rest" if "q" in values else "out"], broken=torch.zeros(1, dtype=torch.bool))
+        backend.cache_watch(
+            cache=values["rest" if "q" in values else "out"], broken=torch.zeros(1, dtype=torch.bool), columns=64
+        )
         if isinstance(case, AttentionCase):
             lists = values["lists"].flatten(0, 2)
             bits = torch.zeros(len(lists), line_bytes(case.keys), dtype=torch.uint8)
