@@ -36,25 +36,13 @@ ALONE = {"attention.enabled": False, "mlp.enabled": False}
 FLUX = {"preset": "flux"}
 DENSE_MLP = {"mlp.enabled": False}
 LISTS = {"schedule.refresh_steps": "R", "schedule.skip_steps": ".", "schedule.dense_steps": "D"}
-THRESHOLDS = (0.03, 0.05, 0.08, 0.1, 0.12, 0.2)
+THRESHOLDS = (0.03, 0.05, 0.08, 0.1, 0.12, 0.14, 0.16, 0.2)
 UNTOUCHED = ("dense", "skip")  # steps that are the same whatever is sparse in others
 TENTH = {"attention.density": 0.1, **DENSE_MLP}
+TWENTIETH = {"attention.density": 0.05, **DENSE_MLP}
 ENDS = {"schedule.dense_steps": [*range(8), *range(44, STEPS)]}
 QUARTERS = {**ENDS, **DENSE_MLP, "schedule.refresh_every": 4}
 VIDEO = {"HunyuanVideo": "hunyuan", "Wan": "wan"}
-TWENTIETH = {"attention.density": 0.05, **DENSE_MLP}
-SIXTH = {"attention.density": 0.06, **DENSE_MLP}
-FAST = (
-    ("D....", 5, 2, ALONE),
-    ("D.....", 5, 1, ALONE),
-    ("D....", 3, 1, ALONE),
-    ("R....s....", 5, 2, DENSE_MLP),
-    ("R...s...", 4, 1, FLUX),
-    ("R.....s.....", 5, 1, SIXTH),
-    ("R....s....", 4, 1, SIXTH),
-    ("R.....s.....s.....s.....", 5, 1, TWENTIETH),
-    ("R....s....s....s....", 4, 1, TWENTIETH),
-)
 FRONT = {"schedule.refresh_steps": [0, 1, 2, 3, 4, 5, 6, 8, 12, 20, 30, 40]}
 
 
@@ -67,15 +55,14 @@ def spread(count: int) -> list[int]:
     return sorted({8 + int((k + 0.5) * 36 / count) for k in range(count)})
 
 
-def between(pattern: str, first: int = 8, last: int = 6, **other: Any) -> dict[str, Any]:
-    """`pattern` (R refresh, s sparse, . skipped, D dense) over and over between dense steps, 8 and 6 of them."""
-    inner = STEPS - first - last
-    steps = first * "D" + (inner * pattern)[:inner] + last * "D"
+def between(pattern: str, **other: Any) -> dict[str, Any]:
+    """`pattern` (R refresh, s sparse, . skipped, D dense) over and over between 8 dense steps and 6."""
+    steps = 8 * "D" + (36 * pattern)[:36] + 6 * "D"
     lists = {name: [i for i, letter in enumerate(steps) if letter == of] for name, of in LISTS.items()}
     return {**lists, **other}
 
 
-def few(dense: Sequence[int], refresh: Sequence[int] = (), sparse: Sequence[int] = (), **other: Any) -> dict[str, Any]:
+def few(dense: Sequence[int], refresh: Sequence[int], sparse: Sequence[int], **other: Any) -> dict[str, Any]:
     """These steps; all others skipped."""
     skipped = sorted({*range(STEPS)} - {*dense, *refresh, *sparse})
     return skipping(skipped, **{"schedule.dense_steps": [*dense], "schedule.refresh_steps": [*refresh]}, **other)
@@ -114,26 +101,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "the same in raster order, too": between("Rsssss", **TENTH, **{"tokens.order": "raster"}),
     **{f"published {name}": {"preset": preset} for name, preset in VIDEO.items()},
     **{f"published {name}, published skips": skipping(SKIPPED, preset=preset) for name, preset in VIDEO.items()},
-    **{
-        f"{pattern} between {first} dense steps and {last}": between(pattern, first, last, **options)
-        for pattern, first, last, options in FAST
-    },
-    **{f"threshold {limit:g} alone": {"schedule.skip_threshold": limit, **ALONE} for limit in (0.12, 0.14, 0.16)},
-    "few 12a": few((0, 1, 2, 3, 4, 6, 9, 13, 18, 25, 33, 42), **ALONE),
-    "few 12b": few((0, 1, 2, 3, 4, 6, 9, 13, 19, 27, 37, 49), **ALONE),
-    "few 13": few((0, 1, 2, 3, 4, 5, 7, 10, 14, 19, 26, 34, 43), **ALONE),
-    "few 14": few((0, 1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 28, 36, 44), **ALONE),
-    "few 16": few((0, 1, 2, 3, 4, 5, 7, 9, 11, 14, 17, 21, 26, 32, 39, 46), **ALONE),
-    "few mixed": few((0, 1, 2, 3, 4), (6, 18, 42), (9, 13, 25, 33), **DENSE_MLP),
-    "few mixed 0.06": few((0, 1, 2, 3, 4), (6, 18, 42), (9, 13, 25, 33), **SIXTH),
-    "few mixed more": few((0, 1, 2, 3, 4), (6, 14, 30), (8, 11, 18, 23, 36, 43), **DENSE_MLP),
-    "few mixed more 0.06": few((0, 1, 2, 3, 4), (6, 14, 30), (8, 11, 18, 23, 36, 43), **SIXTH),
-    "few mixed 0.05": few((0, 1, 2, 3, 4), (6, 18), (9, 13, 25, 33, 42, 48), **TWENTIETH),
-    "refreshes at 0, 2 and 10": {"preset": "hunyuan", "schedule.refresh_steps": [0, 2, 10]},
-    "refreshes at 0, 3 and 12": {"preset": "hunyuan", "schedule.refresh_steps": [0, 3, 12]},
-    "refreshes at 0, 1, 4 and 16": {"preset": "hunyuan", "schedule.refresh_steps": [0, 1, 4, 16]},
-    "Wan at 0.06 in patches": {**SIXTH, "schedule.refresh_steps": [0, 1, 3, 8, 20]},
-    "Wan at 0.06 in patches, 4": {**SIXTH, "schedule.refresh_steps": [0, 2, 8, 20]},
+    "13 steps at 0.05": few((0, 1, 2, 3, 4), (6, 18), (9, 13, 25, 33, 42, 48), **TWENTIETH),
     "published FLUX in fp8": {**FLUX, "mlp.fp8": True},
     "defaults in fp8": {"mlp.fp8": True},
     **{
