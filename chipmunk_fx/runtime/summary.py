@@ -81,7 +81,7 @@ class Summary:
             (s.name, s.kind, s.status, s.strip, f"{s.density:.3f}", s.cache_bytes / 1e6, s.reason) for s in self.sites
         ]
         heads = ("site", "kind", "status", "steps", "density", "cache MB", "reason")
-        table = tabulate(rows, headers=heads, floatfmt=".2f", disable_numparse=[3])
+        table = [tabulate(rows, headers=heads, floatfmt=".2f", disable_numparse=[3])] if rows else []
         total = f"operations: {self.flops_ratio:.1%} of dense; caches: {self.cache_bytes / 1e6:.1f} MB"
         if self.host_bytes:
             total += (
@@ -90,7 +90,7 @@ class Summary:
         counts = Counter((str(f.phase), f.reason) for f in self.fallbacks)
         falls = [f"{count} {'call' if count == 1 else 'calls'} {does}: {why}" for (does, why), count in counts.items()]
         kept = [f"lists of attention chosen at steps {', '.join(map(str, self.listed))}"] if self.listed else []
-        return "\n".join([*strips, LEGEND, table, total, *kept, *falls, *([self.note] if self.note else [])])
+        return "\n".join([*strips, LEGEND, *table, total, *kept, *falls, *([self.note] if self.note else [])])
 
     def plot(self, path: str | os.PathLike[str], branch: int = 0) -> None:
         """Write a picture, in the format that the ending of `path` names: sites down, steps across, a colour a phase.

@@ -78,6 +78,11 @@ def test_branches_that_differ_show_a_strip_each():
     assert site.strip == "Rs R."
 
 
+def test_a_model_without_sites_has_a_summary():
+    shown = str(Summary(phases={0: ["dense", "skip"]}, sites=(), flops_ratio=0.5, cache_bytes=0, fallbacks=()))
+    assert "branch 0: " in shown and "operations: 50.0% of dense" in shown and "cache MB" not in shown
+
+
 def test_a_summary_is_drawn(tmp_path: Path):
     pytest.importorskip("matplotlib")
     model = compiled(TinyDiT(depth=2), schedule__skip_steps=[1])
