@@ -107,13 +107,14 @@ def _region(graph: fx.Graph, blocks: Set[str], moving: Set[fx.Node], given: Set[
         if outer := next((outside[s] for n in written(node) if (s := storage(n)) in outside), None):
             return f"{node} in the blocks writes in place to {outer} outside of them"
     streams = []
+    entering = moving & ({n for node in nodes for n in node.all_input_nodes} - nodes)
     leaving = [n for n in graph.nodes if n in nodes and _further(n, nodes)]
     while leaving:
         node = leaving.pop(0)
         if not (further := _further(node, nodes)):
             continue
         start = _follow(node, (), nodes, moving, set())
-        if start is None and all(_is_sum(user, nodes) for user in further):
+        if start is None and all(_is_sum(user, nodes, entering) for user in further):
             nodes.update(further)  # what a block makes is added to a stream behind it
             leaving += further
             continue
@@ -168,9 +169,10 @@ def _further(node: fx.Node, nodes: Set[fx.Node]) -> list[fx.Node]:
     return [user for user in node.users if user not in nodes]
 
 
-def _is_sum(node: fx.Node, nodes: Set[fx.Node]) -> bool:
-    """Whether the node adds up, or scales, what the nodes made and nothing else."""
-    return node.target in _SUMS and nodes.issuperset(node.all_input_nodes)
+def _is_sum(node: fx.Node, nodes: Set[fx.Node], entering: Set[fx.Node]) -> bool:
+    """Whether the node adds up, or scales, what the nodes made and nothing else, or adds it to what enters them."""
+    operands = nodes | entering if node.target is aten.add.Tensor else nodes
+    return node.target in _SUMS and operands >= set(node.all_input_nodes)
 
 
 def _is_part(node: fx.Node) -> bool:

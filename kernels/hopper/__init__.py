@@ -17,7 +17,7 @@ CAPABILITY = (9, 0)
 DTYPES = (torch.bfloat16, torch.float16)
 WIDTHS = (64, 128)
 GROUP_ROWS = (128, 192)  # and their multiples
-LEAST_WIDTH = 512  # of x: in fp8 as many stages as there are buffers
+LEAST_WIDTH = 512  # of x: in fp8 a stage more than there are buffers
 FP8_DTYPES = (torch.bfloat16,)  # fp16 keeps more bits than sums of products in fp8 have
 
 

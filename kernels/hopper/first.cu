@@ -199,7 +199,7 @@ __device__ __forceinline__ void consume(const Problem &p, const Shared &shared) 
     int times = 0;  // there is nothing to do beside the first tile
     each_tile(p, [&](const Place &at) {
         float h[COLUMNS / 2];
-        barrier_wait(shared.listed, turn & 1);  // here: while this tile is not begun, the tables of the next are not
+        barrier_wait(shared.listed, turn & 1);  // fewer BUFFERS than steps: not yet the next tile's
         auto stage = [&](float (&d)[COLUMNS / 2], u32 left, u32 right, bool add) {
 #pragma unroll
             for (int i = 0; i < SPAN / 32; i++)

@@ -93,8 +93,9 @@ class ProductSettings(Block):
 
     @property
     def buffers(self) -> int:
-        """As many stages as shared memory holds, but not more than a tile has: tables are kept for three tiles."""
-        return min(8, (SHARED - self.aside - self.tables - 16) // (self.stage + 16))
+        """As many stages as shared memory holds, but fewer than a tile has: first.cu begins a tile's last stage when all have
+        begun the tile, so that the next one's tables are not announced before."""
+        return min(7, (SHARED - self.aside - self.tables - 16) // (self.stage + 16))
 
     @property
     def shared(self) -> int:

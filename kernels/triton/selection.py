@@ -287,14 +287,11 @@ def _tallied(scores, minus, always, valid, counts, column, total, low, high, shi
 
 @triton.jit
 def _quantile(rank, wanted, BITS: tl.constexpr):
-    """A number of BITS bits that at least `wanted` of the ranks reach: the largest, or one that just so many reach; 0 where
-    too few are not negative."""
-    low = 0
-    step = 1 << (BITS - 1)
+    """A number of BITS bits that `wanted` of the ranks reach: just so many, or the largest that more do; 0 where fewer do."""
+    low, step = 0, 1 << (BITS - 1)
     while step > 0:
         reached = tl.sum((rank >= low + step).to(tl.int32), 0)
-        if reached >= wanted:
-            low += step
+        low += tl.where(reached >= wanted, step, 0)
         step = tl.where(reached == wanted, 0, step >> 1)
     return low
 

@@ -78,3 +78,34 @@ def test_steps_that_stand_still_are_skipped_exactly(make, streams: int):
     for got, want in zip(run(ours, still), run(make(), still), strict=True):
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
     assert chipmunk_fx.summary(ours).phases == {0: ["refresh", "skip", "skip"]}
+
+
+class Beside(TinyDiT):
+    """What its blocks, side by side, make is added behind them to what they read."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Adapter() for _ in range(depth)).eval()
+
+    def forward(self, latents: Tensor, timestep: Tensor, text: Tensor | None = None) -> Tensor:
+        x = self.embed(latents).flatten(2).transpose(1, 2)
+        for made in [block(x) for block in self.blocks]:
+            x = x + made
+        x = self.out(x).unflatten(1, (8, 8)).unflatten(-1, (2, 2, CHANNELS))
+        x = x + 0 * timestep[:, None, None, None, None].sin()
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(latents.shape)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_what_is_added_behind_the_blocks_follows_what_they_read_once(depth: int):
+    """All but the blocks is linear: a skipped step moves as it does, without them."""
+    steps = calls([900, 900])
+    steps = [(latents, time - i, text) for i, (latents, time, text) in enumerate(steps)]
+    model, bare = Beside(depth), Beside(0)
+    bare.load_state_dict(model.state_dict(), strict=False)
+    ours = exactly(model, schedule__skip_steps=[1], schedule__steps=2, schedule__branches=1)
+    first, second = run(ours, steps)
+    before, after = run(bare, steps)
+    assert chipmunk_fx.summary(ours).phases == {0: ["refresh", "skip"]}
+    torch.testing.assert_close(second - first, after - before, atol=1e-5, rtol=1e-4)

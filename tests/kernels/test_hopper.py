@@ -125,11 +125,11 @@ def test_tiles_of_products_are_allowed_and_cover_the_lists(
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-def test_a_tile_has_as_many_stages_as_are_under_way(fp8: bool):
-    """The tables of a tile are written again three tiles later, when the first of them has to be done with."""
+def test_a_tile_has_more_stages_than_are_under_way(fp8: bool):
+    """Else the tables of the next tile may be announced before all have seen this one's: they would wait for ever."""
     for group_rows, listed in product(hopper.GROUP_ROWS, (16, 500)):
         settings = tuning.first_settings("bf16", group_rows, 4, hopper.LEAST_WIDTH, listed, "gelu", False, fp8)
-        assert settings.buffers <= hopper.LEAST_WIDTH * (1 if fp8 else 2) // tuning.SPAN
+        assert settings.buffers < hopper.LEAST_WIDTH * (1 if fp8 else 2) // tuning.SPAN
 
 
 def test_the_last_round_of_tiles_is_filled_well():
