@@ -112,7 +112,7 @@ def hidden_in_fp8(values: dict[str, Any], x: Tensor, chosen: Tensor) -> Tensor:
 def in_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows [.., C] as e4m3 numbers and their scale [.., 1] in fp32."""
     largest = x.float().abs().amax(-1, keepdim=True)
-    scale = torch.where(largest > 0, largest / 448, torch.ones_like(largest))
+    scale = torch.where(largest > 0, largest * (1 / 448), torch.ones_like(largest))
     return (x.float() / scale).to(torch.float8_e4m3fn), scale
 
 
