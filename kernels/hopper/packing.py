@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from chipmunk_fx.kernels.hopper.tuning import SPAN, block_rows
-from chipmunk_fx.kernels.triton.numeric import cast
+from chipmunk_fx.kernels.triton.fp8 import in_fp8
+from chipmunk_fx.kernels.triton.numeric import cast, in_order
 from chipmunk_fx.ops.fp8 import DTYPE, LARGEST
 
 
@@ -67,12 +68,8 @@ def _pool(
     for first in range(0, height, ROWS):
         place = first + tl.arange(0, ROWS)
         live = place < height
-        row = group * GROUP + place
-        if order is not None:
-            row = tl.load(order + row, mask=live, other=0)
-        some = tl.load(
-            x + b * x_b + row.to(tl.int64)[:, None, None] * x_n + column[None], mask=live[:, None, None], other=0.0
-        )
+        row = in_order(order, group * GROUP + place, live)
+        some = tl.load(x + b * x_b + row[:, None, None] * x_n + column[None], mask=live[:, None, None], other=0.0)
         sums += some.to(tl.float32)
         if largest is None:
             step = tl.program_id(0) * (8 // PIECES) + piece // PIECES
@@ -97,9 +94,7 @@ def _quantise(
     b = tl.program_id(2).to(tl.int64)
     place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = place < rows
-    row = place
-    if order is not None:
-        row = tl.load(order + place, mask=live, other=0)
+    row = in_order(order, place, live)
     most = tl.load(largest + b * rows + place, mask=live, other=0.0)
     scale = most * (1 / LARGEST)
     scale = tl.where(scale == 0, 1.0, scale)
@@ -109,12 +104,10 @@ def _quantise(
     inner = (piece * 16)[:, None] + tl.arange(0, 16)[None, :]
     packed = values + b * places * steps * (PIECES * 16)
     for step in range(tl.program_id(1), steps, tl.num_programs(1)):
-        source = x + b * x_b + row.to(tl.int64)[:, None, None] * x_n + step * (PIECES * 16) + inner[None]
+        source = x + b * x_b + row[:, None, None] * x_n + step * (PIECES * 16) + inner[None]
         some = tl.load(source, mask=live[:, None, None], other=0.0).to(tl.float32)
-        some = tl.div_rn(some, tl.broadcast_to(scale[:, None, None], some.shape))
-        some = tl.clamp(some, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
         target = packed + _target(place, step + piece * 0, piece, steps, BLOCK, PIECES, 16)
-        tl.store(target, cast(some, values.dtype.element_ty), mask=live[:, None, None])
+        tl.store(target, in_fp8(some, scale[:, None, None], values.dtype.element_ty, LARGEST), mask=live[:, None, None])
 
 
 @triton.jit

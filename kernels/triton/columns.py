@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from chipmunk_fx.kernels.triton import tuning
-from chipmunk_fx.kernels.triton.numeric import cast, multiply_add
+from chipmunk_fx.kernels.triton.numeric import cast, in_order, multiply_add
 
 LOG2E = 1.4426950408889634
 
@@ -55,9 +55,7 @@ def _attend_columns(
     place = (tl.program_id(0) % TILES) * ROWS + tl.arange(0, ROWS)
     row = group * GROUP + place
     live = (place < GROUP) & (row < grouped)
-    if order is not None:
-        row = tl.load(order + row, mask=live, other=0)
-    row = row.to(tl.int64)
+    row = in_order(order, row, live)
     d = tl.arange(0, WIDE)
     inside = d[None, :] < WIDTH
 

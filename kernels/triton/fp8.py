@@ -1,4 +1,4 @@
-"""Weights in fp8, for backends that multiply them."""
+"""Numbers in fp8, for backends that multiply them."""
 
 import torch
 import triton
@@ -29,6 +29,12 @@ def _store_weight(
     c = tl.program_id(0) * WIDTHS + tl.arange(0, WIDTHS)
     mask = (neuron < neurons)[:, None] & (c < width)[None, :]
     value = tl.load(weight + neuron[:, None] * pitch + c[None, :], mask=mask, other=0.0).to(tl.float32)
-    value = tl.div_rn(value, tl.load(scale) + tl.zeros_like(value))
-    value = tl.clamp(value, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(rounded + neuron[:, None] * width + c[None, :], cast(value, rounded.dtype.element_ty), mask=mask)
+    value8 = in_fp8(value, tl.load(scale), rounded.dtype.element_ty, LARGEST)
+    tl.store(rounded + neuron[:, None] * width + c[None, :], value8, mask=mask)
+
+
+@triton.jit
+def in_fp8(values, scale, dtype: tl.constexpr, LARGEST: tl.constexpr):
+    """values fp32 over `scale`, of a shape that broadcasts to theirs, as chipmunk_fx.ops.fp8.rounded has them; nan stays."""
+    values = tl.div_rn(values, scale + tl.zeros_like(values))
+    return cast(tl.clamp(values, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL), dtype)

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from chipmunk_fx.kernels.triton import tuning
-from chipmunk_fx.kernels.triton.numeric import multiply_add
+from chipmunk_fx.kernels.triton.numeric import in_order, multiply_add
 from chipmunk_fx.kernels.triton.selection import coded
 
 LOG2E = 1.4426950408889634
@@ -114,9 +114,7 @@ def _sample(
     """The sampled rows [AT_ONCE * SLOTS, WIDE] of q, and their log denominators to base 2, inf where there is no row."""
     row = group * GROUP + sample * stride
     live = (sample < SAMPLED) & (row < grouped) & (group < last_group)
-    if order is not None:
-        row = tl.load(order + row, mask=live, other=0)
-    row = row.to(tl.int64)
+    row = in_order(order, row, live)
     queries = tl.load(q + row[:, None] * q_n + d[None, :], mask=live[:, None] & (d < WIDTH)[None, :], other=0.0)
     return queries, tl.load(lse + row, mask=live, other=float("inf")) * 1.4426950408889634
 

@@ -1,4 +1,4 @@
-"""Products and casts inside a kernel, which Triton's interpreter does in its own ways for bf16."""
+"""Inside a kernel: products and casts as Triton's interpreter, too, does them right, and rows in the order of groups."""
 
 import triton
 import triton.language as tl
@@ -33,3 +33,12 @@ def cast(x, dtype: tl.constexpr):
         small = ((x * 512 + 12582912) - 12582912) / 512
         x = tl.where(tl.abs(x) < 0.015625, small, tl.where(x == x, bits.to(tl.float32, bitcast=True), x))
     return x.to(dtype)
+
+
+@triton.jit
+def in_order(order, place, live):
+    """int64: the rows that stand at `place` of the order of groups (None: they are in it), where `live`."""
+    row = place
+    if order is not None:
+        row = tl.load(order + place, mask=live, other=0)
+    return row.to(tl.int64)

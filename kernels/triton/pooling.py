@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from chipmunk_fx.kernels.triton.activations import activate
-from chipmunk_fx.kernels.triton.numeric import cast
+from chipmunk_fx.kernels.triton.numeric import cast, in_order
 
 
 def group_means(x: Tensor, order: Tensor | None, group_rows: int) -> Tensor:
@@ -32,10 +32,8 @@ def _group_means(
     for first in range(0, height, ROWS):
         place = first + tl.arange(0, ROWS)
         live = place < height
-        row = group * GROUP + place
-        if order is not None:
-            row = tl.load(order + row, mask=live, other=0)
-        pointer = x + b * x_b + row.to(tl.int64)[:, None] * x_n + c[None, :]
+        row = in_order(order, group * GROUP + place, live)
+        pointer = x + b * x_b + row[:, None] * x_n + c[None, :]
         sums += tl.load(pointer, mask=live[:, None] & (c < width)[None, :], other=0.0).to(tl.float32)
     mean = tl.sum(sums, 0) / height
     tl.store(means + (b * groups + group) * width + c, cast(mean, means.dtype.element_ty), mask=c < width)
@@ -63,10 +61,8 @@ def _store_activations(
     place = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     neuron = tl.program_id(0) * NEURONS + tl.arange(0, NEURONS)
     mask = (place < rows)[:, None] & (neuron < neurons)[None, :]
-    row = place
-    if order is not None:
-        row = tl.load(order + place, mask=place < rows, other=0)
-    at = row.to(tl.int64)[:, None] * neurons + neuron[None, :]
+    row = in_order(order, place, place < rows)
+    at = row[:, None] * neurons + neuron[None, :]
     # rounded after each step, as the dense model does
     value = cast(activate(tl.load(h + at, mask=mask, other=0.0).to(tl.float32), ACTIVATION), h.dtype.element_ty)
     if up is not None:

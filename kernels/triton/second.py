@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from chipmunk_fx.kernels.triton import tuning
-from chipmunk_fx.kernels.triton.numeric import cast, multiply_add
+from chipmunk_fx.kernels.triton.numeric import cast, in_order, multiply_add
 
 
 def add_listed(
@@ -39,8 +39,7 @@ def _add_listed(
     b = tl.program_id(2).to(tl.int64)
     row = group * GROUP + place
     live = (place < GROUP) & (row < rows)
-    if order is not None:
-        row = tl.load(order + row, mask=live, other=0)
+    row = in_order(order, row, live)
     c = tl.program_id(1) * WIDTHS + tl.arange(0, WIDTHS)
     inside = c < width
     at = b * groups + group
