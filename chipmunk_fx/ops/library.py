@@ -19,6 +19,7 @@ from chipmunk_fx.ops.attention import attention_dense, attention_refresh, attent
 from chipmunk_fx.ops.mlp import mlp_refresh, mlp_sparse
 from chipmunk_fx.ops.packing import PLAIN, Bits, Kept
 from chipmunk_fx.ops.region import region_add, region_store
+from chipmunk_fx.ops.rotary import empty, rotary
 from chipmunk_fx.ops.transfer import cache_fetch, cache_store, cache_watch
 
 NAMESPACE = "chipmunk"
@@ -42,6 +43,9 @@ SCHEMAS = MappingProxyType(
             "(Tensor q, Tensor k, Tensor v, Tensor? order, Tensor? valid, Tensor? span, Tensor rest, Tensor share, "
             "Tensor lists, *, float scale, int group_rows, bool ragged, str sdpa) -> Tensor"
         ),
+        "rotary": (
+            "(Tensor[] parts, Tensor?[] weights, Tensor?[] cos, Tensor?[] sin, *, float eps, int dim, bool paired) -> Tensor"
+        ),
         "region_store": "(Tensor start, Tensor stop, Tensor(a!) residual, Tensor(b!)? change) -> ()",
         "region_add": "(Tensor start, Tensor residual) -> Tensor",
         "cache_fetch": (
@@ -59,6 +63,7 @@ REFERENCE: MappingProxyType[str, Callable[..., Any]] = MappingProxyType(
         "attention_dense": attention_dense,
         "attention_refresh": attention_refresh,
         "attention_sparse": attention_sparse,
+        "rotary": rotary,
         "region_store": region_store,
         "region_add": region_add,
         "cache_fetch": cache_fetch,
@@ -138,6 +143,7 @@ FAKES: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {
         "attention": attention_fake,
         "mlp": mlp_fake,
+        "rotary": lambda parts, weights, cos, sin, *, eps, dim, paired: empty(parts, dim),
         "region_store": lambda start, stop, residual, change: None,
         "region_add": region_fake,
         "cache": lambda *_, **__: None,

@@ -1,5 +1,5 @@
-"""Triton kernels for the four sparse operators and the watch over their caches: any GPU that Triton serves, and its
-interpreter on a CPU.
+"""Triton kernels for the four sparse operators, the watch over their caches and rotary embedding: any GPU that Triton
+serves, and its interpreter on a CPU.
 
 Nothing here imports triton until an operator runs; README.md beside this file describes the kernels.
 """
@@ -31,14 +31,16 @@ def refused(op: str, arguments: Mapping[str, Any]) -> str | None:
     if find_spec("triton") is None:
         return "triton is not installed"
     attention = op.startswith("attention")
-    x = arguments["cache" if op == "cache_watch" else "q" if attention else "x"]
+    x = _subject(op, arguments)
     if x.device.type != "cuda" and not _interpreted():
         return f"device {x.device.type}, allowed are cuda and, with TRITON_INTERPRET=1, cpu"
     if x.dtype not in DTYPES:
         return f"{x.dtype}, allowed are {', '.join(map(str, DTYPES))}"
     if x.dtype == torch.bfloat16 and x.is_cuda and not devices.multiplies_bf16(x.device):
         return f"{x.dtype} on {torch.cuda.get_device_name(x.device)}, which has no products in it"
-    if op == "cache_watch":
+    if op == "rotary" and (x.shape[-1] % 2 or x.shape[-1] > WIDEST):
+        return f"head width {x.shape[-1]}, allowed are even ones to {WIDEST}"
+    if op in ("cache_watch", "rotary"):
         return None
     if mixed := {v.dtype for v in _operands(op, arguments)} - {x.dtype}:
         return f"{x.dtype} together with {', '.join(map(str, mixed))}, allowed is one dtype"
@@ -88,6 +90,13 @@ def cache_watch(**arguments: Any) -> None:
     watching.watch(**arguments)
 
 
+def rotary(**arguments: Any) -> Tensor:
+    """As `chipmunk_fx.ops.rotary.rotary`."""
+    from chipmunk_fx.kernels.triton import rotation
+
+    return rotation.rotate(**arguments)
+
+
 def pack_bits(lists: Tensor, bits: Tensor, keys: int) -> None:
     """As `chipmunk_fx.ops.packing.Bits.pack`."""
     from chipmunk_fx.kernels.triton import packing
@@ -100,6 +109,13 @@ def unpack_bits(bits: Tensor, lists: Tensor, keys: int) -> None:
     from chipmunk_fx.kernels.triton import packing
 
     packing.unpack(bits, lists, keys)
+
+
+def _subject(op: str, arguments: Mapping[str, Any]) -> Tensor:
+    """The argument that the others follow."""
+    if op == "rotary":
+        return arguments["parts"][0]
+    return arguments["cache" if op == "cache_watch" else "q" if op.startswith("attention") else "x"]
 
 
 def _operands(op: str, arguments: Mapping[str, Any]) -> list[Tensor]:

@@ -122,6 +122,9 @@ def launches(
             cache=values["rest" if "q" in values else "out"], broken=torch.zeros(1, dtype=torch.bool), columns=64
         )
         if isinstance(case, AttentionCase):
+            for paired in (True, False):
+                one = {"parts": [values["q"]], "weights": [values["q"][0, 0, 0]], "cos": [values["q"].float()[:1, :1]]}
+                backend.rotary(**one, sin=one["cos"], eps=1e-6, dim=2, paired=paired)
             lists = values["lists"].flatten(0, 2)
             bits = torch.zeros(len(lists), line_bytes(case.keys), dtype=torch.uint8)
             backend.pack_bits(lists, bits, case.keys)

@@ -20,6 +20,7 @@ KERNELS = {
     "_pack",
     "_unpack",
     "_watch",
+    "_rotary",
 }
 HOPPER = {"sm_90": {"_pool", "_quantise", "_store_weight"}}  # before the products of kernels/hopper
 USUAL = ["sm_90", "gfx942"]

@@ -1,0 +1,122 @@
+"""Norm and rotary embedding in one operator agree with what models write, in every layout."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from chipmunk_fx.kernels import choose, triton
+from chipmunk_fx.ops.cases import largest_error, tolerance
+from chipmunk_fx.ops.rotary import rotary
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Case:
+    """rows: of each part; normed, turned: which parts are; split: of angles one row serves all heads, or each has its own."""
+
+    rows: tuple[int, ...]
+    width: int
+    heads: int = 3
+    batch: int = 1
+    dim: int = 1
+    paired: bool = True
+    normed: tuple[bool, ...] = (True, True)
+    turned: tuple[bool, ...] = (True, True)
+    by_head: bool = False
+    strided: bool = False
+
+    def values(self, dtype: torch.dtype) -> dict[str, Any]:
+        generator = torch.Generator(DEVICE).manual_seed(0)
+
+        def normal(*shape: int, of: torch.dtype = dtype) -> Tensor:
+            return torch.randn(*shape, dtype=of, device=DEVICE, generator=generator)
+
+        def part(rows: int) -> Tensor:
+            x = normal(self.batch, rows, self.heads, self.width * (2 if self.strided else 1))[..., : self.width]
+            return x if self.dim == 1 else x.transpose(1, 2)
+
+        def angles(rows: int) -> Tensor:
+            a = normal(1, rows, self.heads if self.by_head else 1, self.width, of=torch.float32)
+            return a if self.dim == 1 else a.transpose(1, 2)
+
+        count = len(self.rows)
+        return {
+            "parts": [part(rows) for rows in self.rows],
+            "weights": [normal(self.width) if on else None for on in self.normed[:count]],
+            "cos": [angles(r) if on else None for r, on in zip(self.rows, self.turned, strict=False)],
+            "sin": [angles(r) if on else None for r, on in zip(self.rows, self.turned, strict=False)],
+            "eps": EPS,
+            "dim": self.dim,
+            "paired": self.paired,
+        }
+
+
+CASES = (
+    Case(rows=(200,), width=128),
+    Case(rows=(40, 111), width=64, batch=2),
+    Case(rows=(111,), width=72, dim=2, paired=False),
+    Case(rows=(63, 5), width=96, dim=2, turned=(True, False)),
+    Case(rows=(17, 30), width=40, normed=(True, False), paired=False, strided=True),
+    Case(rows=(33,), width=256, by_head=True, batch=3),
+    Case(rows=(70,), width=80, paired=False, by_head=True, dim=2),
+    Case(rows=(3, 2), width=8, heads=1, normed=(False, False)),
+)
+
+
+def written_out(values: dict[str, Any]) -> Tensor:
+    """As models have it: the norm rounded to their dtype, the rotation of that in the dtype of the angles."""
+    done = []
+    for x, weight, cos, sin in zip(*(values[name] for name in ("parts", "weights", "cos", "sin")), strict=True):
+        y = x if weight is None else F.rms_norm(x, (x.shape[-1],), weight, EPS)
+        if cos is not None:
+            if values["paired"]:
+                a, b = y.reshape(*y.shape[:-1], -1, 2).unbind(-1)
+                turned = torch.stack([-b, a], -1).flatten(3)
+            else:
+                a, b = y.chunk(2, -1)
+                turned = torch.cat([-b, a], -1)
+            y = (y.to(cos.dtype) * cos + turned.to(cos.dtype) * sin).to(x.dtype)
+        done.append(y)
+    return torch.cat(done, values["dim"])
+
+
+def in_fp64(values: dict[str, Any]) -> dict[str, Any]:
+    wide = {n: [t if t is None else t.double() for t in values[n]] for n in ("parts", "weights", "cos", "sin")}
+    return values | wide
+
+
+@pytest.mark.parametrize("function", [rotary, triton.rotary], ids=["reference", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=repr)
+def test_it_is_what_models_write(function: Callable[..., Tensor], dtype: torch.dtype, case: Case):
+    values = case.values(dtype)
+    out, plain, exact = function(**values), written_out(values), written_out(in_fp64(values))
+    assert out.shape == plain.shape
+    assert out.dtype == dtype
+    assert (out if case.dim == 1 else out.transpose(1, 2)).is_contiguous()
+    assert largest_error(out, exact) <= tolerance(plain, exact)
+
+
+def test_the_operator_tells_its_result_in_advance():
+    values = CASES[3].values(torch.bfloat16)
+    names = ("parts", "weights", "cos", "sin")
+    torch.library.opcheck(
+        torch.ops.chipmunk.rotary.default,
+        tuple(values[name] for name in names),
+        {name: values[name] for name in ("eps", "dim", "paired")},
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+def test_the_kernel_is_chosen_by_width_and_dtype():
+    values = CASES[0].values(torch.float32)
+    assert choose("rotary", values, [triton])[1] == "triton"
+    for odd in ([values["parts"][0].double()], [values["parts"][0].repeat(1, 1, 1, 3)], [values["parts"][0][..., :63]]):
+        assert choose("rotary", values | {"parts": odd}, [triton])[1] == "reference"
