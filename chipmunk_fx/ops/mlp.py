@@ -88,10 +88,11 @@ def mlp_sparse(
 ) -> Tensor:
     """Bring `out` up to date for the neurons whose group means changed most since they were last computed.
 
-    mean'  = first product of each group's mean row
-    lists  = where clock[1] is not 0: the neurons of the largest |mean' - mean|, then random ones; else as they are
+    where clock[1] is not 0:
+        mean' = first product of each group's mean row
+        lists = the neurons of the largest |mean' - mean|, then random ones; mean of these takes its new value
     hidden' = act(...) of the listed neurons
-    out   += (hidden' - hidden) by_neuron[list];  hidden and mean of the listed neurons take their new values
+    out   += (hidden' - hidden) by_neuron[list];  hidden of the listed neurons takes its new values
     With all neurons listed that is a refresh. Where w1_fp8 and scales are given, hidden' comes of a product in fp8.
 
     Arguments as in kernels/README.md. Returns out in x's dtype, [..., C2]; writes hidden, out, mean and lists.
@@ -108,10 +109,9 @@ def mlp_sparse(
     item = x.element_size() if w1_fp8 is None else 4
     at_once = groups_at_once(x.device, lists.shape[-1] * widest * item)
     for b, rows in enumerate(_batches(x, positions)):
-        means = first.pooled(group_means(rows, group_rows))
-        renew(lists[b], clock[1], (means - mean[b]).abs_(), drawn, substream(key, b))
+        renew(lists[b], mean[b], clock[1], lambda rows=rows: first.pooled(group_means(rows, group_rows)), drawn,
+              substream(key, b))  # fmt: skip
         chosen = lists[b].long()
-        mean[b].scatter_(1, chosen, means.gather(1, chosen))
         for span in spans(rows.shape[0], group_rows, at_once):
             some = chosen[span.groups]
             change = exchange(hidden[b], span, some, first.sparse(take(rows, None, span), some))
@@ -170,13 +170,20 @@ def group_means(rows: Tensor, group_rows: int) -> Tensor:
     return torch.cat([take(rows, None, span).mean(1, dtype=torch.float32) for span in parts])
 
 
-def renew(lists: Tensor, wanted: Tensor, change: Tensor, drawn: int, key: Tensor) -> None:
-    """New lists [G, K] from change [G, F] where `wanted` (0-d) is not 0; on an accelerator nothing is read back."""
+def renew(lists: Tensor, mean: Tensor, wanted: Tensor, means: Callable[[], Tensor], drawn: int, key: Tensor) -> None:
+    """New lists [G, K] by how far means() [G, F] are from mean, and mean of the listed, where `wanted` (0-d) is not 0.
+
+    On an accelerator nothing is read back.
+    """
     on_host = wanted.device.type == "cpu"
     if on_host and not wanted.item():
         return
-    new = select(change, lists.shape[-1], drawn, key)
+    moved = means()
+    new = select((moved - mean).abs_(), lists.shape[-1], drawn, key)
     lists.copy_(new if on_host else torch.where(wanted != 0, new, lists))
+    chosen = lists.long()
+    fresh = moved.gather(1, chosen)
+    mean.scatter_(1, chosen, fresh if on_host else torch.where(wanted != 0, fresh, mean.gather(1, chosen)))
 
 
 def exchange(hidden: Tensor, span: Span, chosen: Tensor, values: Tensor) -> Tensor:

@@ -61,12 +61,12 @@ def _exchange_listed(
 
     c = tl.arange(0, DEPTH)
     lines = x + b * x_b + row.to(tl.int64)[:, None] * x_n + c[None, :]
-    h = _product(lines, w1 + neuron[:, None] * w1_f + c[None, :], c, width, ROWS, NEURONS, DEPTH, EVEN)
+    h = product(lines, w1 + neuron[:, None] * w1_f + c[None, :], c, width, ROWS, NEURONS, DEPTH, EVEN)
     if b1 is not None:
         h += tl.load(b1 + neuron)[:, None].to(tl.float32)
     h = activate(h, ACTIVATION)
     if wu is not None:
-        up = _product(lines, wu + neuron[:, None] * wu_f + c[None, :], c, width, ROWS, NEURONS, DEPTH, EVEN)
+        up = product(lines, wu + neuron[:, None] * wu_f + c[None, :], c, width, ROWS, NEURONS, DEPTH, EVEN)
         if bu is not None:
             up += tl.load(bu + neuron)[:, None].to(tl.float32)
         h *= up
@@ -84,7 +84,7 @@ def _exchange_listed(
 
 
 @triton.jit
-def _product(
+def product(
     lines, weights, c, width, ROWS: tl.constexpr, NEURONS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr
 ):
     """[NEURONS, ROWS]: weights [NEURONS, width] times lines [ROWS, width], both pointers to their first DEPTH values."""

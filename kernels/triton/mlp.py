@@ -10,10 +10,10 @@ from torch import Tensor
 from chipmunk_fx.kernels.triton.first import exchange_listed
 from chipmunk_fx.kernels.triton.fp8 import store_weight
 from chipmunk_fx.kernels.triton.launching import inner_contiguous, on_device_of
+from chipmunk_fx.kernels.triton.means import first_product
 from chipmunk_fx.kernels.triton.pooling import group_means, store_activations, store_transposed
 from chipmunk_fx.kernels.triton.second import add_listed
 from chipmunk_fx.kernels.triton.selection import select
-from chipmunk_fx.ops.activations import activation as activation_named
 from chipmunk_fx.ops.selection import random_count
 
 
@@ -30,7 +30,7 @@ def refresh(
         if w1_fp8 is not None and scales is not None:
             for part, weight in enumerate((w1,) if wu is None else (w1, wu)):
                 store_weight(inner_contiguous(weight), w1_fp8[part], scales[part])
-        mean.copy_(_first_product(group_means(rows, order, group_rows), w1, b1, wu, bu, activation))
+        mean.copy_(first_product(group_means(rows, order, group_rows), w1, b1, wu, bu, activation))
         results = []
         for entry, cached in zip(rows, hidden, strict=True):
             h = F.linear(entry, w1, b1)
@@ -62,7 +62,7 @@ def sparse(
         w1, wu = inner_contiguous(w1), None if wu is None else inner_contiguous(wu)
         b1, bu = (None if t is None else inner_contiguous(t) for t in (b1, bu))
         averages, prepared = pooling(rows, order, group_rows, w1_fp8 is not None)
-        means = _first_product(averages, w1, b1, wu, bu, activation).float()
+        means = first_product(averages, w1, b1, wu, bu, activation, kept=(clock, mean))
         select(
             lists.view(-1, columns), means.view(-1, neurons), mean.view(-1, neurons), clock,
             drawn=random_count(neurons, random_density, columns), seed=seed, site=site, renewed=True,
@@ -100,11 +100,3 @@ def products(
 def _batches(x: Tensor) -> Tensor:
     """[B, N, C]; two dimensions are one entry."""
     return x.flatten(1, -2) if x.ndim > 2 else x.unsqueeze(0)
-
-
-def _first_product(
-    means: Tensor, w1: Tensor, b1: Tensor | None, wu: Tensor | None, bu: Tensor | None, activation: str
-) -> Tensor:
-    """[B, G, F] of each group's mean row [B, G, C]: what tells how far a neuron has moved."""
-    pooled = F.linear(means, w1, b1)
-    return pooled if wu is None else activation_named(activation)(pooled) * F.linear(means, wu, bu)

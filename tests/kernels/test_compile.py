@@ -21,6 +21,7 @@ KERNELS = {
     "_unpack",
     "_watch",
     "_rotary",
+    "_first_product",
 }
 HOPPER = {"sm_90": {"_pool", "_quantise", "_store_weight"}}  # before the products of kernels/hopper
 USUAL = ["sm_90", "gfx942"]
