@@ -135,8 +135,9 @@ def test_the_operator_tells_its_result_in_advance():
     )
 
 
-def test_the_kernel_is_chosen_by_width_and_dtype():
+def test_the_kernel_is_chosen_by_batch_width_and_dtype():
     values = CASES[0].values(torch.float32)
     assert choose("rotary", values, [triton])[1] == "triton"
-    for odd in ([values["parts"][0].double()], [values["parts"][0].repeat(1, 1, 1, 3)], [values["parts"][0][..., :63]]):
+    (x,) = values["parts"]
+    for odd in ([x.double()], [x.repeat(1, 1, 1, 3)], [x[..., :63]], [x.expand(65536, -1, -1, -1)]):
         assert choose("rotary", values | {"parts": odd}, [triton])[1] == "reference"
