@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from chipmunk_fx.graph.rotary import fuse_rotary
 from tests.graph.capturing import traced
@@ -228,6 +229,17 @@ def test_what_is_rotated_twice_is_computed_once():
     operators = [n.target for n in module.graph.nodes if n.op == "call_function"]
     assert operators == [torch.ops.chipmunk.rotary.default] * 2
     same(module, function, args)
+
+
+def test_sizes_that_may_change_leave_it_alone_and_get_no_guard():
+    x, _, w, _, cos, sin = inputs()
+    args = torch.cat([x, x], 1)[:, :TOKENS], w, cos, sin
+    trace = make_fx(lambda x, w, c, s: neighbours(norm(x, w), c, s), tracing_mode="symbolic", pre_dispatch=True)
+    module = trace(*args)
+    sizes = next(iter(module.graph.nodes)).meta["val"].fake_mode.shape_env
+    before = len(sizes.guards)
+    assert fuse_rotary(module.graph, lambda x: True) == 0
+    assert len(sizes.guards) == before
 
 
 def test_what_does_not_pay_is_left_alone():
