@@ -80,7 +80,7 @@ def _skip(
         with graph.inserting_before(stop):
             arguments = copied[stream.start], state[index, "residual"]
             new = graph.call_function(torch.ops.chipmunk.region_add.default, arguments)
-        stop.replace_all_uses_with(new, lambda user: user not in region)
+        stop.replace_all_uses_with(new, lambda user: user not in region, propagate_meta=True)
     for node in reversed([n for n in graph.nodes if n in region]):
         graph.erase_node(node)
     graph.eliminate_dead_code()
@@ -138,7 +138,7 @@ class _Writer:
                 new = self._mlp(site, site.operands)
             self._keep_caches(site)
             self._fetch_after(site, new)
-        for key in ("nn_module_stack", "stack_trace"):
+        for key in ("nn_module_stack", "stack_trace", "val"):  # the last for matches in what is written
             if key in anchor.meta:
                 new.meta[key] = anchor.meta[key]
         anchor.replace_all_uses_with(new)
@@ -220,7 +220,7 @@ class _Writer:
                 bounds = piece.start - kept.start, piece.stop - kept.start
                 whole = bounds == (0, kept.width)
                 part = rest if whole else self.graph.call_function(aten.slice.Tensor, (rest, -1, *bounds))
-                self.copied[piece.node].replace_all_uses_with(part)
+                self.copied[piece.node].replace_all_uses_with(part, propagate_meta=True)
                 self.graph.erase_node(self.copied[piece.node])
                 self.copied[piece.node] = part
 

@@ -20,7 +20,8 @@ from chipmunk_fx.graph.walk import mutated_between, rank, shape
 aten = torch.ops.aten
 
 _ANY = Literal(lambda _: True, "anything")
-_LAST = Literal(lambda dim: dim in (-1, 3, 4), "the last dimension")  # of heads, or of pairs
+_LAST = Literal(lambda dim: dim in (-1, 3), "the last dimension of heads")
+_WITHIN = Literal(lambda dim: dim in (-1, 4), "the last dimension of pairs")
 _FOLDS = (aten.reshape.default, aten.unflatten.int, aten.flatten.using_ints)
 _SIZES = {name: _ANY for name in ("shape", "dim", "sizes", "start_dim", "end_dim")}
 _TO = {name: _ANY for name in ("dtype", "layout", "device", "pin_memory", "non_blocking", "copy", "memory_format")}
@@ -34,8 +35,8 @@ def _wide(inner: Expression) -> OneOf:
 
 def _turned_neighbours() -> Expression:
     pairs = Where(lambda n: rank(n) == 5 and shape(n)[-1] == 2, "pairs", Call(_FOLDS, {"self": Var("x"), **_SIZES}))
-    one, other = (Call((aten.unbind.int,), {"self": pairs, "dim": _LAST}, output=i) for i in range(2))
-    turned = Call((aten.stack.default,), {"tensors": Each((_minus(other), one)), "dim": _LAST})
+    one, other = (Call((aten.unbind.int,), {"self": pairs, "dim": _WITHIN}, output=i) for i in range(2))
+    turned = Call((aten.stack.default,), {"tensors": Each((_minus(other), one)), "dim": _WITHIN})
     return Where(lambda n: rank(n) == 4, "heads", Call(_FOLDS, {"self": turned, **_SIZES}))
 
 
@@ -81,9 +82,11 @@ class Rotation:
 
 def fuse_rotary(graph: fx.Graph, pays: Callable[[torch.Tensor], bool]) -> int:
     """Put the operator in place of every rotation of normed values that `pays`; returns how many."""
-    found = [r for node in graph.nodes if node.target is aten.add.Tensor and (r := find(node, pays))]
-    for rotation in found:
-        _replace(graph, rotation)
+    found = []
+    for node in [n for n in graph.nodes if n.target is aten.add.Tensor]:
+        if rotation := find(node, pays):
+            _replace(graph, rotation)  # at once: the next may be of its result
+            found.append(rotation)
     for node in sorted((n for rotation in found for n in rotation.nodes), reverse=True):
         if not node.users:
             graph.erase_node(node)
@@ -92,35 +95,38 @@ def fuse_rotary(graph: fx.Graph, pays: Callable[[torch.Tensor], bool]) -> int:
 
 def find(node: fx.Node, pays: Callable[[torch.Tensor], bool]) -> Rotation | None:
     """The rotation that ends in this addition, or in the cast behind it."""
-    if rank(node) != 4 or not isinstance(node.meta["val"].shape[-1], int):
+    if rank(node) != 4 or not all(isinstance(size, int) for size in shape(node)):
         return None
     found = match(_ROTATION, node)
-    if not isinstance(found, Found) or not _whole_halves(found):
+    if not isinstance(found, Found):
         return None
     x, cos, sin = (found.bound[name] for name in ("x", "cos", "sin"))
+    if rank(x) != 4 or shape(x) != shape(node) or not _whole_halves(found):
+        return None
     result = _as_wide_as(x, node)
     dim = _token_dim(x, cos, sin)
     if result is None or dim is None or not pays(x.meta["val"]):
         return None
-    if any(user not in found.nodes for user in x.users) or mutated_between(min(found.nodes), node, [x, cos, sin]):
+    read = [x, cos, sin, *found.nodes]  # what is made on the way, too: a part of it may be set to 0
+    if any(user not in found.nodes for user in x.users) or mutated_between(min(found.nodes), result, read):
         return None
     parts = _normed(x, dim, {*found.nodes, x})
     if parts is None:
         return None
     sources, weights, eps = parts
-    if mutated_between(min(sources), node, [n for n in (*sources, *weights) if n is not None]):
+    if mutated_between(min(sources), result, [n for n in (*sources, *weights) if n is not None]):
         return None
     nodes = tuple({*found.nodes, *_between(x, sources), result})
     return Rotation(result, sources, weights, cos, sin, eps, dim, found.bound["turned"] == "neighbours", nodes)
 
 
 def _whole_halves(found: Found) -> bool:
-    """Whether what is turned is one half of the last dimension and the other."""
-    if found.bound["turned"] == "neighbours":
-        return True
-    one, other, width = found.bound["one"], found.bound["other"], shape(found.bound["x"])[-1]
-    spans = [None if part is None else (part.start, part.stop) for part in (one, other)]
-    return width % 2 == 0 and spans == [(0, width // 2), (width // 2, width)]
+    """Whether what is turned are pairs within a head, or one half of the last dimension and the other."""
+    width = shape(found.bound["x"])[-1]
+    if width % 2 or found.bound["turned"] == "neighbours":
+        return width % 2 == 0
+    spans = [None if part is None else (part.start, part.stop) for part in (found.bound[n] for n in ("one", "other"))]
+    return spans == [(0, width // 2), (width // 2, width)]
 
 
 def _as_wide_as(x: fx.Node, node: fx.Node) -> fx.Node | None:
@@ -134,7 +140,7 @@ def _as_wide_as(x: fx.Node, node: fx.Node) -> fx.Node | None:
 def _token_dim(x: fx.Node, cos: Any, sin: Any) -> int | None:
     """1 or 2, along which the angles differ; None where they are not x's tokens'."""
     sizes = shape(x)
-    if not all(isinstance(size, int) for size in sizes) or not x.meta["val"].is_floating_point():
+    if not x.meta["val"].is_floating_point():
         return None
     for angles in (cos, sin):
         if not isinstance(angles, fx.Node) or rank(angles) != 4 or not angles.meta["val"].is_floating_point():
@@ -159,7 +165,7 @@ def _normed(
     if len(epsilons) != 1:
         return None
     sources = tuple(value if norm is None else norm[0] for value, norm in zip(values, norms, strict=True))
-    alike = all(dtype(source) == dtype(x) for source in sources)
+    alike = all(dtype(source) == dtype(x) and rank(source) == 4 for source in sources)
     return (sources, tuple(None if n is None else n[1] for n in norms), epsilons.pop()) if alike else None
 
 

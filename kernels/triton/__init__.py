@@ -17,6 +17,7 @@ name = "triton"
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDEST = 256  # head width: wider tiles do not fit the registers
+MOST_BATCHES = 65535  # CUDA's bound on the second axis of a grid
 
 
 def supports(op: str, arguments: Mapping[str, Any]) -> str | None:
@@ -40,6 +41,8 @@ def refused(op: str, arguments: Mapping[str, Any]) -> str | None:
         return f"{x.dtype} on {torch.cuda.get_device_name(x.device)}, which has no products in it"
     if op == "rotary" and (x.shape[-1] % 2 or x.shape[-1] > WIDEST):
         return f"head width {x.shape[-1]}, allowed are even ones to {WIDEST}"
+    if op == "rotary" and x.shape[0] > MOST_BATCHES:
+        return f"a batch of {x.shape[0]}, allowed are up to {MOST_BATCHES}"
     if op in ("cache_watch", "rotary"):
         return None
     if mixed := {v.dtype for v in _operands(op, arguments)} - {x.dtype}:

@@ -23,6 +23,7 @@ def rotate(
     with on_device_of(out):
         for x, weight, c, s in zip(parts, weights, cos, sin, strict=True):
             target = out.narrow(dim, start, x.shape[dim])
+            weight = None if weight is None else inner_contiguous(weight)
             start += x.shape[dim]
             _launch(*(t if dim == 1 else t.transpose(1, 2) for t in (inner_contiguous(x), target)), weight,
                     *(_angles(t, x, dim) for t in (c, s)), eps, paired)  # fmt: skip
@@ -33,7 +34,7 @@ def _angles(angles: Tensor | None, x: Tensor, dim: int) -> Tensor | None:
     """Without memory of its own, as wide as x, tokens before heads."""
     if angles is None:
         return None
-    angles = inner_contiguous(angles).expand(x.shape)
+    angles = inner_contiguous(angles.expand(*angles.shape[:-1], x.shape[-1])).expand(x.shape)
     return angles if dim == 1 else angles.transpose(1, 2)
 
 
@@ -61,7 +62,7 @@ def _rotary(
     line = tl.program_id(0) * LINES + tl.arange(0, LINES)
     live = (line < rows * heads)[:, None]
     n = (line // heads).to(tl.int64)[:, None]
-    h = (line % heads)[:, None]
+    h = (line % heads).to(tl.int64)[:, None]
     one, other = _halves(x + b * x_b + n * x_n + h * x_h, live, WIDTH, HALF, PAIRED)
     if weight is not None:
         squares = tl.sum(one * one, 1) + tl.sum(other * other, 1)

@@ -104,6 +104,26 @@ def test_it_is_what_models_write(function: Callable[..., Tensor], dtype: torch.d
     assert largest_error(out, exact) <= tolerance(plain, exact)
 
 
+def strided_weight(values: dict[str, Any]) -> None:
+    values["weights"] = [weight.repeat_interleave(2)[::2] for weight in values["weights"]]
+
+
+def one_angle_a_row(values: dict[str, Any]) -> None:
+    values["cos"] = [cos[..., :1] for cos in values["cos"]]
+
+
+def no_rows(values: dict[str, Any]) -> None:
+    for name in ("parts", "cos", "sin"):
+        values[name][0] = values[name][0][:, :0]
+
+
+@pytest.mark.parametrize("change", [strided_weight, one_angle_a_row, no_rows])
+def test_the_kernel_takes_what_the_formula_takes(change: Callable[[dict[str, Any]], None]):
+    values = CASES[1].values(torch.float32)
+    change(values)
+    torch.testing.assert_close(triton.rotary(**values), rotary(**values))
+
+
 def test_the_operator_tells_its_result_in_advance():
     values = CASES[3].values(torch.bfloat16)
     names = ("parts", "weights", "cos", "sin")
@@ -115,8 +135,9 @@ def test_the_operator_tells_its_result_in_advance():
     )
 
 
-def test_the_kernel_is_chosen_by_width_and_dtype():
+def test_the_kernel_is_chosen_by_batch_width_and_dtype():
     values = CASES[0].values(torch.float32)
     assert choose("rotary", values, [triton])[1] == "triton"
-    for odd in ([values["parts"][0].double()], [values["parts"][0].repeat(1, 1, 1, 3)], [values["parts"][0][..., :63]]):
+    (x,) = values["parts"]
+    for odd in ([x.double()], [x.repeat(1, 1, 1, 3)], [x[..., :63]], [x.expand(65536, -1, -1, -1)]):
         assert choose("rotary", values | {"parts": odd}, [triton])[1] == "reference"

@@ -4,12 +4,15 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel
+from torch import Tensor
 
 import chipmunk_fx
 from chipmunk_fx.config import Config
 from chipmunk_fx.ops import library
 from chipmunk_fx.runtime.variants import RECORDED_ROTARY_BYTES, ROTARY_BYTES, Variants
+from tests.runtime.models import HEADS, SPARSE, WIDTH, Block, TinyDiT, calls
 
 OPTIONS = {"lowering": "eager", "gate": "off", "attention.dense_layers": 0, "mlp.dense_layers": 0}
 
@@ -64,6 +67,28 @@ def test_every_phase_of_flux_has_it(flux: FluxTransformer2DModel, monkeypatch: p
         )  # q and k of a joint block in two parts, of two single ones
     for a, b in zip(results[False], results[True], strict=True):
         assert 0 < (a - b).norm() < 0.02 * a.norm()
+
+
+class TurnedBack(Block):
+    """Rotates what attention gives, too: where a site was rewritten, no operator of the model's is left to look at."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        a, b = (out := F.scaled_dot_product_attention(q, k, v)).chunk(2, -1)
+        angles = torch.arange(float(x.shape[1]))[None, None, :, None].expand(1, 1, -1, WIDTH // HEADS)
+        out = out * angles.cos() + torch.cat((-b, a), -1) * angles.sin()
+        x = x + self.proj(out.transpose(1, 2).flatten(2))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+def test_a_rotated_result_of_attention_stays_as_it_is():
+    model = TinyDiT()
+    model.blocks[0] = TurnedBack().eval()
+    ours = torch.compile(model, backend="chipmunk", options=SPARSE)
+    with torch.no_grad():
+        for step in calls([900, 800, 700]):
+            ours(*step)
+    assert chipmunk_fx.summary(ours).phases[0] == ["refresh", "sparse", "sparse"]
 
 
 @pytest.mark.parametrize(
