@@ -134,7 +134,9 @@ def _as_wide_as(x: fx.Node, node: fx.Node) -> fx.Node | None:
     if dtype(node) == dtype(x):
         return node
     (user, *others) = node.users or (None,)
-    return user if not others and user is not None and user.target in CASTS and dtype(user) == dtype(x) else None
+    if others or user is None or user.target not in CASTS or dtype(user) != dtype(x):
+        return None
+    return user if user.meta["val"].device == x.meta["val"].device else None
 
 
 def _token_dim(x: fx.Node, cos: Any, sin: Any) -> int | None:
