@@ -46,8 +46,9 @@ def products(
     by_neuron: Tensor, out: Tensor, result: Tensor, *, activation: str, group_rows: int,
 ) -> None:  # fmt: skip
     """As `chipmunk_fx.kernels.triton.mlp.products`, for what the backend takes; rows: as `pool` has them."""
-    weights = (copyable(w1), None if wu is None else copyable(wu))
-    if w1_fp8 is not None:
+    if w1_fp8 is None:
+        weights = (copyable(w1), None if wu is None else copyable(wu))
+    else:
         weights = (w1_fp8[0], None if wu is None else w1_fp8[1])
     sizes = (out.shape[1], w1.shape[1])
     change = _first(rows, *weights, b1, bu, scales, hidden, lists, mean, means, *sizes, activation, group_rows)

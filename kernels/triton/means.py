@@ -22,7 +22,7 @@ def first_product(
 ) -> Tensor:  # fmt: skip
     """fp32 [B, G, F] of means [B, G, C], rounded to their dtype: w1 means + b1, or through the activation times the up branch.
 
-    kept: clock and mean fp32 [B, G, F]; the result is that mean where clock[1] is 0, and no weight is read.
+    kept: clock and mean fp32 [B, G, F]; the result is that mean where clock[1] is 0, and the kernel reads no weight.
     """
     batch, groups, width = means.shape
     if means.dtype == torch.float32 or batch * groups > MOST:
