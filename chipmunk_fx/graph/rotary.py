@@ -87,7 +87,7 @@ def fuse_rotary(graph: fx.Graph, pays: Callable[[torch.Tensor], bool]) -> int:
         if rotation := find(node, pays):
             _replace(graph, rotation)  # at once: the next may be of its result
             found.append(rotation)
-    for node in sorted((n for rotation in found for n in rotation.nodes), reverse=True):
+    for node in sorted({n for rotation in found for n in rotation.nodes}, reverse=True):
         if not node.users:
             graph.erase_node(node)
     return len(found)

@@ -61,15 +61,9 @@ def _exchange_listed(
 
     c = tl.arange(0, DEPTH)
     lines = x + b * x_b + row.to(tl.int64)[:, None] * x_n + c[None, :]
-    h = product(lines, w1 + neuron[:, None] * w1_f + c[None, :], c, width, ROWS, NEURONS, DEPTH, EVEN)
-    if b1 is not None:
-        h += tl.load(b1 + neuron)[:, None].to(tl.float32)
-    h = activate(h, ACTIVATION)
+    h = activate(linear(lines, w1, b1, w1_f, neuron, c, width, ROWS, NEURONS, DEPTH, EVEN), ACTIVATION)
     if wu is not None:
-        up = product(lines, wu + neuron[:, None] * wu_f + c[None, :], c, width, ROWS, NEURONS, DEPTH, EVEN)
-        if bu is not None:
-            up += tl.load(bu + neuron)[:, None].to(tl.float32)
-        h *= up
+        h *= linear(lines, wu, bu, wu_f, neuron, c, width, ROWS, NEURONS, DEPTH, EVEN)
 
     mask = present[:, None] & live[None, :]
     cached = hidden + (at * neurons + neuron)[:, None] * GROUP + place[None, :]
@@ -84,10 +78,12 @@ def _exchange_listed(
 
 
 @triton.jit
-def product(
-    lines, weights, c, width, ROWS: tl.constexpr, NEURONS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr
-):
-    """[NEURONS, ROWS]: weights [NEURONS, width] times lines [ROWS, width], both pointers to their first DEPTH values."""
+def linear(
+    lines, weight, bias, pitch, neuron, c, width,
+    ROWS: tl.constexpr, NEURONS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """[NEURONS, ROWS]: weight[neuron] times lines [ROWS, width] + bias; lines point to the first DEPTH values, at c, of each."""
+    weights = weight + neuron[:, None] * pitch + c[None, :]
     acc = tl.zeros([NEURONS, ROWS], tl.float32)
     for first in range(0, width, DEPTH):
         if EVEN:
@@ -97,4 +93,6 @@ def product(
             a = tl.load(weights + first, mask=(first + c < width)[None, :], other=0.0)
             y = tl.load(lines + first, mask=(first + c < width)[None, :], other=0.0)
         acc = multiply_add(a, tl.trans(y), acc)
+    if bias is not None:
+        acc += tl.load(bias + neuron)[:, None].to(tl.float32)
     return acc

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from chipmunk_fx.kernels.triton import tuning
 from chipmunk_fx.kernels.triton.activations import activate
-from chipmunk_fx.kernels.triton.first import product
+from chipmunk_fx.kernels.triton.first import linear
 from chipmunk_fx.kernels.triton.launching import inner_contiguous
 from chipmunk_fx.kernels.triton.numeric import cast
 from chipmunk_fx.ops.activations import activation as activation_named
@@ -61,14 +61,10 @@ def _first_product(
     neuron = tl.where(number < neurons, number, 0).to(tl.int64)
     c = tl.arange(0, DEPTH)
     lines = means + tl.where(row < rows, row, 0)[:, None] * width + c[None, :]
-    value = product(lines, w1 + neuron[:, None] * w1_f + c[None, :], c, width, ROWS, NEURONS, DEPTH, EVEN)
-    if b1 is not None:
-        value += tl.load(b1 + neuron)[:, None].to(tl.float32)
+    value = linear(lines, w1, b1, w1_f, neuron, c, width, ROWS, NEURONS, DEPTH, EVEN)
     value = cast(value, dtype).to(tl.float32)
     if wu is not None:
-        up = product(lines, wu + neuron[:, None] * wu_f + c[None, :], c, width, ROWS, NEURONS, DEPTH, EVEN)
-        if bu is not None:
-            up += tl.load(bu + neuron)[:, None].to(tl.float32)
+        up = linear(lines, wu, bu, wu_f, neuron, c, width, ROWS, NEURONS, DEPTH, EVEN)
         # rounded after each step, as plain PyTorch does
         value = cast(activate(value, ACTIVATION), dtype).to(tl.float32) * cast(up, dtype).to(tl.float32)
         value = cast(value, dtype).to(tl.float32)
