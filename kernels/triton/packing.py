@@ -1,8 +1,7 @@
 """Lists of columns as bits and back: the format of chipmunk_fx.ops.packing.
 
 Unpacking, at every sparse step, one program goes along a line: a running sum of the bits set gives each word its first place,
-and the words of a block give up their lowest bits in turns, as often as the fullest has any. Packing, at a refresh, sets the
-bits of a cleared line one by one.
+and each of its bits the number of those below. Packing, at a refresh, sets the bits of a cleared line one by one.
 """
 
 import torch
@@ -11,7 +10,11 @@ import triton.language as tl
 from torch import Tensor
 
 from chipmunk_fx.kernels.triton.launching import on_device_of
-from chipmunk_fx.kernels.triton.tuning import Tile, packing_tile, padded
+from chipmunk_fx.kernels.triton.tuning import padded
+
+# Words of 32 bits at a time, four for each warp: with 16 for each it takes three times as long where many are full (H100).
+WORDS = 32
+WARPS = 8
 
 
 def pack(lists: Tensor, bits: Tensor, keys: int) -> None:
@@ -24,12 +27,11 @@ def pack(lists: Tensor, bits: Tensor, keys: int) -> None:
         _pack[(lines, triton.cdiv(columns, block))](lists, words, columns, keys, words.shape[1], BLOCK=block)
 
 
-def unpack(bits: Tensor, lists: Tensor, keys: int, tile: Tile | None = None) -> None:
+def unpack(bits: Tensor, lists: Tensor, keys: int) -> None:
     """As `chipmunk_fx.ops.packing.Bits.unpack`."""
     words = _words(bits)
-    tile = tile or packing_tile(words.shape[1])
     with on_device_of(bits):
-        _unpack[(len(lists),)](words, lists, words.shape[1], lists.shape[1], keys, BLOCK=tile.columns, **tile.launch)
+        _unpack[(len(lists),)](words, lists, words.shape[1], lists.shape[1], keys, BLOCK=WORDS, num_warps=WARPS)
 
 
 def _words(bits: Tensor) -> Tensor:
@@ -51,24 +53,21 @@ def _unpack(words, lists, pitch, columns, keys, BLOCK: tl.constexpr):
     line = tl.program_id(0).to(tl.int64)
     words += line * pitch
     lists += line * columns
+    bit = tl.arange(0, 32)[None, :]
+    own = tl.full([1, 32], 1, tl.uint32) << bit.to(tl.uint32)
     found = 0
     for at in range(0, pitch, BLOCK):
         index = at + tl.arange(0, BLOCK)
         word = tl.load(words + index, mask=index < pitch, other=0).to(tl.uint32, bitcast=True)
         count = _ones(word)
         into = found + tl.cumsum(count, 0) - count
-        word = tl.where(into + count <= columns, word, 0)
-        for _ in range(tl.max(count, 0)):
-            lowest = word & (~word + 1)
-            # a power of two is exact in fp32, and its exponent is the bit's number
-            bit = (lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
-            tl.store(lists + into, index * 32 + bit, mask=word != 0)
-            word ^= lowest
-            into += 1
+        word = tl.where(into + count <= columns, word, 0)[:, None]
+        # [BLOCK, 32]: neighbours in a word are neighbours in the list
+        tl.store(lists + (into[:, None] + _ones(word & (own - 1))), index[:, None] * 32 + bit, mask=(word & own) != 0)
         found += tl.sum(count, 0)
-    for at in range(found, columns, BLOCK):
-        place = at + tl.arange(0, BLOCK)
-        tl.store(lists + place, tl.zeros([BLOCK], tl.int32) + keys, mask=place < columns)
+    for at in range(found, columns, 32 * BLOCK):
+        place = at + tl.arange(0, 32 * BLOCK)
+        tl.store(lists + place, tl.zeros([32 * BLOCK], tl.int32) + keys, mask=place < columns)
 
 
 @triton.jit

@@ -136,9 +136,3 @@ def means_tile(rows: int, itemsize: int, device: Device) -> Tile:
 
 def _product_tile(rows: int, device: Device) -> Tile:
     return Tile(rows, 128, 4, 3) if device.shared >= 160_000 else Tile(rows, 64, 4, 2, depth=32)
-
-
-def packing_tile(words: int) -> Tile:
-    """Of lists that leave their bits: columns are words of 32 bits, of which few are set."""
-    block = min(padded(words, 128), 1024)
-    return Tile(1, block, max(block // 256, 1), 1)
