@@ -28,6 +28,7 @@ from chipmunk_fx.kernels import group_rows
 from chipmunk_fx.log import Notices, logger
 from chipmunk_fx.patterns import ALL
 from chipmunk_fx.runtime import registry
+from chipmunk_fx.runtime.collector import resting_collector
 from chipmunk_fx.runtime.gate import cost_gate
 from chipmunk_fx.runtime.graphs import Graph
 from chipmunk_fx.runtime.placement import fit, limit, notes
@@ -110,7 +111,8 @@ def generation(model: nn.Module, key: Any = None, branch: int | None = None) -> 
 
 def _compile(graph_module: fx.GraphModule, inputs: Sequence[Any], config: Config) -> Callable[..., Any]:
     try:
-        captured, plan = analyse(graph_module, inputs, config)
+        with resting_collector():
+            captured, plan = analyse(graph_module, inputs, config)
     except Uncapturable as reason:
         return _unchanged(graph_module, inputs, config, str(reason))
     except ChipmunkError:

@@ -18,6 +18,7 @@ from chipmunk_fx.graph.plan import Plan
 from chipmunk_fx.graph.rewrite import rewrite
 from chipmunk_fx.graph.rotary import fuse_rotary
 from chipmunk_fx.log import logger
+from chipmunk_fx.runtime.collector import resting_collector
 from chipmunk_fx.schedule.phase import Phase
 
 _log = logger("runtime")
@@ -99,7 +100,7 @@ class Variants:
         with self._lock:  # models that share the graph may call it from several threads
             if (phase, renew) not in self._made:
                 _log.debug("building the %s variant", phase or "unchanged")
-                with tracing(self.capture.context), torch.no_grad():
+                with tracing(self.capture.context), torch.no_grad(), resting_collector():
                     made = self._build(phase, state, renew)
                 self._made[phase, renew] = owned(made, self._given) if self._recorded else made
             return self._made[phase, renew]
