@@ -1,5 +1,5 @@
 // Attention of groups of rows over the columns that each group lists, for sm_90a. Compiled at run time behind what
-// instructions.py writes, primitives.cuh, gather.cuh and softmax.cuh:
+// instructions.py writes, primitives.cuh, rows.cuh, gather.cuh and softmax.cuh:
 //   WIDTH      of a head, 64 or 128
 //   CONSUMERS  warpgroups of 64 rows each; one more warpgroup gathers
 //   COLUMNS    listed columns in one tile, a multiple of 32, at most 128

@@ -13,7 +13,7 @@ from chipmunk_fx.kernels.hopper.tuning import Settings
 from chipmunk_fx.kernels.triton.launching import copyable
 
 LOG2E = 1.4426950408889634
-PARTS = ("primitives.cuh", "gather.cuh", "softmax.cuh", "columns.cu")
+PARTS = ("primitives.cuh", "rows.cuh", "gather.cuh", "softmax.cuh", "columns.cu")
 
 
 class Problem(ctypes.Structure):
@@ -44,8 +44,8 @@ def attend_columns(
     tiles = batch * heads * lists.shape[2] * parts
     old, result = (rest, out) if lse is None else (out, rest)
     problem = Problem(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), *_strides(q), *_strides(k), *_strides(v),
-        old.data_ptr(), result.data_ptr(), *_strides(old), *_strides(result),
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), *strides(q), *strides(k), *strides(v),
+        old.data_ptr(), result.data_ptr(), *strides(old), *strides(result),
         None if order is None else order.data_ptr(), lists.data_ptr(), share.data_ptr(),
         None if lse is None else lse.data_ptr(),
         heads, heads // k.shape[1], rows, rows if order is None else order.shape[0], k.shape[2], *lists.shape[2:],
@@ -77,6 +77,6 @@ def _code(settings: Settings) -> bytes:
     return nvrtc.compiled(source(settings), "sm_90a")
 
 
-def _strides(x: Tensor) -> tuple[int, ...]:
+def strides(x: Tensor) -> tuple[int, ...]:
     """In bytes, of batch, heads and rows."""
     return tuple(stride * x.element_size() for stride in x.stride()[:3])

@@ -7,6 +7,8 @@ SHARED = 232_448  # bytes that one thread block may take on sm_90
 UNITS = 132
 SPAN = 64  # bytes of the inner dimension in a stage of the MLP's products
 DEPTH = SPAN // 2  # listed neurons of a stage of the second product
+KEYS = 64  # of a tile of the column masses
+QUERY_TILES = 3  # as long as copying a block's queries takes
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,52 @@ def columns_settings(element: str, width: int, group_rows: int) -> Settings:
     if group_rows % 192 == 0:
         return Settings(element, 3, width, columns=128, buffers={64: 10, 128: 5}[width])
     return Settings(element, 2, width, columns=128, buffers={64: 11, 128: 6}[width])
+
+
+@dataclass(frozen=True)
+class MassSettings(Block):
+    """Of the column masses, as at the top of masses.cu. sampled: rows of a group; samples: those of a consumer's groups."""
+
+    width: int
+    sampled: int
+    samples: int
+
+    @property
+    def groups(self) -> int:
+        """Of a consumer."""
+        return self.samples // self.sampled
+
+    @property
+    def held(self) -> int:
+        """Bytes for queries, their shifts, codes twice and two barriers."""
+        return self.consumers * (2 * self.width * self.samples + 4 * self.samples + 4 * KEYS * self.groups + 16)
+
+    @property
+    def buffers(self) -> int:
+        return min(8, (SHARED - self.held) // (2 * self.width * KEYS + 16))
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory."""
+        return self.held + self.buffers * (2 * self.width * KEYS + 16)
+
+
+@cache
+def mass_settings(element: str, width: int, sampled: int) -> MassSettings | None:
+    """For so many sampled rows of each group; None where they do not fill 128 or 192 columns of an instruction."""
+    samples = next((n for n in (192, 128) if n % sampled == 0), None)
+    return MassSettings(element, 3, width, sampled, samples) if samples and sampled % 8 == 0 and sampled >= 16 else None
+
+
+@cache
+def mass_run(lines: int, keys: int, units: int) -> int:
+    """Keys that a block of the column masses takes, in whole tiles. lines: of the result, for all its consumers' groups.
+
+    Short runs fill the last round of blocks better; each costs the copying of its queries, as long as some tiles.
+    """
+    tiles = -(-keys // KEYS)
+    runs = (-(-tiles // n) for n in range(1, min(tiles, 64) + 1))
+    return KEYS * min(runs, key=lambda run: -(-(lines * -(-tiles // run)) // units) * (run + QUERY_TILES))
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ def refresh(
     *, q: Tensor, k: Tensor, v: Tensor, order: Tensor | None, always: Tensor | None, valid: Tensor | None, clock: Tensor,
     rest: Tensor, share: Tensor, lists: Tensor, scale: float, group_rows: int, random_density: float, power: float,
     mass_stride: int, renew: bool, ragged: bool, seed: int, site: int, sdpa: str,
-    over_columns: Callable[..., None] = attend_columns,
+    masses_of: Callable[..., Tensor] = column_masses, over_columns: Callable[..., None] = attend_columns,
 ) -> Tensor:  # fmt: skip
-    """As `chipmunk_fx.ops.attention.attention_refresh`. over_columns: called like `attend_columns`."""
+    """As `chipmunk_fx.ops.attention.attention_refresh`. masses_of, over_columns: called like their defaults."""
     with on_device_of(q):
         q, k, v = (inner_contiguous(x) for x in (q, k, v))
         dense, lse = attend(q, k, v, scale, valid, sdpa)
@@ -33,7 +33,7 @@ def refresh(
             drawn = random_count(total, random_density, columns)
             spare = spare_places(always, valid, columns).int() if ragged and always is not None else None
             for heads, groups in _chunks(lists, total):
-                masses = column_masses(
+                masses = masses_of(
                     q, k, order, lse, heads, groups, scale=scale, group_rows=group_rows, stride=mass_stride
                 )
                 some = lists.flatten(0, 1)[heads.start : heads.stop, groups.start : groups.stop]

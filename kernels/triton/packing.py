@@ -1,7 +1,9 @@
 """Lists of columns as bits and back: the format of chipmunk_fx.ops.packing.
 
-Unpacking, at every sparse step, one program goes along a line: a running sum of the bits set gives each word its first place,
-and each of its bits the number of those below. Packing, at a refresh, sets the bits of a cleared line one by one.
+Unpacking, at every sparse step, one program goes along a line: a running sum of the bits set gives each word its first place.
+Where many are set, each bit of a word has a lane and the place of how many lie below it; where few are, words give up
+their lowest bits in turns, as often as the fullest of a block has any. Packing, at a refresh, sets the bits of a cleared
+line one by one.
 """
 
 import torch
@@ -12,9 +14,11 @@ from torch import Tensor
 from chipmunk_fx.kernels.triton.launching import on_device_of
 from chipmunk_fx.kernels.triton.tuning import padded
 
-# Words of 32 bits at a time, four for each warp: with 16 for each it takes three times as long where many are full (H100).
-WORDS = 32
-WARPS = 8
+# From this share of the keys on, lanes stand for the bits of a word, else for words. H100, ms for a quarter of Wan's lists (0.29
+# of 75,600 keys) and of HunyuanVideo's (0.06 of 119,056), words and warps of a program:
+MANY = 0.125  # 32, 8: 0.36 and 0.36; 64, 8: 0.7; 128, 8: 1.2
+MANY_TILE = {"BLOCK": 32, "num_warps": 8}
+FEW_TILE = {"BLOCK": 128, "num_warps": 4}  # 1.2 and 0.14; 1024 words, 4 warps: 1.7 and 0.21
 
 
 def pack(lists: Tensor, bits: Tensor, keys: int) -> None:
@@ -29,9 +33,12 @@ def pack(lists: Tensor, bits: Tensor, keys: int) -> None:
 
 def unpack(bits: Tensor, lists: Tensor, keys: int) -> None:
     """As `chipmunk_fx.ops.packing.Bits.unpack`."""
-    words = _words(bits)
+    words, columns = _words(bits), lists.shape[1]
+    many = columns > MANY * keys
     with on_device_of(bits):
-        _unpack[(len(lists),)](words, lists, words.shape[1], lists.shape[1], keys, BLOCK=WORDS, num_warps=WARPS)
+        _unpack[(len(lists),)](
+            words, lists, words.shape[1], columns, keys, MANY=many, **(MANY_TILE if many else FEW_TILE)
+        )
 
 
 def _words(bits: Tensor) -> Tensor:
@@ -49,7 +56,7 @@ def _pack(lists, words, columns, keys, pitch, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _unpack(words, lists, pitch, columns, keys, BLOCK: tl.constexpr):
+def _unpack(words, lists, pitch, columns, keys, BLOCK: tl.constexpr, MANY: tl.constexpr):
     line = tl.program_id(0).to(tl.int64)
     words += line * pitch
     lists += line * columns
@@ -61,13 +68,20 @@ def _unpack(words, lists, pitch, columns, keys, BLOCK: tl.constexpr):
         word = tl.load(words + index, mask=index < pitch, other=0).to(tl.uint32, bitcast=True)
         count = _ones(word)
         into = found + tl.cumsum(count, 0) - count
-        word = tl.where(into + count <= columns, word, 0)[:, None]
-        # [BLOCK, 32]: neighbours in a word are neighbours in the list
-        tl.store(lists + (into[:, None] + _ones(word & (own - 1))), index[:, None] * 32 + bit, mask=(word & own) != 0)
+        word = tl.where(into + count <= columns, word, 0)
+        if MANY:  # [BLOCK, 32]: neighbours in a word are neighbours in the list
+            place = into[:, None] + _ones(word[:, None] & (own - 1))
+            tl.store(lists + place, index[:, None] * 32 + bit, mask=(word[:, None] & own) != 0)
+        else:
+            for _ in range(tl.max(count, 0)):
+                lowest = word & (~word + 1)
+                tl.store(lists + into, index * 32 + _ones(lowest - 1), mask=word != 0)
+                word ^= lowest
+                into += 1
         found += tl.sum(count, 0)
-    for at in range(found, columns, 32 * BLOCK):
-        place = at + tl.arange(0, 32 * BLOCK)
-        tl.store(lists + place, tl.zeros([32 * BLOCK], tl.int32) + keys, mask=place < columns)
+    for at in range(found, columns, 1024):
+        place = at + tl.arange(0, 1024)
+        tl.store(lists + place, tl.zeros([1024], tl.int32) + keys, mask=place < columns)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import torch
 import triton
 
 from chipmunk_fx.kernels import hopper
-from chipmunk_fx.kernels.hopper import columns, mlp, nvrtc, tuning
+from chipmunk_fx.kernels.hopper import columns, masses, mlp, nvrtc, tuning
 from chipmunk_fx.kernels.hopper.instructions import ACTIVATIONS
 from chipmunk_fx.kernels.hopper.tuning import ProductSettings, Settings
 from chipmunk_fx.ops.activations import ACTIVATIONS as KNOWN
@@ -61,6 +61,19 @@ def test_a_kernel_compiles_without_spilling(settings: Settings, tmp_path: Path, 
         code = nvrtc.compiled(columns.source(settings), "sm_90a")
     assert_in_registers(code, "attend_columns", tmp_path, BEGIN[settings.consumers])
     assert "serialized" not in caplog.text  # what ptxas says when products of wgmma cannot overlap
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    "sizes", [("bf16", 128, 48), ("f16", 128, 32), ("bf16", 128, 24), ("bf16", 128, 16), ("bf16", 128, 128), ("f16", 64, 64)], ids=repr
+)
+def test_masses_compile_without_spilling(sizes: tuple[str, int, int], tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    settings = tuning.mass_settings(*sizes)
+    assert settings is not None
+    with caplog.at_level(logging.DEBUG, "chipmunk_fx"):
+        code = nvrtc.compiled(masses.source(settings), "sm_90a")
+    assert_in_registers(code, "column_masses", tmp_path, BEGIN[settings.consumers])
+    assert "serialized" not in caplog.text
 
 
 @needs_nvrtc
