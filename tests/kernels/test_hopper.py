@@ -65,7 +65,9 @@ def test_a_kernel_compiles_without_spilling(settings: Settings, tmp_path: Path, 
 
 @needs_nvrtc
 @pytest.mark.parametrize(
-    "sizes", [("bf16", 128, 48), ("f16", 128, 32), ("bf16", 128, 24), ("bf16", 128, 16), ("bf16", 128, 128), ("f16", 64, 64)], ids=repr
+    "sizes",
+    [("bf16", 128, 48), ("f16", 128, 32), ("bf16", 128, 24), ("bf16", 128, 16), ("bf16", 128, 128), ("f16", 64, 64)],
+    ids=repr,
 )
 def test_masses_compile_without_spilling(sizes: tuple[str, int, int], tmp_path: Path, caplog: pytest.LogCaptureFixture):
     settings = tuning.mass_settings(*sizes)
