@@ -55,7 +55,9 @@ class Case:
         count = len(self.rows)
         return {
             "parts": [part(rows) for rows in self.rows],
-            "weights": [normal(self.width * (self.heads if self.whole else 1)) if on else None for on in self.normed[:count]],
+            "weights": [
+                normal(self.width * (self.heads if self.whole else 1)) if on else None for on in self.normed[:count]
+            ],
             "cos": [angles(r) if on else None for r, on in zip(self.rows, self.turned, strict=False)],
             "sin": [angles(r) if on else None for r, on in zip(self.rows, self.turned, strict=False)],
             "eps": EPS,
