@@ -139,7 +139,7 @@ def _write(half: fx.Node) -> tuple[int, fx.Node] | None:
     if half.target is not aten.slice.Tensor or copy is None or others or copy.target is not aten.copy_.default:
         return None
     given = arguments(half)
-    every_second = given["step"] == 2 and rank(half) == 4 and given["dim"] in (-1, 3)
+    every_second = given["step"] == 2 and is_static(half) and rank(half) == 4 and given["dim"] in (-1, 3)
     plain = copy.args[0] is half and len(copy.args) == 2 and not copy.kwargs and not copy.users
     if not plain or not every_second or 2 * shape(half)[-1] != shape(given["self"])[-1]:
         return None
