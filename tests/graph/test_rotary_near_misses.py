@@ -138,6 +138,11 @@ def rounded_otherwise(n, x, cos, sin, w):
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(3).to(n.dtype)
 
 
+def halves_rounded_otherwise(n, x, cos, sin, w):
+    a, b = n[..., 0::2], n[..., 1::2]
+    return torch.stack([(a * cos - b * sin).half(), (a * sin + b * cos).half()], -1).flatten(3).to(n.dtype)
+
+
 def other_memory(n, x, cos, sin, w):
     out = torch.empty_like(n, dtype=torch.float32)
     out[..., 0::2] = n[..., 0::2] * cos - n[..., 1::2] * sin
@@ -180,6 +185,7 @@ NEAR = [
     other_values,
     stacked_before,
     rounded_otherwise,
+    halves_rounded_otherwise,
     other_memory,
     one_token_by_many_angles,
     odd_width,
@@ -278,3 +284,24 @@ NORMS_UNLIKE_IT = [
 def test_a_norm_unlike_it_is_left_alone(norm: Callable[..., Tensor], turn: Callable[..., Tensor]):
     x, w, _, cos, sin = one_part()
     left_alone(lambda x, w, c, s: turn(norm(x, w), c, s), x, w, cos, sin)
+
+
+def rest_read_elsewhere(x, w, cos, sin):
+    n = written_out(x, w)
+    return torch.cat([neighbours(n[:, 4:], cos[:, 4:], sin[:, 4:]), n[:, :4]], 1), n[:, :2]
+
+
+def joined_and_read(x, w, cos, sin):
+    n = torch.cat([written_out(t, w) for t in (x[:, :4], x[:, 4:])], 1)
+    return neighbours(n, cos, sin) + n
+
+
+def heads_as_tokens(x, w, cos, sin):
+    n = F.rms_norm(x.flatten(2), (HEADS * WIDTH,), w.repeat(HEADS), 1e-6).reshape(x.shape[0], -1, 1, WIDTH)
+    return neighbours(n, *(angles.repeat(1, HEADS, 1, 1) for angles in (cos, sin)))
+
+
+@pytest.mark.parametrize("function", [rest_read_elsewhere, joined_and_read, heads_as_tokens])
+def test_norms_that_are_read_otherwise_are_left_alone(function: Callable[..., Tensor]):
+    x, w, _, cos, sin = one_part()
+    left_alone(function, x, w, cos, sin)

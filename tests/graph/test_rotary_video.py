@@ -35,6 +35,15 @@ def odd_first(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
+def views_first(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    (a, b), cos, sin = (x[..., i::2] for i in range(2)), cos[..., ::2], sin[..., ::2]
+    out = torch.empty_like(x)
+    even, odd = out[..., ::2], out[..., 1::2]
+    even.copy_(a * cos - b * sin)
+    odd.copy_(a * sin + b * cos)
+    return out
+
+
 def stacked(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Mochi."""
     a, b, cos, sin = x[..., 0::2].float(), x[..., 1::2].float(), cos[..., ::2], sin[..., ::2]
@@ -87,7 +96,7 @@ def operators(module: fx.GraphModule) -> list[fx.Node]:
     return [n for n in module.graph.nodes if n.target is ROTARY]
 
 
-TURNS = [in_place, odd_first, stacked, stacked_wide, neighbours]
+TURNS = [in_place, odd_first, views_first, stacked, stacked_wide, neighbours]
 NORMS = [norm, written_out, cast_last, cast_first, over_heads, over_heads_written_out]
 
 
@@ -181,42 +190,47 @@ def test_sizes_that_may_change_and_fp32_leave_it_alone(turn: Callable[..., Tenso
         assert before == (sizes and len(sizes.guards))
 
 
-def set_before(rotated, text, x, w):
+def set_before(rotated, text, x, y, w):
     rotated[:, :2] = 0
     return torch.cat([rotated, text], 1)
 
 
-def read_beside(rotated, text, x, w):
+def read_beside(rotated, text, x, y, w):
     return torch.cat([rotated, text], 1)[:, :4] + rotated[:, :4]
 
 
-def text_read_beside(rotated, text, x, w):
+def text_read_beside(rotated, text, x, y, w):
     return torch.cat([rotated, text], 1)[:, :4] + text
 
 
-def text_changed(rotated, text, x, w):
+def text_changed(rotated, text, x, y, w):
     text[:, :2] = 0
     return torch.cat([rotated, text], 1)
 
 
-def input_changed(rotated, text, x, w):
+def input_changed(rotated, text, x, y, w):
     x.mul_(2)
     return torch.cat([rotated, text], 1)
 
 
-def joined_by_heads(rotated, text, x, w):
+def text_input_changed(rotated, text, x, y, w):
+    y.mul_(2)
+    return torch.cat([rotated, text], 1)
+
+
+def joined_by_heads(rotated, text, x, y, w):
     return torch.cat([rotated, torch.cat([text, text], 1)], 2)
 
 
-def another_eps(rotated, text, x, w):
+def another_eps(rotated, text, x, y, w):
     return torch.cat([rotated, F.rms_norm(x[:, :4], (WIDTH,), w, 1e-3)], 1)
 
 
-def not_normed(rotated, text, x, w):
+def not_normed(rotated, text, x, y, w):
     return torch.cat([rotated, x[:, :4]], 1)
 
 
-def wider(rotated, text, x, w):
+def wider(rotated, text, x, y, w):
     return torch.cat([rotated, text.float()], 1)
 
 
@@ -228,6 +242,7 @@ def wider(rotated, text, x, w):
         text_read_beside,
         text_changed,
         input_changed,
+        text_input_changed,
         joined_by_heads,
         another_eps,
         not_normed,
@@ -236,13 +251,13 @@ def wider(rotated, text, x, w):
 )
 def test_what_is_not_simply_joined_is_not(join: Callable[..., Tensor]):
     def apart(x: Tensor, w: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x.clone()
-        return join(stacked(norm(x[:, 4:], w), cos[:, 4:], sin[:, 4:]), norm(x[:, :4], v), x, w)
+        x, y = x.clone(), x[:, :4].clone()
+        return join(stacked(norm(x[:, 4:], w), cos[:, 4:], sin[:, 4:]), norm(y, v), x, y, w)
 
     def together(x: Tensor, w: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = x.clone()
         n = written_out(x, w)
-        return join(stacked(n[:, 4:], cos[:, 4:], sin[:, 4:]), n[:, :4], x, w)
+        return join(stacked(n[:, 4:], cos[:, 4:], sin[:, 4:]), n[:, :4], x, x, w)
 
     for function in (apart, together):
         module = traced_by_memory(function, *one_part())
