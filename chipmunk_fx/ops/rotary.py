@@ -21,13 +21,14 @@ def rotary(
 ) -> Tensor:
     """The parts joined along `dim`, 1 or 2, each normed where it has a weight, then rotated where it has cos and sin.
 
-    normed = x / sqrt(mean(x^2) + eps) weight, over the last dimension; rotated = x cos + turned(x) sin, where turned(x) has
-    -b, a in place of a, b: neighbours 2i, 2i + 1 where `paired`, else i and i + D/2.
+    normed = x / sqrt(mean(x^2) + eps) weight, over each head, or over all heads of a token where weight has a value for
+    each of their columns; rotated = x cos + turned(x) sin, where turned(x) has -b, a in place of a, b: neighbours 2i, 2i + 1
+    where `paired`, else i and i + D/2.
 
-    parts [B, N, H, D] (dim 1) or [B, H, N, D] (dim 2); weights [D]; cos, sin broadcast to their part. Computed in fp32 at
-    least. Returns the parts' dtype over contiguous [B, N, H, D].
+    parts [B, N, H, D] (dim 1) or [B, H, N, D] (dim 2); weights [D] or [H D]; cos, sin broadcast to their part, or both have
+    D/2 columns, one for each a and b. Computed in fp32 at least. Returns the parts' dtype over contiguous [B, N, H, D].
     """
-    done = [_part(*each, eps, paired) for each in zip(parts, weights, cos, sin, strict=True)]
+    done = [_part(*each, eps, dim, paired) for each in zip(parts, weights, cos, sin, strict=True)]
     out = empty(parts, dim)
     torch.cat(done, dim, out=out)
     return out
@@ -43,13 +44,34 @@ def empty(parts: Sequence[Tensor], dim: int) -> Tensor:
     return parts[0].new_empty(batch, rows, heads, width).transpose(1, 2)
 
 
-def _part(x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float, paired: bool) -> Tensor:
+def over_heads(x: Tensor, weight: Tensor) -> bool:
+    """Whether the mean is over all heads of a token."""
+    return len(weight) != x.shape[-1]
+
+
+def _part(
+    x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float, dim: int, paired: bool
+) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     if weight is not None:
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight
+        wide = _normed(wide, weight, eps, dim)
     if cos is not None and sin is not None:
-        wide = wide * cos + _turned(wide, paired) * sin
+        wide = wide * _each(cos, x, paired) + _turned(wide, paired) * _each(sin, x, paired)
     return wide.to(x.dtype)
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float, dim: int) -> Tensor:
+    if not over_heads(x, weight):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+    each = weight.unflatten(0, (-1, x.shape[-1]))
+    return x * torch.rsqrt(x.square().mean((3 - dim, -1), keepdim=True) + eps) * (each if dim == 1 else each[:, None])
+
+
+def _each(angles: Tensor, x: Tensor, paired: bool) -> Tensor:
+    """The angles of all columns."""
+    if 2 * angles.shape[-1] != x.shape[-1]:
+        return angles
+    return angles.repeat_interleave(2, -1) if paired else torch.cat((angles, angles), -1)
 
 
 def _turned(x: Tensor, paired: bool) -> Tensor:

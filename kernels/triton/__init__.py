@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from chipmunk_fx.kernels import devices
+from chipmunk_fx.kernels.triton.tuning import padded
 
 name = "triton"
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDEST = 256  # head width: wider tiles do not fit the registers
+WIDEST_TOKEN = 16384  # values of all heads that one program norms together, their number and width rounded up
 MOST_BATCHES = 65535  # CUDA's bound on the second axis of a grid
 
 
@@ -41,6 +43,8 @@ def refused(op: str, arguments: Mapping[str, Any]) -> str | None:
         return f"{x.dtype} on {torch.cuda.get_device_name(x.device)}, which has no products in it"
     if op == "rotary" and (x.shape[-1] % 2 or x.shape[-1] > WIDEST):
         return f"head width {x.shape[-1]}, allowed are even ones to {WIDEST}"
+    if op == "rotary" and (values := _normed_together(arguments)) > WIDEST_TOKEN:
+        return f"norms of {values} values, allowed are up to {WIDEST_TOKEN}"
     if op == "rotary" and x.shape[0] > MOST_BATCHES:
         return f"a batch of {x.shape[0]}, allowed are up to {MOST_BATCHES}"
     if op in ("cache_watch", "rotary"):
@@ -119,6 +123,13 @@ def _subject(op: str, arguments: Mapping[str, Any]) -> Tensor:
     if op == "rotary":
         return arguments["parts"][0]
     return arguments["cache" if op == "cache_watch" else "q" if op.startswith("attention") else "x"]
+
+
+def _normed_together(arguments: Mapping[str, Any]) -> int:
+    """The most values of a norm, as they are held: powers of two of heads and of columns."""
+    weights = [len(weight) for weight in arguments["weights"] if weight is not None]
+    width = arguments["parts"][0].shape[-1]
+    return padded(max(weights, default=0) // width, 1) * padded(width)
 
 
 def _operands(op: str, arguments: Mapping[str, Any]) -> list[Tensor]:

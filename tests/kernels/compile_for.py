@@ -125,6 +125,10 @@ def launches(
             for paired in (True, False):
                 one = {"parts": [values["q"]], "weights": [values["q"][0, 0, 0]], "cos": [values["q"].float()[:1, :1]]}
                 backend.rotary(**one, sin=one["cos"], eps=1e-6, dim=2, paired=paired)
+                heads = values["q"].expand(-1, 40, -1, -1)  # normed over all of them, an angle for each pair
+                half = {name: [one["cos"][0][..., ::2]] for name in ("cos", "sin")}
+                weights = [heads[0, :, 0].flatten()]
+                backend.rotary(parts=[heads], weights=weights, **half, eps=1e-6, dim=2, paired=paired)
             lists = values["lists"].flatten(0, 2)
             bits = torch.zeros(len(lists), line_bytes(case.keys), dtype=torch.uint8)
             backend.pack_bits(lists, bits, case.keys)

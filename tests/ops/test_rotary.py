@@ -19,7 +19,10 @@ EPS = 1e-6
 
 @dataclass(frozen=True)
 class Case:
-    """rows: of each part; normed, turned: which parts are; split: of angles one row serves all heads, or each has its own."""
+    """rows: of each part; normed, turned: which parts are; by_head: every head has angles of its own, else all have the same.
+
+    whole: norms are over all heads; shared: angles have a column for each pair.
+    """
 
     rows: tuple[int, ...]
     width: int
@@ -31,6 +34,8 @@ class Case:
     turned: tuple[bool, ...] = (True, True)
     by_head: bool = False
     strided: bool = False
+    whole: bool = False
+    shared: bool = False
 
     def values(self, dtype: torch.dtype) -> dict[str, Any]:
         generator = torch.Generator(DEVICE).manual_seed(0)
@@ -43,13 +48,16 @@ class Case:
             return x if self.dim == 1 else x.transpose(1, 2)
 
         def angles(rows: int) -> Tensor:
-            a = normal(1, rows, self.heads if self.by_head else 1, self.width, of=torch.float32)
+            columns = self.width // 2 if self.shared else self.width
+            a = normal(1, rows, self.heads if self.by_head else 1, columns, of=torch.float32)
             return a if self.dim == 1 else a.transpose(1, 2)
 
         count = len(self.rows)
         return {
             "parts": [part(rows) for rows in self.rows],
-            "weights": [normal(self.width) if on else None for on in self.normed[:count]],
+            "weights": [
+                normal(self.width * (self.heads if self.whole else 1)) if on else None for on in self.normed[:count]
+            ],
             "cos": [angles(r) if on else None for r, on in zip(self.rows, self.turned, strict=False)],
             "sin": [angles(r) if on else None for r, on in zip(self.rows, self.turned, strict=False)],
             "eps": EPS,
@@ -67,6 +75,11 @@ CASES = (
     Case(rows=(33,), width=256, by_head=True, batch=3),
     Case(rows=(70,), width=80, paired=False, by_head=True, dim=2),
     Case(rows=(3, 2), width=8, heads=1, normed=(False, False)),
+    Case(rows=(45,), width=128, heads=40, whole=True, shared=True),
+    Case(rows=(61, 30), width=40, heads=5, whole=True, normed=(True, False), dim=2, batch=2),
+    Case(rows=(33, 8), width=24, heads=8, whole=True, paired=False, shared=True, by_head=True, strided=True),
+    Case(rows=(50,), width=64, shared=True, by_head=True, dim=2),
+    Case(rows=(7,), width=2, heads=3, whole=True, shared=True),
 )
 
 
@@ -74,8 +87,10 @@ def written_out(values: dict[str, Any]) -> Tensor:
     """As models have it: the norm rounded to their dtype, the rotation of that in the dtype of the angles."""
     done = []
     for x, weight, cos, sin in zip(*(values[name] for name in ("parts", "weights", "cos", "sin")), strict=True):
-        y = x if weight is None else F.rms_norm(x, (x.shape[-1],), weight, EPS)
-        if cos is not None:
+        y = x if weight is None else normed(x, weight, values["dim"])
+        if cos is not None and 2 * cos.shape[-1] == x.shape[-1]:
+            y = turned_in_halves(y, cos, sin, values["paired"])
+        elif cos is not None:
             if values["paired"]:
                 a, b = y.reshape(*y.shape[:-1], -1, 2).unbind(-1)
                 turned = torch.stack([-b, a], -1).flatten(3)
@@ -85,6 +100,20 @@ def written_out(values: dict[str, Any]) -> Tensor:
             y = (y.to(cos.dtype) * cos + turned.to(cos.dtype) * sin).to(x.dtype)
         done.append(y)
     return torch.cat(done, values["dim"])
+
+
+def normed(x: Tensor, weight: Tensor, dim: int) -> Tensor:
+    if len(weight) == x.shape[-1]:
+        return F.rms_norm(x, weight.shape, weight, EPS)
+    tokens = x if dim == 1 else x.transpose(1, 2)
+    y = F.rms_norm(tokens.flatten(2), weight.shape, weight, EPS).view(tokens.shape)
+    return y if dim == 1 else y.transpose(1, 2)
+
+
+def turned_in_halves(y: Tensor, cos: Tensor, sin: Tensor, paired: bool) -> Tensor:
+    a, b = (t.to(cos.dtype) for t in (y.unflatten(-1, (-1, 2)).unbind(-1) if paired else y.chunk(2, -1)))
+    turned = [(a * cos - b * sin).to(y.dtype), (a * sin + b * cos).to(y.dtype)]
+    return torch.stack(turned, -1).flatten(3) if paired else torch.cat(turned, -1)
 
 
 def in_fp64(values: dict[str, Any]) -> dict[str, Any]:
@@ -141,3 +170,4 @@ def test_the_kernel_is_chosen_by_batch_width_and_dtype():
     (x,) = values["parts"]
     for odd in ([x.double()], [x.repeat(1, 1, 1, 3)], [x[..., :63]], [x.expand(65536, -1, -1, -1)]):
         assert choose("rotary", values | {"parts": odd}, [triton])[1] == "reference"
+    assert choose("rotary", values | {"weights": [x.new_ones(200 * 128)]}, [triton])[1] == "reference"

@@ -1,0 +1,307 @@
+"""What is nearly a norm and a rotation as models of video write them is left as it is."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from chipmunk_fx.graph.rotary import fuse_rotary
+from tests.graph.test_rotary import HEADS, TOKENS, WIDTH, neighbours, norm
+from tests.graph.test_rotary_video import in_place, one_part, over_heads, traced_by_memory, written_out
+
+
+def left_alone(function: Callable[..., Tensor], *args: Tensor) -> None:
+    before, module = traced_by_memory(function, *args), traced_by_memory(function, *args)
+    assert fuse_rotary(module.graph, lambda x: True) == 0
+    assert [n.target for n in module.graph.nodes] == [n.target for n in before.graph.nodes]
+
+
+def read_between(n, x, cos, sin, w):
+    out = torch.empty_like(n)
+    out[..., 0::2] = n[..., 0::2] * cos - n[..., 1::2] * sin
+    seen = out + 1
+    out[..., 1::2] = n[..., 0::2] * sin + n[..., 1::2] * cos
+    return out + seen
+
+
+def seen_by_a_view(n, x, cos, sin, w):
+    out = torch.empty_like(n)
+    view = out.view(out.shape[0], -1)
+    out[..., 0::2] = n[..., 0::2] * cos - n[..., 1::2] * sin
+    out[..., 1::2] = n[..., 0::2] * sin + n[..., 1::2] * cos
+    return view * 2
+
+
+def one_half_alone(n, x, cos, sin, w):
+    out = torch.empty_like(n)
+    out[..., 0::2] = n[..., 0::2] * cos - n[..., 1::2] * sin
+    return out
+
+
+def one_half_twice(n, x, cos, sin, w):
+    out = torch.empty_like(n)
+    out[..., 0::2] = n[..., 0::2] * cos - n[..., 1::2] * sin
+    out[..., 0::2] = n[..., 0::2] * sin + n[..., 1::2] * cos
+    return out
+
+
+def halves_exchanged(n, x, cos, sin, w):
+    out = torch.empty_like(n)
+    out[..., 1::2] = n[..., 0::2] * cos - n[..., 1::2] * sin
+    out[..., 0::2] = n[..., 0::2] * sin + n[..., 1::2] * cos
+    return out
+
+
+def written_on_the_way(n, x, cos, sin, w):
+    even = n[..., 0::2] * cos - n[..., 1::2] * sin
+    even[:, :3] = 0
+    out = torch.empty_like(n)
+    out[..., 0::2] = even
+    out[..., 1::2] = n[..., 0::2] * sin + n[..., 1::2] * cos
+    return out
+
+
+def angles_written_between(n, x, cos, sin, w):
+    out = torch.empty_like(n)
+    out[..., 0::2] = n[..., 0::2] * cos - n[..., 1::2] * sin
+    cos.mul_(2)
+    out[..., 1::2] = n[..., 0::2] * sin + n[..., 1::2] * cos
+    return out
+
+
+def norm_written_between(n, x, cos, sin, w):
+    out = torch.empty_like(n)
+    out[..., 0::2] = n[..., 0::2] * cos - n[..., 1::2] * sin
+    n.mul_(2)
+    out[..., 1::2] = n[..., 0::2] * sin + n[..., 1::2] * cos
+    return out
+
+
+def input_written_between(n, x, cos, sin, w):
+    x.mul_(2)
+    return stacked_halves(n, cos, sin)
+
+
+def weight_written_between(n, x, cos, sin, w):
+    w.mul_(2)
+    return stacked_halves(n, cos, sin)
+
+
+def stacked_halves(n, cos, sin, dim=-1):
+    a, b = n[..., 0::2], n[..., 1::2]
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim).reshape(n.shape).to(n.dtype)
+
+
+def part_of_columns(n, x, cos, sin, w):
+    out = torch.empty_like(n)
+    cos, sin = cos[..., :4], sin[..., :4]
+    out[..., 0:8:2] = n[..., 0:8:2] * cos - n[..., 1:8:2] * sin
+    out[..., 1:8:2] = n[..., 0:8:2] * sin + n[..., 1:8:2] * cos
+    return out
+
+
+def one_column_for_all(n, x, cos, sin, w):
+    a, b = n[..., 0:1:2], n[..., 1:2:2]
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(3).to(n.dtype)
+
+
+def every_second_token(n, x, cos, sin, w):
+    out, cos, sin = torch.empty_like(n), cos[:, :1, :, :1], sin[:, :1, :, :1]
+    out[:, 0::2] = n[:, 0::2] * cos - n[:, 1::2] * sin
+    out[:, 1::2] = n[:, 0::2] * sin + n[:, 1::2] * cos
+    return out
+
+
+def turned_back(n, x, cos, sin, w):
+    a, b = n[..., 0::2], n[..., 1::2]
+    return torch.stack([a * cos + b * sin, a * sin - b * cos], -1).flatten(3).to(n.dtype)
+
+
+def other_angles(n, x, cos, sin, w):
+    a, b = n[..., 0::2], n[..., 1::2]
+    return torch.stack([a * cos - b * sin, a * sin + b * cos.abs()], -1).flatten(3).to(n.dtype)
+
+
+def other_values(n, x, cos, sin, w):
+    a, b = n[..., 0::2], x[..., 1::2]
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(3).to(n.dtype)
+
+
+def stacked_before(n, x, cos, sin, w):
+    return stacked_halves(n, cos, sin, 3)
+
+
+def rounded_otherwise(n, x, cos, sin, w):
+    a, b = n[..., 0::2].half(), n[..., 1::2].half()
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(3).to(n.dtype)
+
+
+def halves_rounded_otherwise(n, x, cos, sin, w):
+    a, b = n[..., 0::2], n[..., 1::2]
+    return torch.stack([(a * cos - b * sin).half(), (a * sin + b * cos).half()], -1).flatten(3).to(n.dtype)
+
+
+def other_memory(n, x, cos, sin, w):
+    out = torch.empty_like(n, dtype=torch.float32)
+    out[..., 0::2] = n[..., 0::2] * cos - n[..., 1::2] * sin
+    out[..., 1::2] = n[..., 0::2] * sin + n[..., 1::2] * cos
+    return out
+
+
+def one_token_by_many_angles(n, x, cos, sin, w):
+    a, b = (norm(x[:, :1], w[:WIDTH])[..., i::2] for i in range(2))
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(3).to(n.dtype)
+
+
+def odd_width(n, x, cos, sin, w):
+    n, cos, sin = F.rms_norm(x[..., :1], (1,), w[:1], 1e-6), cos[..., :1], sin[..., :1]
+    out = torch.empty_like(n)
+    out[..., 0::2] = n[..., 0::2] * cos
+    return out
+
+
+def read_again(n, x, cos, sin, w):
+    return stacked_halves(n, cos, sin) + n
+
+
+NEAR = [
+    read_between,
+    seen_by_a_view,
+    one_half_alone,
+    one_half_twice,
+    halves_exchanged,
+    written_on_the_way,
+    angles_written_between,
+    norm_written_between,
+    input_written_between,
+    weight_written_between,
+    part_of_columns,
+    one_column_for_all,
+    every_second_token,
+    turned_back,
+    other_angles,
+    other_values,
+    stacked_before,
+    rounded_otherwise,
+    halves_rounded_otherwise,
+    other_memory,
+    one_token_by_many_angles,
+    odd_width,
+    read_again,
+]
+
+
+@pytest.mark.parametrize("norm", [written_out, over_heads])
+@pytest.mark.parametrize("function", NEAR)
+def test_a_rotation_unlike_it_is_left_alone(function: Callable[..., Tensor], norm: Callable[..., Tensor]):
+    x, w, _, cos, sin = one_part()
+    w = w.repeat(HEADS) if norm is over_heads else w
+    left_alone(lambda x, w, c, s: function(norm(x, w), x, c, s, w), x, w, cos[..., ::2], sin[..., ::2])
+
+
+def weights_by_head(x, w):
+    return written_out(x, w.repeat(HEADS, 1))
+
+
+def one_weight(x, w):
+    return written_out(x, w[:1])
+
+
+def mean_over_heads_alone(x, w):
+    return (x * torch.rsqrt(x.float().pow(2).mean(2, keepdim=True) + 1e-6)).to(x.dtype) * w
+
+
+def mean_of_cubes(x, w):
+    return (x * torch.rsqrt(x.float().pow(3).mean(-1, keepdim=True) + 1e-6)).to(x.dtype) * w
+
+
+def mean_rounded(x, w):
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * w
+
+
+def mean_of_others(x, w):
+    return (x * torch.rsqrt((x + 1).float().pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype) * w
+
+
+def mean_changed(x, w):
+    mean = x.float().pow(2).mean(-1, keepdim=True)
+    mean[:, :3] = 1
+    return (x * torch.rsqrt(mean + 1e-6)).to(x.dtype) * w
+
+
+def changed_before_its_weight(x, w):
+    n = (x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+    n[:, :3] = 1
+    return n * w
+
+
+def eps_that_is_computed(x, w):
+    return (x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + w.sum().abs())).to(x.dtype) * w
+
+
+def rounded_to_another_dtype(x, w):
+    return (x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)).half().to(x.dtype) * w
+
+
+def heads_out_of_order(x, w):
+    return over_heads(x, w).reshape(x.shape[0], HEADS, TOKENS, WIDTH).transpose(1, 2)
+
+
+def some_heads_of_all(x, w):
+    return over_heads(x, w)[:, :, 1:]
+
+
+def some_columns(x, w):
+    return torch.cat([norm(x, w)[..., 2:], norm(x, w)[..., :2]], -1)
+
+
+def over_batch(x, w):
+    return norm(x, w).transpose(0, 2)[:2].transpose(0, 2)
+
+
+NORMS_UNLIKE_IT = [
+    weights_by_head,
+    one_weight,
+    mean_over_heads_alone,
+    mean_of_cubes,
+    mean_rounded,
+    mean_of_others,
+    mean_changed,
+    changed_before_its_weight,
+    eps_that_is_computed,
+    rounded_to_another_dtype,
+    heads_out_of_order,
+    some_heads_of_all,
+    some_columns,
+    over_batch,
+]
+
+
+@pytest.mark.parametrize("turn", [in_place, neighbours])
+@pytest.mark.parametrize("norm", NORMS_UNLIKE_IT)
+def test_a_norm_unlike_it_is_left_alone(norm: Callable[..., Tensor], turn: Callable[..., Tensor]):
+    x, w, _, cos, sin = one_part()
+    left_alone(lambda x, w, c, s: turn(norm(x, w), c, s), x, w, cos, sin)
+
+
+def rest_read_elsewhere(x, w, cos, sin):
+    n = written_out(x, w)
+    return torch.cat([neighbours(n[:, 4:], cos[:, 4:], sin[:, 4:]), n[:, :4]], 1), n[:, :2]
+
+
+def joined_and_read(x, w, cos, sin):
+    n = torch.cat([written_out(t, w) for t in (x[:, :4], x[:, 4:])], 1)
+    return neighbours(n, cos, sin) + n
+
+
+def heads_as_tokens(x, w, cos, sin):
+    n = F.rms_norm(x.flatten(2), (HEADS * WIDTH,), w.repeat(HEADS), 1e-6).reshape(x.shape[0], -1, 1, WIDTH)
+    return neighbours(n, *(angles.repeat(1, HEADS, 1, 1) for angles in (cos, sin)))
+
+
+@pytest.mark.parametrize("function", [rest_read_elsewhere, joined_and_read, heads_as_tokens])
+def test_norms_that_are_read_otherwise_are_left_alone(function: Callable[..., Tensor]):
+    x, w, _, cos, sin = one_part()
+    left_alone(function, x, w, cos, sin)
