@@ -16,6 +16,7 @@ from chipmunk_fx.graph.walk import rank, shape
 aten = torch.ops.aten
 
 _FOLDS = (aten.unflatten.int, aten.reshape.default, aten.view.default)
+_VIEWS = (aten.slice.Tensor, aten.transpose.int, aten.permute.default, *_FOLDS)
 
 
 def _written_out() -> Expression:
@@ -79,9 +80,9 @@ def is_static(node: fx.Node) -> bool:
 
 def _tokens_before(view: fx.Node, dim: int) -> int | None:
     """Along which dimension the tokens of what is viewed lie; None where its heads or their columns are not left whole."""
-    if view.op != "call_function" or len(view.all_input_nodes) != 1 or not is_static(view.all_input_nodes[0]):
+    if view.target not in _VIEWS or len(view.all_input_nodes) != 1 or not is_static(view.all_input_nodes[0]):
         return None
-    given, (source,) = arguments(view) if hasattr(view.target, "_schema") else {}, view.all_input_nodes
+    given, (source,) = arguments(view), view.all_input_nodes
     if view.target is aten.slice.Tensor:
         return dim if given["dim"] % rank(view) == dim else None
     if view.target is aten.transpose.int:
@@ -89,7 +90,7 @@ def _tokens_before(view: fx.Node, dim: int) -> int | None:
         return 3 - dim if swapped else None
     if view.target is aten.permute.default:
         return 3 - dim if [d % rank(view) for d in given["dims"]] == [0, 2, 1, 3] else None
-    folded = view.target in _FOLDS and rank(view) == 4 and rank(source) == 3 and shape(view)[:2] == shape(source)[:2]
+    folded = rank(view) == 4 and rank(source) == 3 and shape(view)[:2] == shape(source)[:2]
     return dim if folded and dim == 1 else None
 
 
@@ -109,11 +110,7 @@ def _norm(node: fx.Node) -> Norm | None:
         return None
     if rank(x) not in (3, 4) or shape(x) != shape(node) or shape(weight) != shape(x)[-1:]:
         return None
-    return (
-        Norm(x, weight, eps, nodes)
-        if all(is_within(n, x) for n in (node, *nodes)) and dtype(node) == dtype(x)
-        else None
-    )
+    return Norm(x, weight, eps, nodes) if all(is_within(n, x) for n in (node, *nodes)) else None
 
 
 def is_within(node: fx.Node, x: fx.Node) -> bool:

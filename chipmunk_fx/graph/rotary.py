@@ -67,7 +67,7 @@ def _parts(turn: Turn) -> list[Part] | None:
 
 def _joined(turn: Turn) -> fx.Node | None:
     """The concatenation along tokens that alone reads what was rotated."""
-    (user, *others) = [user for result in turn.results for user in result.users if user not in turn.results] or (None,)
+    (user, *others) = [user for result in turn.results for user in result.users if user not in turn.nodes] or (None,)
     is_joined = user is not None and not others and user.target is aten.cat.default
     return user if is_joined and arguments(user)["dim"] in (turn.dim, turn.dim - 4) else None
 

@@ -118,7 +118,7 @@ def _written(last: fx.Node) -> Turn | None:
     if not isinstance(buffer, fx.Node) or buffer.target is not aten.empty_like.default or not is_static(buffer):
         return None
     writes = [_write(user) for user in buffer.users if user < last]
-    values = {start: copy for write in writes if write is not None for start, copy in (write,)}
+    values = dict(write for write in writes if write is not None)
     if len(writes) != 2 or values.keys() != {0, 1} or max(values.values()) is not last:
         return None
     found = match(_EVEN_ODD[0], values[0].args[1])

@@ -245,6 +245,14 @@ def rounded_to_another_dtype(x, w):
     return (x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)).half().to(x.dtype) * w
 
 
+def rounded_before_its_weight(x, w):
+    return ((x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)).half() * w).to(x.dtype)
+
+
+def wider_than_its_input(x, w):
+    return written_out(x, w.float())
+
+
 def heads_out_of_order(x, w):
     return over_heads(x, w).reshape(x.shape[0], HEADS, TOKENS, WIDTH).transpose(1, 2)
 
@@ -272,6 +280,8 @@ NORMS_UNLIKE_IT = [
     changed_before_its_weight,
     eps_that_is_computed,
     rounded_to_another_dtype,
+    rounded_before_its_weight,
+    wider_than_its_input,
     heads_out_of_order,
     some_heads_of_all,
     some_columns,

@@ -128,13 +128,14 @@ def test_angles_may_be_each_heads_own_and_have_no_batch():
     same(module, function, [x, w, *angles])
 
 
-@pytest.mark.parametrize("norm", [norm, written_out])
+@pytest.mark.parametrize("turn", [neighbours, in_place])
+@pytest.mark.parametrize("norm", [norm, written_out, over_heads])
 @pytest.mark.parametrize("first", [False, True], ids=["text last", "text first"])
-def test_a_norm_that_is_rotated_in_part_is_joined(norm: Callable[..., Tensor], first: bool):
+def test_a_norm_that_is_rotated_in_part_is_joined(norm: Callable, turn: Callable, first: bool):
     def function(x: Tensor, w: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         n = norm(x, w)
         image, text = (n[:, 4:], n[:, :4]) if first else (n[:, :-4], n[:, -4:])
-        parts = [neighbours(image, cos[:, 4:], sin[:, 4:]), text]
+        parts = [turn(image, cos[:, 4:], sin[:, 4:]), text]
         return torch.cat(parts[::-1] if first else parts, 1)
 
     count, module = fused(function, one_part())
