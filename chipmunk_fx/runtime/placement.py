@@ -21,6 +21,8 @@ from chipmunk_fx.state.store import Place
 
 Where = Literal["device", "host", "dense"]
 
+STEADY = 0.95  # of the host's free memory: compiling takes some, and calls whose caches then find no room are dense as a whole
+
 
 def fit(plan: Plan, config: Config) -> Plan:
     """Give every site its place for the caches of the expected branches; what fits nowhere stays dense.
@@ -33,7 +35,7 @@ def fit(plan: Plan, config: Config) -> Plan:
     offload = config.memory.offload if plan.roles.timed else "none"
     sizes = {s.index: cache_bytes(s, plan, config, config.schedule.branches or 1) for s in plan.rewritten}
     where: dict[int, Where] = dict.fromkeys(sizes, "host" if offload == "all" else "device")
-    allowed = {"device": limit(config, Place(device)), "host": limit(config, Place(device, on_host=True))}
+    allowed = {"device": limit(config, Place(device)), "host": int(STEADY * limit(config, Place(device, on_host=True)))}
     reasons: dict[int, str] = {}
     moves: tuple[tuple[Where, Where], ...] = (("host", "dense"),) if offload == "all" else (("device", "dense"),)
     if offload == "auto":

@@ -190,6 +190,29 @@ def test_what_fits_on_neither_side_stays_dense(monkeypatch: pytest.MonkeyPatch):
     assert all("half of the host's free memory" in s.reason for s in report.sites)
 
 
+def test_a_site_too_many_for_the_host_stays_dense_and_not_every_other_call(monkeypatch: pytest.MonkeyPatch):
+    """Where caches just fit, memory that goes while compiling would leave a branch without any."""
+    from chipmunk_fx.runtime import placement
+
+    options: dict[str, Any] = {"memory__offload": "all", "mlp__enabled": False, "schedule__branches": 2}
+    needed, free = results(4, **options)[1].host_bytes, 2.04
+    model = compiled(TinyDiT(4), **options)
+
+    def left() -> int:
+        taken = sum(session.account().at(Place(torch.device("cpu"), on_host=True)) for session in registry.sessions(model))
+        return int(free * needed) - taken
+
+    monkeypatch.setattr(placement, "_host_memory", left)
+    first, *others = calls(TIMES, [words(1), words(2)])
+    run(model, [first])
+    free = 1.98
+    run(model, others)
+    summary = chipmunk_fx.summary(model)
+    sites = [s for s in summary.sites if s.kind == "attention"]
+    assert [s.status for s in sites] == ["rewritten"] * 3 + ["dense"] and "half of the host" in sites[-1].reason
+    assert not summary.fallbacks and summary.host_bytes == 0.75 * needed
+
+
 def test_pieces_of_a_model_keep_their_caches_on_the_device():
     model = TinyDiT(2)
     torch._dynamo.reset()
