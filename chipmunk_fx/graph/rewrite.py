@@ -131,7 +131,8 @@ class _Writer:
     def replace(self, site: Site) -> None:
         anchor = self.copied[site.nodes[0]]
         with self.graph.inserting_before(anchor):
-            self._fetch(site)
+            if site.index in self.passages:
+                self._fetch(site)
             if isinstance(site.operands, AttentionOperands):
                 new = self._attention(site, site.operands)
             else:
@@ -266,11 +267,10 @@ class _Writer:
 
     def _fetch(self, site: Site) -> None:
         """Wait for this site's caches to be on the device, and have the next site's copied while this one computes."""
-        if site.index not in self.passages:
-            return
-        if site.index == next(iter(self.passages)):
-            self._bring(None, site)
-            self._bring(None, site, late=True)
+        if site.index == next(iter(self.passages)):  # beside all that comes before
+            with self.graph.inserting_before(next(n for n in self.graph.nodes if n.op == "call_function")):
+                for late in (False, True):
+                    self._bring(None, site, late)
         coming = self._following(site)
         self._bring(site, None if self._in_turn(site, coming) else coming)
         self._bring(site, None, late=True)

@@ -131,6 +131,7 @@ def test_the_next_site_is_fetched_while_one_computes_and_its_lists_after():
 
     nodes = rewrite(graph.capture, graph.plan, graph.config, Phase.SPARSE).graph.nodes
     order = [_told(n) for n in nodes if _is_ours(n)]
+    assert all(_is_ours(n) for n in [n for n in nodes if n.op == "call_function"][:2])  # beside all else
     rest, lists, nothing = ("rest", "share"), ("lists",), ()
     # waits for what, of which lane; begins to copy what, to which lane
     at_first = [("cache_fetch", nothing, 0, rest, 0), ("cache_fetch", nothing, 0, lists, 2)]
@@ -199,8 +200,7 @@ def test_a_site_too_many_for_the_host_stays_dense_and_not_every_other_call(monke
     model = compiled(TinyDiT(4), **options)
 
     def left() -> int:
-        taken = sum(session.account().at(Place(torch.device("cpu"), on_host=True)) for session in registry.sessions(model))
-        return int(free * needed) - taken
+        return int(free * needed) - sum(session.account().host for session in registry.sessions(model))
 
     monkeypatch.setattr(placement, "_host_memory", left)
     first, *others = calls(TIMES, [words(1), words(2)])
