@@ -31,7 +31,7 @@ def _written_out() -> Expression:
             "mul": Call((aten.mul.Tensor,), {"self": x, "other": x}),
         },
     )
-    last = Literal(lambda dims: list(dims) == [-1], "the last dimension")
+    last = Literal(lambda dims: list(dims or ()) == [-1], "the last dimension")
     kept = Literal(lambda keepdim: keepdim is True, "keepdim")
     mean = Call((aten.mean.dim,), {"self": squares, "dim": last, "keepdim": kept})
     scale = Call((aten.rsqrt.default,), {"self": Call((aten.add.Tensor,), {"self": mean, "other": Var("eps")})})

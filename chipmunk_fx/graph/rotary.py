@@ -16,7 +16,7 @@ from torch import fx
 from chipmunk_fx.graph.calls import arguments, dtype
 from chipmunk_fx.graph.norms import Norm, find_norm
 from chipmunk_fx.graph.turns import Turn, find_turn
-from chipmunk_fx.graph.walk import mutated_between, rank, shape
+from chipmunk_fx.graph.walk import VIEWS, mutated_between, rank, shape, storage, written
 
 aten = torch.ops.aten
 
@@ -54,7 +54,7 @@ def fuse_rotary(graph: fx.Graph, pays: Callable[[torch.Tensor], bool]) -> int:
 
 def _parts(turn: Turn) -> list[Part] | None:
     """What is rotated, or joined to be; None where nothing is normed, norms are unlike, or others read or change values."""
-    if any(user not in turn.nodes for user in turn.x.users):
+    if any(user not in turn.nodes for user in turn.x.users) or not _may_lie_otherwise(turn.results, turn.dim):
         return None
     values: Sequence[Any] = [turn.x]
     inside = {turn.x, *turn.nodes}
@@ -88,6 +88,23 @@ def _changed(parts: Sequence[Part], last: fx.Node) -> bool:
     return bool(parts) and mutated_between(min(part.source for part in parts), last, read) is not None
 
 
+def _may_lie_otherwise(results: Sequence[fx.Node], dim: int) -> bool:
+    """Whether they lie over contiguous [B, N, H, D] anyway, or nobody can tell: by a write to what is a view of them in one
+    layout and a copy in another, say."""
+    value = results[0].meta["val"]
+    if (value if dim == 1 else value.transpose(1, 2)).is_contiguous():
+        return True
+    queue, memories = list(results), {storage(results[0]), None}  # None: of lists of views
+    for node in queue:
+        for user in node.users:
+            if user.target is aten.as_strided.default or node in written(user):
+                return False
+            if user not in queue and (user.target in VIEWS or storage(user) in memories):
+                memories.add(storage(user))
+                queue.append(user)
+    return True
+
+
 def _replace(graph: fx.Graph, turn: Turn, parts: Sequence[Part]) -> None:
     sizes = [shape(part.value)[turn.dim] for part in parts]
     with graph.inserting_before(turn.last):
@@ -115,7 +132,11 @@ def _join(graph: fx.Graph, cat: fx.Node) -> bool:
     parts = list(others.values())
     if any(part.norm is None for part in parts) or not _are_alike(parts, cat, [rotated[0].kwargs["eps"]]):
         return False
-    if _changed(parts, cat) or mutated_between(min(rotated), cat, [n for r in rotated for n in r.all_input_nodes]):
+    if (
+        not _may_lie_otherwise([cat], dim)
+        or _changed(parts, cat)
+        or mutated_between(min(rotated), cat, [n for r in rotated for n in r.all_input_nodes])
+    ):
         return False
     with graph.inserting_before(cat):
         given: list[list[Any]] = [[], [], [], []]

@@ -13,7 +13,7 @@ from chipmunk_fx.graph.calls import CASTS, arguments, dtype
 from chipmunk_fx.graph.language import Call, Each, Expression, Found, Literal, OneOf, Range, Var, Where, match
 from chipmunk_fx.graph.norms import is_static, is_within
 from chipmunk_fx.graph.spellings import ANYTHING, maybe_cast, maybe_wide
-from chipmunk_fx.graph.walk import mutated_between, rank, shape
+from chipmunk_fx.graph.walk import mutated_between, rank, shape, storage
 
 aten = torch.ops.aten
 
@@ -154,13 +154,19 @@ def _turn(found: Found, nodes: Sequence[fx.Node], results: tuple[fx.Node, ...], 
     narrow = dtype(x) in (torch.bfloat16, torch.float16)
     if not (narrow if by_columns else x.meta["val"].is_floating_point()):  # in fp32 nothing is rounded on the way
         return None
-    if not all(is_within(n, x) for n in made) or not _whole(found, by_columns):
+    if not all(is_within(n, x) for n in made) or not _whole(found, by_columns) or _is_seen(results, found.nodes):
         return None
     dim = _token_dim(x, (cos, sin), shape(x)[3] // 2 if by_columns else shape(x)[3])
     # what is made on the way, too: a part of it may be set to 0
     if dim is None or mutated_between(min(found.nodes), last, [x, cos, sin, *found.nodes]):
         return None
     return Turn(x, cos, sin, dim, found.bound.get("turned") != "halves", results, last, (*nodes, *results))
+
+
+def _is_seen(results: Sequence[fx.Node], nodes: Sequence[fx.Node]) -> bool:
+    """Whether others than these read memory of the results by another name, such as what was stacked."""
+    aliases = [n for n in nodes if n not in results and storage(n) == storage(results[0])]
+    return any(user not in nodes and user not in results for n in aliases for user in n.users)
 
 
 def _whole(found: Found, by_columns: bool) -> bool:

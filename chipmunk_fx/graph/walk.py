@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import fx
 
+from chipmunk_fx.graph.calls import arguments
+
 aten = torch.ops.aten
 
 LINEAR = (aten.linear.default,)
@@ -136,8 +138,9 @@ def written(node: fx.Node) -> list[fx.Node]:
     schema = getattr(node.target, "_schema", None)
     if schema is None or not schema.is_mutable:
         return []
-    given = zip(schema.arguments, node.args, strict=False)
-    return [n for a, n in given if a.alias_info is not None and a.alias_info.is_write and isinstance(n, fx.Node)]
+    given = arguments(node)
+    into = [given.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [n for x in into for n in (x if isinstance(x, (list, tuple)) else [x]) if isinstance(n, fx.Node)]
 
 
 def writers(nodes: Iterable[fx.Node]) -> list[fx.Node]:

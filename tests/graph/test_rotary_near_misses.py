@@ -162,6 +162,31 @@ def odd_width(n, x, cos, sin, w):
     return out
 
 
+def input_written_by_out(n, x, cos, sin, w):
+    torch.add(x, 1, out=x)
+    return stacked_halves(n, cos, sin)
+
+
+def input_written_by_foreach(n, x, cos, sin, w):
+    torch._foreach_add_([x], 1.0)
+    return stacked_halves(n, cos, sin)
+
+
+def stack_written_afterwards(n, x, cos, sin, w):
+    a, b = n[..., 0::2].float(), n[..., 1::2].float()
+    both = torch.stack([(a * cos - b * sin).to(n.dtype), (a * sin + b * cos).to(n.dtype)], -1)
+    out = both.flatten(3)
+    both[..., 0] = 0
+    return out
+
+
+def stack_read_afterwards(n, x, cos, sin, w):
+    a, b = n[..., 0::2].float(), n[..., 1::2].float()
+    both = torch.stack([(a * cos - b * sin).to(n.dtype), (a * sin + b * cos).to(n.dtype)], -1)
+    both.flatten(3)[:, :3] = 0
+    return both
+
+
 def read_again(n, x, cos, sin, w):
     return stacked_halves(n, cos, sin) + n
 
@@ -189,6 +214,10 @@ NEAR = [
     other_memory,
     one_token_by_many_angles,
     odd_width,
+    input_written_by_out,
+    input_written_by_foreach,
+    stack_written_afterwards,
+    stack_read_afterwards,
     read_again,
 ]
 
@@ -211,6 +240,10 @@ def one_weight(x, w):
 
 def mean_over_heads_alone(x, w):
     return (x * torch.rsqrt(x.float().pow(2).mean(2, keepdim=True) + 1e-6)).to(x.dtype) * w
+
+
+def mean_of_all(x, w):
+    return (x * torch.rsqrt(x.float().pow(2).mean(None, keepdim=True) + 1e-6)).to(x.dtype) * w
 
 
 def mean_of_cubes(x, w):
@@ -273,6 +306,7 @@ NORMS_UNLIKE_IT = [
     weights_by_head,
     one_weight,
     mean_over_heads_alone,
+    mean_of_all,
     mean_of_cubes,
     mean_rounded,
     mean_of_others,
@@ -315,3 +349,35 @@ def heads_as_tokens(x, w, cos, sin):
 def test_norms_that_are_read_otherwise_are_left_alone(function: Callable[..., Tensor]):
     x, w, _, cos, sin = one_part()
     left_alone(function, x, w, cos, sin)
+
+
+def written_by_a_view(out):
+    out.flatten(0, 1)[:, :3] = 0
+    return out
+
+
+def written_by_a_part_of_it(out):
+    out.unbind(0)[1].flatten(0, 1)[:3] = 0
+    return out
+
+
+def copied_and_written(out):
+    tokens = out.transpose(1, 2).contiguous()
+    tokens[:, :3] = 0
+    return out + tokens.transpose(1, 2)
+
+
+def strided(out):
+    return out.as_strided((TOKENS, WIDTH), (WIDTH, 1))
+
+
+@pytest.mark.parametrize("use", [written_by_a_view, written_by_a_part_of_it, copied_and_written, strided])
+def test_heads_first_are_left_alone_where_their_memory_is_told(use: Callable[..., Tensor]):
+    """The operator's lie over contiguous tokens first, where what was a view is a copy and the other way round."""
+    x, w, _, cos, sin = (t.transpose(1, 2).contiguous() if t.dim() == 4 else t for t in one_part())
+    left_alone(lambda x, w, c, s: use(neighbours(norm(x, w), c, s)), x, w, cos, sin)
+    joined = traced_by_memory(
+        lambda x, w, c, s: use(torch.cat([neighbours(norm(x, w), c, s), norm(x[:, :, :1], w)], 2)), x, w, cos, sin
+    )
+    assert fuse_rotary(joined.graph, lambda x: True) == 1
+    assert any(n.target is torch.ops.aten.cat.default for n in joined.graph.nodes)
