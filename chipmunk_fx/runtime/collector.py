@@ -1,7 +1,7 @@
 """Python's garbage collector rests while a graph is compiled.
 
-Compiling makes many objects that live on, and so sets off collections, each of which walks every object of torch: a third of
-the time of a start whose kernels are in Inductor's cache already.
+Compiling makes many objects that live on, and so sets off collections, each of which walks every object of torch. Where kernels
+are in Inductor's cache already, they take a third of a start's time, most of it in Dynamo; a tenth is saved here.
 """
 
 import gc
