@@ -168,26 +168,5 @@ __device__ __forceinline__ void consume(const Problem &p, const Shared &shared) 
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_columns(const __grid_constant__ Problem p) {
-    extern __shared__ __align__(1024) char memory[];
-    const Shared shared(shared_address(memory));
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < BUFFERS; i++) {
-            barrier_init(shared.full + i * 8, 128);
-            barrier_init(shared.empty + i * 8, 4 * CONSUMERS);
-        }
-        for (int i = 0; i < CONSUMERS; i++) {
-            barrier_init(shared.queries_full + i * 8, 128);
-            barrier_init(shared.queries_empty + i * 8, 4);
-        }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    }
-    __syncthreads();
-    using Roles = Registers<CONSUMERS == 2 ? 40 : 32, CONSUMERS == 2 ? 232 : 160>;
-    if (threadIdx.x < 128) {
-        Roles::give();
-        produce(p, shared);
-    } else {
-        Roles::take();
-        consume(p, shared);
-    }
+    run<Shared>(p);
 }

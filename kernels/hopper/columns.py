@@ -2,7 +2,6 @@
 
 import ctypes
 from ctypes import c_float, c_int, c_longlong, c_void_p
-from functools import cache
 from pathlib import Path
 
 from torch import Tensor
@@ -51,7 +50,7 @@ def attend_columns(
         heads, heads // k.shape[1], rows, rows if order is None else order.shape[0], k.shape[2], *lists.shape[2:],
         parts, tiles, group_rows, scale * LOG2E, power, short,
     )  # fmt: skip
-    _kernel(settings, q.device.index).launch(tiles, problem, q.device)
+    nvrtc.kernel("attend_columns", source, q.device.index, settings).launch(tiles, problem, q.device)
 
 
 def source(settings: Settings) -> str:
@@ -64,17 +63,6 @@ def source(settings: Settings) -> str:
     )
     here = Path(__file__).parent
     return "\n".join([preamble(element, **sizes), *products, *((here / name).read_text() for name in PARTS)])
-
-
-@cache
-def _kernel(settings: Settings, device: int) -> nvrtc.Kernel:
-    """Compiled once a process, loaded once a device."""
-    return nvrtc.load(_code(settings), "attend_columns", settings.threads, settings.shared)
-
-
-@cache
-def _code(settings: Settings) -> bytes:
-    return nvrtc.compiled(source(settings), "sm_90a")
 
 
 def strides(x: Tensor) -> tuple[int, ...]:

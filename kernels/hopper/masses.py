@@ -2,10 +2,8 @@
 
 import ctypes
 from ctypes import c_float, c_int, c_longlong, c_void_p
-from functools import cache
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from chipmunk_fx.kernels import devices
@@ -44,8 +42,7 @@ def column_masses(
         return plain.column_masses(q, k, order, lse, heads, groups, scale=scale, group_rows=group_rows, stride=stride)
     q, k = copyable(q), copyable(k)
     (_, per_batch, rows, _), keys = q.shape, k.shape[2]
-    pitch = -(-keys // 16) * 16  # so that lines begin at whole vectors
-    masses = torch.empty(len(heads), len(groups), pitch, dtype=torch.uint16, device=q.device)
+    masses = plain.empty(heads, groups, keys, q.device)
     parts = -(-len(groups) // (settings.consumers * settings.groups))
     run = tuning.mass_run(len(heads) * parts, keys, devices.units(q.device))
     runs = -(-keys // run)
@@ -53,10 +50,10 @@ def column_masses(
     problem = Problem(
         q.data_ptr(), k.data_ptr(), *strides(q), *strides(k),
         None if order is None else order.data_ptr(), lse.data_ptr(), masses.data_ptr(),
-        per_batch, per_batch // k.shape[1], rows, rows if order is None else order.shape[0], keys, pitch,
+        per_batch, per_batch // k.shape[1], rows, rows if order is None else order.shape[0], keys, masses.shape[2],
         heads.start, groups.start, len(groups), group_rows, stride, run, runs, parts, tiles, scale * LOG2E,
     )  # fmt: skip
-    _kernel(settings, q.device.index).launch(tiles, problem, q.device)
+    nvrtc.kernel("column_masses", source, q.device.index, settings).launch(tiles, problem, q.device)
     return masses[..., :keys]
 
 
@@ -67,14 +64,3 @@ def source(settings: MassSettings) -> str:
     products = multiply("multiply_keys", settings.element, settings.samples)
     here = Path(__file__).parent
     return "\n".join([preamble(settings.element, **sizes), products, *((here / name).read_text() for name in PARTS)])
-
-
-@cache
-def _kernel(settings: MassSettings, device: int) -> nvrtc.Kernel:
-    """Compiled once a process, loaded once a device."""
-    return nvrtc.load(_code(settings), "column_masses", settings.threads, settings.shared)
-
-
-@cache
-def _code(settings: MassSettings) -> bytes:
-    return nvrtc.compiled(source(settings), "sm_90a")

@@ -2,9 +2,9 @@
 
 import ctypes
 from ctypes import c_int, c_longlong, c_void_p
-from functools import cache
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from chipmunk_fx.kernels import devices
@@ -74,7 +74,7 @@ def _first(
         lists.data_ptr(), hidden.data_ptr(), change.data_ptr(), means.data_ptr(), mean.data_ptr(), _pointer(rows.scales),
         _pointer(scales), count, rows.values.shape[2], w1.shape[0], groups, listed, change.shape[1], batch * groups, tiles,
     )  # fmt: skip
-    _kernel(settings, "first.cu", "exchange_listed", hidden.device.index).launch(tiles, problem, hidden.device)
+    _launch("exchange_listed", settings, "first.cu", tiles, problem, hidden.device)
     return change
 
 
@@ -92,7 +92,7 @@ def _second(
         change.data_ptr(), by_neuron.data_ptr(), _pointer(order), lists.data_ptr(), out.data_ptr(), result.data_ptr(),
         rows, width, groups, listed, group_rows // settings.rows, batch * groups, tiles,
     )  # fmt: skip
-    _kernel(settings, "second.cu", "add_listed", out.device.index).launch(tiles, problem, out.device)
+    _launch("add_listed", settings, "second.cu", tiles, problem, out.device)
 
 
 def source(settings: ProductSettings, file: str) -> str:
@@ -111,15 +111,11 @@ def source(settings: ProductSettings, file: str) -> str:
     )
 
 
-@cache
-def _kernel(settings: ProductSettings, file: str, name: str, device: int) -> nvrtc.Kernel:
-    """Compiled once a process, loaded once a device."""
-    return nvrtc.load(_code(settings, file), name, settings.threads, settings.shared, settings.cluster)
-
-
-@cache
-def _code(settings: ProductSettings, file: str) -> bytes:
-    return nvrtc.compiled(source(settings, file), "sm_90a")
+def _launch(
+    name: str, settings: ProductSettings, file: str, tiles: int, problem: ctypes.Structure, device: torch.device
+) -> None:
+    kernel = nvrtc.kernel(name, source, device.index, settings, file, cluster=settings.cluster)
+    kernel.launch(tiles, problem, device)
 
 
 def _pitch(x: Tensor | None) -> int:

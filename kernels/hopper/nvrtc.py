@@ -1,16 +1,20 @@
 """CUDA C++ compiled at run time: NVRTC and the driver through ctypes, as torch brings them. Nothing loads on import."""
 
 import ctypes
+from collections.abc import Callable
 from ctypes import byref, c_char_p, c_int, c_size_t, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from chipmunk_fx.kernels import devices
+from chipmunk_fx.kernels.hopper.tuning import Block
 from chipmunk_fx.log import logger
 
+ARCHITECTURE = "sm_90a"
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
@@ -104,6 +108,17 @@ def load(code: bytes, name: str, threads: int, shared: int, cluster: int = 1) ->
         driver().cuFuncSetAttribute(function, c_int(_MAX_DYNAMIC_SHARED), c_int(shared)), f"{shared} bytes for {name}"
     )
     return Kernel(module, function, threads, shared, cluster)
+
+
+@cache
+def kernel(name: str, source: Callable[..., str], device: int, settings: Block, *more: str, cluster: int = 1) -> Kernel:
+    """Function `name` of source(settings, *more): compiled once a process, loaded once a device. cluster: as of `Kernel`."""
+    return load(_code(source, settings, *more), name, settings.threads, settings.shared, cluster)
+
+
+@cache
+def _code(source: Callable[..., str], *of: Any) -> bytes:
+    return compiled(source(*of), ARCHITECTURE)
 
 
 def check(result: int, doing: str) -> None:

@@ -36,6 +36,18 @@ struct Registers {
     static __device__ __forceinline__ void take() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MULTIPLYING)); }
 };
 
+// A kernel's work: `produce` and `consume`, each by its warpgroups.
+template <class Roles, class Problem, class Shared>
+__device__ __forceinline__ void divide(const Problem &p, const Shared &shared) {
+    if (threadIdx.x < 128) {
+        Roles::give();
+        produce(p, shared);
+    } else {
+        Roles::take();
+        consume(p, shared);
+    }
+}
+
 // Arrives when all copies that this thread has started are there
 __device__ __forceinline__ void barrier_arrive_after_copies(u32 barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");

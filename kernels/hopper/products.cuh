@@ -131,12 +131,6 @@ __device__ __forceinline__ void run(const Problem &p) {
     const Shared shared(shared_address(memory));
     prepare(shared);
     using Roles = Registers<CONSUMERS == 2 ? 88 : 80, CONSUMERS == 2 ? 208 : 144>;
-    if (threadIdx.x < 128) {
-        Roles::give();
-        produce(p, shared);
-    } else {
-        Roles::take();
-        consume(p, shared);
-    }
+    divide<Roles>(p, shared);
     meet_in_cluster();  // the others may still send something here
 }

@@ -1,4 +1,5 @@
-// Rows of one head, WIDTH values of 2 bytes, copied by one warpgroup into shared memory as wgmma wants them: 16 bytes a lane.
+// What both kernels of attention share: rows of one head, WIDTH values of 2 bytes, copied by one warpgroup into shared memory as
+// wgmma wants them, 16 bytes a lane; and how a kernel begins.
 
 constexpr int CHUNKS = WIDTH / 8;     // of 16 bytes in a row
 constexpr int AT_ONCE = 32 / CHUNKS;  // rows that one warp copies in one instruction
@@ -30,4 +31,25 @@ template <int ROWS>
 __device__ __forceinline__ u32 place_of_lane(int warp, int lane) {
     const int row = warp * AT_ONCE + lane / CHUNKS, chunk = lane % CHUNKS;
     return chunk / 8 * (ROWS * LINE) + row * LINE + ((chunk ^ row) & 7) * 16;
+}
+
+// A kernel of attention: tiles come through a ring of buffers, each consumer's queries have a place of their own.
+template <class Shared, class Problem>
+__device__ __forceinline__ void run(const Problem &p) {
+    extern __shared__ __align__(1024) char memory[];
+    const Shared shared(shared_address(memory));
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < BUFFERS; i++) {
+            barrier_init(shared.full + i * 8, 128);
+            barrier_init(shared.empty + i * 8, 4 * CONSUMERS);
+        }
+        for (int i = 0; i < CONSUMERS; i++) {
+            barrier_init(shared.queries_full + i * 8, 128);
+            barrier_init(shared.queries_empty + i * 8, 4);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+    using Roles = Registers<CONSUMERS == 2 ? 40 : 32, CONSUMERS == 2 ? 232 : 160>;
+    divide<Roles>(p, shared);
 }

@@ -27,8 +27,7 @@ def column_masses(
     q [B, H, N, D], k [B, Hk, M, D], order int32 [P] or None, lse fp32 contiguous [B, H, N]; heads: a run of the B * H heads.
     """
     (_, per_batch, rows, width), keys = q.shape, k.shape[2]
-    pitch = triton.cdiv(keys, 16) * 16  # so that lines begin at whole vectors
-    masses = torch.empty(len(heads), len(groups), pitch, dtype=torch.uint16, device=q.device)
+    masses = empty(heads, groups, keys, q.device)
     sampled = triton.cdiv(group_rows, stride)
     device = tuning.device_of(q)
     tile = tuning.mass_tile(width, sampled, q.element_size(), device)
@@ -43,12 +42,17 @@ def column_masses(
     run = triton.cdiv(blocks, runs) * tile.columns
     _column_masses[(tiles, triton.cdiv(keys, run), len(heads))](
         q, k, order, lse, masses, *q.stride()[:3], *k.stride()[:3],
-        per_batch, per_batch // k.shape[1], rows, grouped, keys, pitch, run, heads.start, groups.start, groups.stop, stride,
-        scale * LOG2E,
+        per_batch, per_batch // k.shape[1], rows, grouped, keys, masses.shape[2], run,
+        heads.start, groups.start, groups.stop, stride, scale * LOG2E,
         WIDTH=width, WIDE=tuning.padded(width), GROUP=group_rows, SAMPLED=sampled, SLOTS=slots, AT_ONCE=at_once,
         COLUMNS=tile.columns, HELD=3 if thirds else 1, **tile.launch,
     )  # fmt: skip
     return masses[..., :keys]
+
+
+def empty(heads: range, groups: range, keys: int, device: torch.device) -> Tensor:
+    """For the codes [len(heads), len(groups), M or a few more]: lines begin at whole vectors."""
+    return torch.empty(len(heads), len(groups), triton.cdiv(keys, 16) * 16, dtype=torch.uint16, device=device)
 
 
 @triton.jit(do_not_specialize=["first_head", "first_group", "last_group"])

@@ -118,6 +118,24 @@ def assert_in_registers(code: bytes, kernel: str, folder: Path, begin: int):
     assert used and used.groups() == (str(begin), "0", "0"), told
 
 
+def test_a_kernel_is_compiled_once_and_loaded_once_a_device(monkeypatch: pytest.MonkeyPatch):
+    made, loaded = [], []
+    monkeypatch.setattr(nvrtc, "compiled", lambda text, architecture: made.append(text) or b"code")
+    monkeypatch.setattr(nvrtc, "load", lambda code, name, *sizes: loaded.append((code, name, *sizes)) or object())
+    settings = EVERY[0]
+
+    def source(of: Settings, *more: str) -> str:
+        return f"{of.width} {more}"
+
+    first = nvrtc.kernel("f", source, 0, settings)
+    assert nvrtc.kernel("f", source, 0, settings) is first
+    assert nvrtc.kernel("f", source, 1, settings) is not first
+    nvrtc.kernel("g", source, 0, settings, "g.cu", cluster=2)
+    assert made == [f"{settings.width} ()", f"{settings.width} ('g.cu',)"]
+    sizes = settings.threads, settings.shared
+    assert loaded == [(b"code", "f", *sizes, 1)] * 2 + [(b"code", "g", *sizes, 2)]
+
+
 def test_every_activation_has_a_formula():
     assert set(ACTIVATIONS) == set(KNOWN)
 
