@@ -159,16 +159,17 @@ def _build_all(graph: Graph, inputs: Sequence[Any]) -> None:
     scratch = Session(graph.config, lambda place: sys.maxsize, 0, Notices())
     state = scratch.example_state(graph, concrete(inputs))
     graph.variants.original()
-    for phase in variants_of(graph.plan, graph.config):
+    for phase in variants_of(graph):
         for renew in (True, False) if phase is Phase.REFRESH and graph.keeps_lists else (True,):
             graph.variants.get(phase, state[: graph.counts[phase]], renew)
 
 
-def variants_of(plan: Plan, config: Config) -> list[Phase]:
-    """The phases that a plan has graphs of its own for."""
+def variants_of(graph: Graph) -> list[Phase]:
+    """The phases that have graphs of their own."""
+    plan = graph.plan
     phases = [Phase.REFRESH, Phase.SPARSE] if plan.rewritten else []
-    computed = plan.stores(Phase.DENSE) and (config.schedule.dense_steps or not plan.rewritten)
-    dense = [Phase.DENSE] if computed or plan.masks else []
+    computed = plan.stores(Phase.DENSE) and (graph.config.schedule.dense_steps or not plan.rewritten)
+    dense = [Phase.DENSE] if computed or graph.improves_dense else []
     return [*dense, *phases, *([Phase.SKIP] if plan.streams else [])]
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import fx
 from torch._dynamo.source import ConstantSource
 from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from chipmunk_fx.config import Config
 from chipmunk_fx.graph.calls import dtype
-from chipmunk_fx.graph.capture import SDPA_CHOICE, Capture
+from chipmunk_fx.graph.capture import Capture
+from chipmunk_fx.graph.kept_attention import keep_kernels
 from chipmunk_fx.graph.pattern import AttentionOperands, Kept, MlpOperands, Part
 from chipmunk_fx.graph.plan import Plan, Site
 from chipmunk_fx.graph.region import Region
@@ -22,7 +22,6 @@ from chipmunk_fx.graph.walk import is_used, rank
 from chipmunk_fx.schedule.phase import Phase
 
 aten = torch.ops.aten
-_SDPA = aten.scaled_dot_product_attention.default
 POWER = {"additive": 0.0, "scaled": 0.5}  # exponent of the selection's share (method.md: w0^p)
 
 
@@ -52,7 +51,7 @@ def rewrite(capture: Capture, plan: Plan, config: Config, phase: Phase, renew: b
     for site in plan.sites:
         if plan.mask_of(site) is not None or (site.status == "rewritten" and phase is not Phase.DENSE):
             writer.replace(site)
-    _keep_attention_kernels(graph)
+    keep_kernels(graph)
     return _module(capture, graph)
 
 
@@ -84,18 +83,6 @@ def _skip(
     for node in reversed([n for n in graph.nodes if n in region]):
         graph.erase_node(node)
     graph.eliminate_dead_code()
-
-
-def _keep_attention_kernels(graph: fx.Graph) -> None:
-    """The kernels that the user chose for attentions that stay as they are."""
-    for node in graph.nodes:
-        if node.target is _SDPA and (allowed := node.meta.get("custom", {}).get(SDPA_CHOICE)):
-            node.target, node.args = _chosen_attention, (allowed, *node.args)
-
-
-def _chosen_attention(allowed: str, *args: Any, **kwargs: Any) -> torch.Tensor:
-    with sdpa_kernel([getattr(SDPBackend, name) for name in allowed.split(",")]):
-        return _SDPA(*args, **kwargs)
 
 
 def _placeholders(graph: fx.Graph, entries: tuple[StateInput, ...]) -> dict[tuple[int | None, str], fx.Node]:

@@ -27,11 +27,18 @@ def takes(q: Tensor, k: Tensor, valid: Tensor | None) -> bool:
 
     An `sdpa_kernel` that allows one of PyTorch's two kernels for Hopper and not the other is a choice, which is kept.
     """
-    if not q.is_cuda or valid is not None or q.device.index != torch.cuda.current_device():
+    if valid is not None or not suits(q, k) or q.device.index != torch.cuda.current_device():
         return False
     chosen = not (torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.cudnn_sdp_enabled())
+    return not chosen and works(q, k)
+
+
+def suits(q: Tensor, k: Tensor) -> bool:
+    """Whether it would be faster for such tensors, installed or not."""
+    if not q.is_cuda:
+        return False
     capability = torch.cuda.get_device_capability(q.device)
-    return not chosen and pays(capability, q.dtype, q.shape[-1], min(q.shape[2], k.shape[2])) and works(q, k)
+    return pays(capability, q.dtype, q.shape[-1], min(q.shape[2], k.shape[2]))
 
 
 def pays(capability: tuple[int, int], dtype: torch.dtype, width: int, rows: int) -> bool:

@@ -12,6 +12,7 @@ from torch import fx
 
 from chipmunk_fx.config import Config
 from chipmunk_fx.graph.capture import Capture
+from chipmunk_fx.graph.kept_attention import has_long_attention
 from chipmunk_fx.graph.plan import Plan
 from chipmunk_fx.graph.state import state_inputs
 from chipmunk_fx.runtime.variants import Variants
@@ -37,7 +38,8 @@ class Graph:
         self.is_piece = not plan.roles.timed
         self.free = [i for i, entry in enumerate(capture.inputs) if entry.is_tensor and not entry.is_parameter]
         self.owners = tuple(sorted({site.owner for site in plan.rewritten}))
-        self.rewrites, self.masked, self.skips = bool(plan.rewritten), bool(plan.masks), bool(plan.streams)
+        self.rewrites, self.skips = bool(plan.rewritten), bool(plan.streams)
+        self.improves_dense = bool(plan.masks) or has_long_attention(capture.module.graph)
         kinds = {s.kind for s in plan.rewritten}
         self.keeps_lists = "attention" in kinds and not config.attention.renew_lists
         self.settings = [s for kind, s in (("attention", config.attention), ("mlp", config.mlp)) if kind in kinds]

@@ -332,8 +332,8 @@ class Session:
 
 
 def _masks(graph: Graph, values: Sequence[Any], known: Known) -> list[torch.Tensor] | None:
-    """What a dense step needs to leave padded keys out; None where it computes them, in the graph as it came."""
-    return masks(graph, values, known) if graph.masked and graph.rewrites and not graph.skips else None
+    """What a dense step needs to leave padded keys out; None where it is computed in the graph as it came."""
+    return masks(graph, values, known) if graph.improves_dense and graph.rewrites and not graph.skips else None
 
 
 _DROPPED = "its caches were dropped for those of another generation (memory.budget_gb)"

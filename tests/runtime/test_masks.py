@@ -297,13 +297,13 @@ class Local(nn.Module):
 def test_the_kernel_of_an_attention_that_is_left_alone_is_kept(monkeypatch: pytest.MonkeyPatch):
     """In rewritten graphs too."""
     used: list[str] = []
-    chosen = __import__("chipmunk_fx.graph.rewrite", fromlist=["x"])._chosen_attention
+    chosen = __import__("chipmunk_fx.graph.kept_attention", fromlist=["x"])._chosen_attention
 
     def noting(allowed: str, *args: Any, **kwargs: Any) -> Tensor:
         used.append(allowed)
         return chosen(allowed, *args, **kwargs)
 
-    monkeypatch.setattr("chipmunk_fx.graph.rewrite._chosen_attention", noting)
+    monkeypatch.setattr("chipmunk_fx.graph.kept_attention._chosen_attention", noting)
     model = Local()
     ours = exactly(model)
     assert_same(run(ours, calls(TIMES)), run(model, calls(TIMES)))
