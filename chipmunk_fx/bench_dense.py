@@ -33,12 +33,17 @@ def kernels(device: torch.device) -> tuple[str, ...]:
 
 @contextmanager
 def preferred(kernel: str) -> Iterator[None]:
-    """Prefer one kernel of scaled_dot_product_attention; the others still serve what it refuses."""
+    """Prefer one kernel of scaled_dot_product_attention; the others still serve what it refuses.
+
+    What is compiled in here is cached apart: the kernel is chosen while a graph is traced, and no key of PyTorch's says which.
+    """
     if kernel == "default":
         yield
         return
     rest = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
-    with sdpa_kernel(list(dict.fromkeys((_FIRST[kernel], *rest))), set_priority=True):
+    tag = torch.compiler.config.cache_key_tag + kernel
+    cached_apart = torch.compiler.config.patch(cache_key_tag=tag)  # pyright: ignore[reportAttributeAccessIssue]
+    with cached_apart, sdpa_kernel(list(dict.fromkeys((_FIRST[kernel], *rest))), set_priority=True):
         yield
 
 

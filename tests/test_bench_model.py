@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
 from torch.profiler import profile
 
 from chipmunk_fx import bench_model, bench_subjects
-from chipmunk_fx.bench_dense import kernels, through_op
+from chipmunk_fx.bench_dense import kernels, preferred, through_op
 from chipmunk_fx.bench_measure import (
     SKIPPED,
     Figures,
@@ -262,3 +265,15 @@ def test_dense_attention_through_the_operator_is_the_same():
 
 def test_kernels_of_a_cpu():
     assert kernels(CPU) == ("default",)
+
+
+def test_what_one_kernel_was_compiled_with_is_not_taken_for_another():
+    q, hits = torch.randn(1, 2, 32, 16), []
+    with fresh_cache(), torch.no_grad():
+        for kernel in ("flash", "cudnn", "cudnn"):
+            torch._dynamo.reset()
+            counters.clear()
+            with preferred(kernel):
+                torch.compile(lambda q: F.scaled_dot_product_attention(q, q, q))(q)
+            hits.append(counters["aot_autograd"]["autograd_cache_hit"])
+    assert hits == [0, 0, 1]
