@@ -36,6 +36,7 @@ from chipmunk_fx.runtime.precision import settle
 from chipmunk_fx.runtime.report import Report, explain_model, report_of
 from chipmunk_fx.runtime.session import Session
 from chipmunk_fx.runtime.summary import Summary, summarize
+from chipmunk_fx.runtime.tracing import rest_while_tracing
 from chipmunk_fx.runtime.variants import Variants, inductor_patches, lower
 from chipmunk_fx.schedule.phase import Phase
 
@@ -233,3 +234,6 @@ def _inspect(graph_module: fx.GraphModule, inputs: Sequence[Any], config: Config
 
 def _left(reason: str) -> Report:
     return Report((), None, None, (), "unknown", 0.0, (f"a graph stays as it is: {reason}",))
+
+
+rest_while_tracing()

@@ -154,7 +154,7 @@ def thread_key() -> OfThread | None:
 
 def compiled_with_us(model: nn.Module) -> bool:
     """Whether the module, or one inside it, was given to torch.compile with this backend (called or not)."""
-    if _backend_name(getattr(model, "dynamo_ctx", None)) == "chipmunk":
+    if is_ours(getattr(model, "dynamo_ctx", None)):
         return True
     calls = (getattr(m, "_compiled_call_impl", None) for m in unwrap(model).modules())
     return any(_calls_us(call) for call in calls if call is not None)
@@ -162,7 +162,12 @@ def compiled_with_us(model: nn.Module) -> bool:
 
 def _calls_us(call: Any) -> bool:
     cells = getattr(call, "__closure__", None) or ()
-    return any(_backend_name(cell.cell_contents) == "chipmunk" for cell in cells)
+    return any(is_ours(cell.cell_contents) for cell in cells)
+
+
+def is_ours(context: Any) -> bool:
+    """Whether this backend stands in Dynamo's wrappers."""
+    return _backend_name(context) == "chipmunk"
 
 
 def _backend_name(context: Any) -> str | None:
