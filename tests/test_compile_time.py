@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -88,13 +89,15 @@ def test_four_variants_compile_in_2_3_times_the_time_of_one(tmp_path: Path):
 
 @pytest.mark.full
 def test_a_second_process_starts_in_a_tenth_of_the_time(tmp_path: Path):
-    cold, warm = (first_calls(tmp_path, "first")["seconds"][0] for _ in range(2))
-    assert warm < cold / 10, (cold, warm)
+    cold, *warm = (first_calls(tmp_path, "first")["seconds"][0] for _ in range(1 + PASSES))
+    assert median(warm) < cold / 10, (cold, warm)
 
 
 def first_calls(cache: Path, mode: str) -> dict[str, Any]:
     """Seconds of processor time, compilers included, of a model's first calls in a new process, and their phases."""
     cached = {"TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"), "TRITON_CACHE_DIR": str(cache / "triton")}
+    cached["TMPDIR"] = str(cache)  # where Inductor keeps torch's headers, precompiled, whatever its cache folder is
+    cache.mkdir(exist_ok=True)
     command = [sys.executable, "-P", __file__, mode]
     done = subprocess.run(command, env=os.environ | cached, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stderr[-3000:]
