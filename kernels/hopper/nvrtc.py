@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from chipmunk_fx.kernels import devices
-from chipmunk_fx.kernels.hopper.tuning import Block
+from chipmunk_fx.kernels.hopper.tuning import Block, SelectSettings
 from chipmunk_fx.log import logger
 
 ARCHITECTURE = "sm_90a"
@@ -73,7 +73,8 @@ def _text(nvrtc: ctypes.CDLL, program: c_void_p) -> str:
 class Kernel:
     """A loaded function; `module` keeps its code on the device of the context that was current when it was loaded.
 
-    threads, shared (bytes): of a block; cluster: blocks that work on a tile, as the function says itself.
+    threads, shared (bytes): of a block; cluster: blocks that work on a tile, as the function says itself; resident: clusters
+    that share a multiprocessor.
     """
 
     module: c_void_p
@@ -81,10 +82,11 @@ class Kernel:
     threads: int
     shared: int
     cluster: int
+    resident: int
 
     def launch(self, tiles: int, problem: ctypes.Structure, device: torch.device) -> None:
-        """Runs a cluster for each of `tiles`, at most a block a multiprocessor, on the current stream; `problem` by value."""
-        blocks = min(tiles, devices.units(device) // self.cluster) * self.cluster
+        """Runs a cluster for each of `tiles`, at most those that are resident, on the current stream; `problem` by value."""
+        blocks = min(tiles, devices.units(device) // self.cluster * self.resident) * self.cluster
         stream = torch.cuda.current_stream(device).cuda_stream
         pointers = (c_void_p * 1)(ctypes.addressof(problem))
         done = driver().cuLaunchKernel(
@@ -99,7 +101,7 @@ def driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
 
 
-def load(code: bytes, name: str, threads: int, shared: int, cluster: int = 1) -> Kernel:
+def load(code: bytes, name: str, threads: int, shared: int, cluster: int = 1, resident: int = 1) -> Kernel:
     """Function `name` of `code` on the current device. The rest: as of `Kernel`."""
     module, function = c_void_p(), c_void_p()
     check(driver().cuModuleLoadData(byref(module), code), "loading")
@@ -107,13 +109,16 @@ def load(code: bytes, name: str, threads: int, shared: int, cluster: int = 1) ->
     check(
         driver().cuFuncSetAttribute(function, c_int(_MAX_DYNAMIC_SHARED), c_int(shared)), f"{shared} bytes for {name}"
     )
-    return Kernel(module, function, threads, shared, cluster)
+    return Kernel(module, function, threads, shared, cluster, resident)
 
 
 @cache
-def kernel(name: str, source: Callable[..., str], device: int, settings: Block, *more: str, cluster: int = 1) -> Kernel:
-    """Function `name` of source(settings, *more): compiled once a process, loaded once a device. cluster: as of `Kernel`."""
-    return load(_code(source, settings, *more), name, settings.threads, settings.shared, cluster)
+def kernel(
+    name: str, source: Callable[..., str], device: int, settings: Block | SelectSettings, *more: str,
+    cluster: int = 1, resident: int = 1,
+) -> Kernel:  # fmt: skip
+    """Function `name` of source(settings, *more): compiled once a process, loaded once a device. The rest: as of `Kernel`."""
+    return load(_code(source, settings, *more), name, settings.threads, settings.shared, cluster, resident)
 
 
 @cache

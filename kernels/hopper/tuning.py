@@ -101,6 +101,15 @@ def mass_run(lines: int, keys: int, units: int) -> int:
 
 
 @dataclass(frozen=True)
+class SelectSettings:
+    """Of the selection, as at the top of select.cu; all of its shared memory is its own."""
+
+    threads: int = 256
+    blocks: int = 4
+    shared: int = 0
+
+
+@dataclass(frozen=True)
 class ProductSettings(Block):
     """Of one product of the MLP. columns: of the result in one tile; of the first product, gathered weights.
 

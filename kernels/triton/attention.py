@@ -20,9 +20,10 @@ def refresh(
     *, q: Tensor, k: Tensor, v: Tensor, order: Tensor | None, always: Tensor | None, valid: Tensor | None, clock: Tensor,
     rest: Tensor, share: Tensor, lists: Tensor, scale: float, group_rows: int, random_density: float, power: float,
     mass_stride: int, renew: bool, ragged: bool, seed: int, site: int, sdpa: str,
-    masses_of: Callable[..., Tensor] = column_masses, over_columns: Callable[..., None] = attend_columns,
+    masses_of: Callable[..., Tensor] = column_masses, choose: Callable[..., None] = select,
+    over_columns: Callable[..., None] = attend_columns,
 ) -> Tensor:  # fmt: skip
-    """As `chipmunk_fx.ops.attention.attention_refresh`. masses_of, over_columns: called like their defaults."""
+    """As `chipmunk_fx.ops.attention.attention_refresh`. masses_of, choose, over_columns: called like their defaults."""
     with on_device_of(q):
         q, k, v = (inner_contiguous(x) for x in (q, k, v))
         dense, lse = attend(q, k, v, scale, valid, sdpa)
@@ -38,7 +39,7 @@ def refresh(
                 )
                 some = lists.flatten(0, 1)[heads.start : heads.stop, groups.start : groups.stop]
                 # a chunk of several heads has all their groups: its lists are neighbours either way
-                select(
+                choose(
                     some.view(-1, columns), masses.flatten(0, 1), None, clock, drawn=drawn, seed=seed, site=site,
                     first=heads.start * lists.shape[2] + groups.start, always=always, valid=valid, spare=spare,
                     rows_a_batch=lists.shape[1] * lists.shape[2],

@@ -23,3 +23,8 @@ def copyable(x: Tensor) -> Tensor:
     aligned = x.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in strides)
     fits = aligned and strides[-1] < 1 << 32 and x.stride(-1) == 1
     return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+def seeds(seed: int, site: int) -> tuple[int, int]:
+    """Of random draws, as 31 bits each."""
+    return (seed ^ 0x5BD1E995) & 0x7FFFFFFF, site & 0x7FFFFFFF

@@ -2,8 +2,8 @@
 
 Unpacking, at every sparse step, one program goes along a line: a running sum of the bits set gives each word its first place.
 Where many are set, each bit of a word has a lane and the place of how many lie below it; where few are, words give up
-their lowest bits in turns, as often as the fullest of a block has any. Packing, at a refresh, sets the bits of a cleared
-line one by one.
+their lowest bits in turns, as often as the fullest of a block has any. Packing, at a refresh, joins the bits of neighbours in
+a list that share a word, which the last of them writes to a cleared line.
 """
 
 import torch
@@ -49,10 +49,28 @@ def _words(bits: Tensor) -> Tensor:
 @triton.jit
 def _pack(lists, words, columns, keys, pitch, BLOCK: tl.constexpr):
     line = tl.program_id(0).to(tl.int64)
-    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    column = tl.load(lists + line * columns + place, mask=place < columns, other=keys)
-    bit = tl.full([BLOCK], 1, tl.int32) << (column & 31)
-    tl.atomic_or(words + line * pitch + (column >> 5), bit, mask=column < keys, sem="relaxed")
+    first = tl.program_id(1) * BLOCK
+    lists += line * columns
+    words += line * pitch
+    place = first + tl.arange(0, BLOCK)
+    column = tl.load(lists + place, mask=place < columns, other=keys)
+    following = tl.load(lists + place + 1, mask=place + 1 < columns, other=keys)
+    word = tl.where(column < keys, column >> 5, -1)
+    following = tl.where(following < keys, following >> 5, -1)
+    bits = tl.full([BLOCK], 1, tl.int32) << (column & 31)
+    _, joined = tl.associative_scan((word, bits), 0, _join)
+    # a word may have begun in the block before, or go on in the next one
+    begins = tl.load(lists + first) >> 5
+    ends = place == first + BLOCK - 1
+    last = (word >= 0) & ((word != following) | ends)
+    shared = (word == begins) | ends
+    tl.store(words + word, joined, mask=last & ~shared)
+    tl.atomic_or(words + word, joined, mask=last & shared, sem="relaxed")
+
+
+@triton.jit
+def _join(word, bits, next_word, next_bits):
+    return next_word, next_bits | tl.where(word == next_word, bits, 0)
 
 
 @triton.jit

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from chipmunk_fx.kernels.triton.launching import seeds
 from chipmunk_fx.kernels.triton.tuning import padded
 
 WHOLE = 16384  # scores of a row that one program holds
@@ -43,9 +44,8 @@ def select(
     counts = None if whole else torch.empty(rows, BINS, dtype=torch.int32, device=scores.device)
     _select[(rows,)](
         lists, scores, minus, always, valid, spare, clock, counts, columns, total, scores.stride(0), drawn,
-        (seed ^ 0x5BD1E995) & 0x7FFFFFFF, site & 0x7FFFFFFF, first, rows_a_batch,
-        1 if always is None else always.shape[0], 1 if spare is None else spare.shape[0], RENEWED=renewed,
-        WHOLE=whole, BLOCK=block, BINS=BINS, LINES=32 * warps, PARTS=PARTS, num_warps=warps,
+        *seeds(seed, site), first, rows_a_batch, 1 if always is None else len(always), 1 if spare is None else len(spare),
+        RENEWED=renewed, WHOLE=whole, BLOCK=block, BINS=BINS, LINES=32 * warps, PARTS=PARTS, num_warps=warps,
     )  # fmt: skip
 
 

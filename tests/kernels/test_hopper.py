@@ -11,7 +11,7 @@ import torch
 import triton
 
 from chipmunk_fx.kernels import hopper
-from chipmunk_fx.kernels.hopper import columns, masses, mlp, nvrtc, tuning
+from chipmunk_fx.kernels.hopper import columns, masses, mlp, nvrtc, selection, tuning
 from chipmunk_fx.kernels.hopper.instructions import ACTIVATIONS
 from chipmunk_fx.kernels.hopper.tuning import ProductSettings, Settings
 from chipmunk_fx.ops.activations import ACTIVATIONS as KNOWN
@@ -61,6 +61,13 @@ def test_a_kernel_compiles_without_spilling(settings: Settings, tmp_path: Path, 
         code = nvrtc.compiled(columns.source(settings), "sm_90a")
     assert_in_registers(code, "attend_columns", tmp_path, BEGIN[settings.consumers])
     assert "serialized" not in caplog.text  # what ptxas says when products of wgmma cannot overlap
+
+
+@needs_nvrtc
+def test_selection_compiles_without_spilling(tmp_path: Path):
+    settings = selection.SETTINGS
+    code = nvrtc.compiled(selection.source(settings), "sm_90a")
+    assert_in_registers(code, "select_keys", tmp_path, 65536 // (settings.threads * settings.blocks))
 
 
 @needs_nvrtc
@@ -133,7 +140,7 @@ def test_a_kernel_is_compiled_once_and_loaded_once_a_device(monkeypatch: pytest.
     nvrtc.kernel("g", source, 0, settings, "g.cu", cluster=2)
     assert made == [f"{settings.width} ()", f"{settings.width} ('g.cu',)"]
     sizes = settings.threads, settings.shared
-    assert loaded == [(b"code", "f", *sizes, 1)] * 2 + [(b"code", "g", *sizes, 2)]
+    assert loaded == [(b"code", "f", *sizes, 1, 1)] * 2 + [(b"code", "g", *sizes, 2, 1)]
 
 
 def test_every_activation_has_a_formula():

@@ -1,0 +1,91 @@
+"""Selection by the CUDA C++ kernel: the lists of the Triton kernel, which the tests beside hold to the rules."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from chipmunk_fx.kernels import devices, hopper
+from chipmunk_fx.kernels.hopper import selection
+from chipmunk_fx.kernels.triton import selection as plain
+from chipmunk_fx.ops.selection import spare_places
+
+on_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or devices.capability(torch.device("cuda")) != hopper.CAPABILITY,
+    reason="needs a Hopper GPU",
+)
+LONG = plain.WHOLE + 1
+
+
+@dataclass(frozen=True)
+class Case:
+    """levels: codes that occur; fixed: rows of always-on keys; entries: batch entries with valid keys of their own."""
+
+    keys: int
+    columns: int
+    drawn: int
+    levels: int
+    rows: int = 4
+    fixed: int | None = None
+    entries: int | None = None
+    ragged: bool = False
+    first: int = 0
+
+    def values(self) -> tuple[Tensor, dict[str, Any]]:
+        generator = torch.Generator().manual_seed(0)
+        step = 65535 // self.levels
+        pitch = -(-self.keys // selection.RUN) * selection.RUN
+        codes = torch.randint(0, self.levels, (self.rows, pitch), generator=generator) * step
+        always = valid = spare = None
+        if self.fixed is not None:
+            share = 0.05 * torch.arange(1, self.fixed + 1)[:, None] / self.fixed
+            always = torch.rand(self.fixed, self.keys, generator=generator) < share
+        if self.entries is not None:
+            valid = torch.rand(self.entries, self.keys, generator=generator) < 0.6
+            valid[-1, self.columns // 2 :] = False
+        if self.ragged and always is not None:
+            spare = spare_places(always, valid, self.columns).int().contiguous()
+        given = {"always": always, "valid": valid, "spare": spare}
+        given = {name: None if x is None else x.cuda() for name, x in given.items()}
+        some = {"drawn": self.drawn, "first": self.first, "rows_a_batch": self.rows // (self.entries or 1)}
+        return codes.to(torch.uint16).cuda()[:, : self.keys], given | some
+
+
+CASES = [
+    Case(17000, 1700, 170, 65535),
+    Case(17000, 1700, 170, 50),
+    Case(LONG, 1700, 170, 1),
+    Case(16500, 16000, 100, 300),
+    Case(16500, 16000, 600, 300),
+    Case(20000, 1, 0, 1000),
+    Case(20000, 5, 5, 1000),
+    Case(20016, 3000, 200, 1000, rows=6, fixed=3, first=4),
+    Case(20016, 3000, 200, 1000, rows=6, fixed=3, ragged=True),
+    Case(17003, 3000, 200, 1000, rows=6, fixed=3, entries=2, ragged=True),
+    Case(17008, 3000, 0, 3, entries=2),
+    Case(119_056, 8064, 1191, 9000, rows=700, fixed=1),
+]
+
+
+@on_hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES, ids=repr)
+def test_lists_are_those_of_the_plain_kernel(case: Case):
+    codes, given = case.values()
+    clock = torch.tensor([7, 1], device="cuda")
+    ours, theirs = (torch.full((case.rows, case.columns), -7, dtype=torch.int32, device="cuda") for _ in range(2))
+    assert selection.takes(codes, None)
+    selection.select(ours, codes, None, clock, seed=11, site=5, **given)
+    plain.select(theirs, codes, None, clock, seed=11, site=5, **given)
+    assert torch.equal(ours, theirs)
+
+
+def test_short_rows_and_fp32_go_to_the_plain_kernel():
+    codes = torch.zeros(2, LONG + 15, dtype=torch.uint16)
+    long = codes[:, :LONG]
+    assert long.stride(0) % selection.RUN == 0 and selection.takes(long, None)
+    assert not selection.takes(codes[:, : plain.WHOLE], None) and not selection.takes(long.float(), None)
+    assert not selection.takes(long, long)
+    assert not selection.takes(torch.zeros(2, LONG, dtype=torch.uint16), None)  # lines begin anywhere
