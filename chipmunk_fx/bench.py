@@ -31,7 +31,7 @@ from chipmunk_fx.ops import flash4
 from chipmunk_fx.ops.cases import AttentionCase, MlpCase, arguments, call
 from chipmunk_fx.state.slots import attention_slots
 
-STRIDE = 4  # every 4th row of a group is sampled, the default
+STRIDE = 8  # one row in 8 of a group is sampled, the default
 RENEW_EVERY = 10  # steps from one refresh to the next, the default
 DENSITIES = (0.03, 0.06, 0.12, 0.25, 0.5)
 ROWS = tuple(1 << i for i in range(10, 18))

@@ -6,7 +6,6 @@ P rows that the groups cover, R rows in a group, G groups, K columns that a grou
 fewer heads than queries.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from chipmunk_fx.ops.dense import attend
-from chipmunk_fx.ops.groups import Span, group_count, groups_at_once, left_out, put, spans, take
+from chipmunk_fx.ops.groups import Span, group_count, groups_at_once, left_out, put, sampled_rows, spans, take
 from chipmunk_fx.ops.selection import random_count, select, spare_places, stream, substream
 
 
@@ -45,7 +44,7 @@ def attention_refresh(
     """Dense attention, and everything that `attention_sparse` needs on later steps.
 
     o, lse   = softmax(scale q k^T) v over all valid keys, with its log denominators
-    m[g, j]  = sum over every mass_stride-th row i of group g of exp(scale q_i.k_j - lse_i)
+    m[g, j]  = sum over the rows i of group g that are sampled, one in mass_stride, of exp(scale q_i.k_j - lse_i)
     lists[g] = the `always` columns and those of the largest m, then ceil(random_density M) random ones; `ragged`: a group
                with fewer `always` columns than another has as many places less, and M in the last ones
     share    = exp(power (lse over lists - lse)), at most 1
@@ -146,16 +145,18 @@ class Head:
         return out.squeeze(1), lse.squeeze(1)
 
     def masses(self, lse: Tensor, stride: int) -> Tensor:
-        """fp32 [G, M]: the share of attention that each key receives from every stride-th row of a group. lse: [N]."""
-        sampled, total = math.ceil(self.group_rows / stride), self.k.shape[0]
+        """fp32 [G, M]: the share of attention that each key receives from the sampled rows of a group. lse: [N]."""
+        samples, total = sampled_rows(self.group_rows, stride, self.q.device), self.k.shape[0]
+        sampled = len(samples)
         bytes_a_group = sampled * total  # scores pass through once: four times the space of gathered operands will do
         held = min(groups_at_once(self.q.device, bytes_a_group), self.groups) * sampled
         products = self.q.new_empty(held, total)
         scores = products if products.dtype == torch.float32 else lse.new_empty(held, total)
         masses = lse.new_empty(self.groups, total)
         for span in self._spans(bytes_a_group):
-            rows = take(self.q, self.positions, span)[:, ::stride]
-            shift = take(lse, self.positions, span)[:, ::stride].reshape(-1, 1).neg()
+            here = samples[: int((samples < span.height).sum())] if span.height < self.group_rows else samples
+            rows = take(self.q, self.positions, span).index_select(1, here)
+            shift = take(lse, self.positions, span).index_select(1, here).reshape(-1, 1).neg()
             count = shift.shape[0]
             torch.mm(rows.reshape(count, -1), self.k.mT, out=products[:count])
             if scores is not products:

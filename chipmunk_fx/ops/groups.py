@@ -41,6 +41,13 @@ def group_count(rows: int, group_rows: int) -> int:
     return math.ceil(rows / group_rows)
 
 
+def sampled_rows(group_rows: int, stride: int, device: torch.device) -> Tensor:
+    """int64 [ceil(group_rows / stride)]: one row of each `stride`, not the same one, so that samples of a patch or a voxel do not
+    all lie in one of its columns: row 3 i mod stride of the i-th, and no further than the last."""
+    sample = torch.arange(math.ceil(group_rows / stride), device=device)
+    return (sample * stride + 3 * sample % stride).clamp_(max=group_rows - 1)
+
+
 def groups_at_once(device: torch.device, bytes_a_group: int) -> int:
     return max(1, _GATHER_BYTES.get(device.type, _GATHER_BYTES_ELSEWHERE) // max(1, bytes_a_group))
 

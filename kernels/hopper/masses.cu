@@ -52,10 +52,11 @@ struct Shared {
     }
 };
 
-// Where in q the row of a consumer's sample lies; -1 where there is none.
+// Where in q the row of a consumer's sample lies, as `sampled_rows` in chipmunk_fx/ops/groups.py; -1 where there is none.
 __device__ __forceinline__ int sampled_row(const Problem &p, int group, int sample) {
     group += sample / SAMPLED;
-    const int place = (p.first_group + group) * p.group_rows + sample % SAMPLED * p.stride;
+    const int i = sample % SAMPLED;
+    const int place = (p.first_group + group) * p.group_rows + min(i * p.stride + 3 * i % p.stride, p.group_rows - 1);
     if (group >= p.groups || place >= p.grouped) return -1;
     return p.order ? p.order[place] : place;
 }

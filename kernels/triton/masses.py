@@ -20,9 +20,9 @@ def column_masses(
     q: Tensor, k: Tensor, order: Tensor | None, lse: Tensor, heads: range, groups: range, *,
     scale: float, group_rows: int, stride: int,
 ) -> Tensor:  # fmt: skip
-    """uint16 [len(heads), len(groups), M], lines apart: sum over rows 0, stride, .. of each group of exp(scale q_i.k_j - lse_i),
+    """uint16 [len(heads), len(groups), M], lines apart: sum over the sampled rows of each group of exp(scale q_i.k_j - lse_i),
 
-    as the codes of selection.coded.
+    as the codes of selection.coded. Which rows: as `chipmunk_fx.ops.groups.sampled_rows`.
 
     q [B, H, N, D], k [B, Hk, M, D], order int32 [P] or None, lse fp32 contiguous [B, H, N]; heads: a run of the B * H heads.
     """
@@ -116,7 +116,7 @@ def _sample(
     WIDTH: tl.constexpr, GROUP: tl.constexpr, SAMPLED: tl.constexpr,
 ):  # fmt: skip
     """The sampled rows [AT_ONCE * SLOTS, WIDE] of q, and their log denominators to base 2, inf where there is no row."""
-    row = group * GROUP + sample * stride
+    row = group * GROUP + tl.minimum(sample * stride + 3 * sample % stride, GROUP - 1)
     live = (sample < SAMPLED) & (row < grouped) & (group < last_group)
     row = in_order(order, row, live)
     queries = tl.load(q + row[:, None] * q_n + d[None, :], mask=live[:, None] & (d < WIDTH)[None, :], other=0.0)

@@ -52,7 +52,10 @@ def masses(values: dict[str, Any]) -> Tensor:
     """[B, H, G, M]."""
     s = scores(values)
     p = (s - s.logsumexp(-1, keepdim=True)).exp().nan_to_num(0)
-    return torch.stack([p[:, :, g[:: values["mass_stride"]]].sum(2) for g in groups(values, p.shape[2])], 2)
+    stride, last = values["mass_stride"], values["group_rows"] - 1
+    sampled = [min(first + 3 * i % stride, last) for i, first in enumerate(range(0, last + 1, stride))]
+    rows = ([g[i] for i in sampled if i < len(g)] for g in groups(values, p.shape[2]))
+    return torch.stack([p[:, :, some].sum(2) for some in rows], 2)
 
 
 def selected(values: dict[str, Any], lists: Tensor) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor]]:
