@@ -1,4 +1,5 @@
-// Which keys each row of codes takes, for sm_90a: the rules of kernels/triton/selection.py, for rows that do not fit a block.
+// Which keys each row of codes takes, for sm_90a: the rules of kernels/triton/selection.py. A row is read three times: into a
+// histogram of ranks, then of the ranks in the bin that holds the threshold, then to be written.
 // Compiled at run time behind what selection.py writes:
 //   THREADS  of a block, which works on one row at a time
 //   BLOCKS   that a multiprocessor runs at once

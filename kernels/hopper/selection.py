@@ -15,6 +15,7 @@ from chipmunk_fx.kernels.triton.launching import seeds
 
 SETTINGS = SelectSettings()
 RUN = 16  # codes that a thread reads at once
+LEAST = 4096  # keys, from which on it is faster: H100, 552 rows of 4352 0.051 ms, Triton 0.085
 
 
 class Problem(ctypes.Structure):
@@ -49,9 +50,9 @@ def select(
 
 
 def takes(scores: Tensor, minus: Tensor | None) -> bool:
-    """Codes of rows that are long, each beginning where a thread can read."""
+    """Codes of long rows, each beginning where a thread can read."""
     aligned = scores.data_ptr() % (2 * RUN) == 0 and scores.stride(0) % RUN == 0
-    return minus is None and scores.dtype == torch.uint16 and scores.shape[1] > plain.WHOLE and aligned
+    return minus is None and scores.dtype == torch.uint16 and scores.shape[1] >= LEAST and aligned
 
 
 def source(settings: SelectSettings) -> str:

@@ -16,7 +16,6 @@ on_hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or devices.capability(torch.device("cuda")) != hopper.CAPABILITY,
     reason="needs a Hopper GPU",
 )
-LONG = plain.WHOLE + 1
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,9 @@ class Case:
 CASES = [
     Case(17000, 1700, 170, 65535),
     Case(17000, 1700, 170, 50),
-    Case(LONG, 1700, 170, 1),
+    Case(17001, 1700, 170, 1),
+    Case(4352, 896, 0, 9000, rows=552, fixed=1),
+    Case(selection.LEAST, 500, 50, 700),
     Case(16500, 16000, 100, 300),
     Case(16500, 16000, 600, 300),
     Case(20000, 1, 0, 1000),
@@ -83,9 +84,9 @@ def test_lists_are_those_of_the_plain_kernel(case: Case):
 
 
 def test_short_rows_and_fp32_go_to_the_plain_kernel():
-    codes = torch.zeros(2, LONG + 15, dtype=torch.uint16)
-    long = codes[:, :LONG]
-    assert long.stride(0) % selection.RUN == 0 and selection.takes(long, None)
-    assert not selection.takes(codes[:, : plain.WHOLE], None) and not selection.takes(long.float(), None)
+    codes = torch.zeros(2, selection.LEAST + 16, dtype=torch.uint16)
+    long = codes[:, : selection.LEAST + 1]
+    assert selection.takes(long, None)
+    assert not selection.takes(codes[:, : selection.LEAST - 1], None) and not selection.takes(long.float(), None)
     assert not selection.takes(long, long)
-    assert not selection.takes(torch.zeros(2, LONG, dtype=torch.uint16), None)  # lines begin anywhere
+    assert not selection.takes(long.contiguous(), None)  # lines begin anywhere
