@@ -196,7 +196,7 @@ def test_a_site_too_many_for_the_host_stays_dense_and_not_every_other_call(monke
     from chipmunk_fx.runtime import placement
 
     options: dict[str, Any] = {"memory__offload": "all", "mlp__enabled": False, "schedule__branches": 2}
-    needed, free = results(4, **options)[1].host_bytes, 2.04
+    needed, free = results(4, **options)[1].host_bytes, 1.7
     model = compiled(TinyDiT(4), **options)
 
     def left() -> int:
@@ -205,7 +205,7 @@ def test_a_site_too_many_for_the_host_stays_dense_and_not_every_other_call(monke
     monkeypatch.setattr(placement, "_host_memory", left)
     first, *others = calls(TIMES, [words(1), words(2)])
     run(model, [first])
-    free = 1.98
+    free = 1.65
     run(model, others)
     summary = chipmunk_fx.summary(model)
     sites = [s for s in summary.sites if s.kind == "attention"]
