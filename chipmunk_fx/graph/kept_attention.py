@@ -29,7 +29,7 @@ def keep_kernels(graph: fx.Graph) -> None:
 
 def is_long(node: fx.Node) -> bool:
     """Whether it is an attention for flash-attn-4: plain, of static sizes, left to us by the user, on a card where it pays."""
-    if node.target is not SDPA or _allowed(node) or not flash4.installed():
+    if node.target is not SDPA or _allowed(node):
         return False
     given = arguments(node)
     if given["attn_mask"] is not None or given["dropout_p"] or given["is_causal"]:
@@ -38,7 +38,7 @@ def is_long(node: fx.Node) -> bool:
     static = all(isinstance(size, int) for x in (q, k, v) for size in x.shape)
     if not static or q.ndim != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         return False
-    return q.shape[1] % k.shape[1] == 0 and flash4.suits(q, k)
+    return q.shape[1] % k.shape[1] == 0 and flash4.suits(q, k) and flash4.installed()  # where it pays it is imported
 
 
 def has_long_attention(graph: fx.Graph) -> bool:

@@ -6,6 +6,7 @@ P rows that the groups cover, R rows in a group, G groups, K columns that a grou
 fewer heads than queries.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -146,17 +147,16 @@ class Head:
 
     def masses(self, lse: Tensor, stride: int) -> Tensor:
         """fp32 [G, M]: the share of attention that each key receives from the sampled rows of a group. lse: [N]."""
-        samples, total = sampled_rows(self.group_rows, stride, self.q.device), self.k.shape[0]
-        sampled = len(samples)
+        sampled, total = math.ceil(self.group_rows / stride), self.k.shape[0]
         bytes_a_group = sampled * total  # scores pass through once: four times the space of gathered operands will do
         held = min(groups_at_once(self.q.device, bytes_a_group), self.groups) * sampled
         products = self.q.new_empty(held, total)
         scores = products if products.dtype == torch.float32 else lse.new_empty(held, total)
         masses = lse.new_empty(self.groups, total)
         for span in self._spans(bytes_a_group):
-            here = samples[: int((samples < span.height).sum())] if span.height < self.group_rows else samples
-            rows = take(self.q, self.positions, span).index_select(1, here)
-            shift = take(lse, self.positions, span).index_select(1, here).reshape(-1, 1).neg()
+            samples = sampled_rows(self.group_rows, stride, span.height, self.q.device)
+            rows = take(self.q, self.positions, span).index_select(1, samples)
+            shift = take(lse, self.positions, span).index_select(1, samples).reshape(-1, 1).neg()
             count = shift.shape[0]
             torch.mm(rows.reshape(count, -1), self.k.mT, out=products[:count])
             if scores is not products:

@@ -41,10 +41,13 @@ def group_count(rows: int, group_rows: int) -> int:
     return math.ceil(rows / group_rows)
 
 
-def sampled_rows(group_rows: int, stride: int, device: torch.device) -> Tensor:
-    """int64 [ceil(group_rows / stride)]: one row of each `stride`, not the same one, so that samples of a patch or a voxel do not
-    all lie in one of its columns: row 3 i mod stride of the i-th, and no further than the last."""
-    sample = torch.arange(math.ceil(group_rows / stride), device=device)
+def sampled_rows(group_rows: int, stride: int, height: int, device: torch.device) -> Tensor:
+    """int64 [ceil(height / stride) or one less]: one row of each `stride`, not the same one, so that samples of a patch or a
+    voxel do not all lie in one of its columns: row 3 i mod stride of the i-th, and no further than the last. Of a group that is
+    but `height` rows high, those that it has, counted without a host synchronisation."""
+    last = math.ceil(height / stride) - 1
+    missing = height < group_rows and last * stride + 3 * last % stride >= height
+    sample = torch.arange(last + 1 - missing, device=device)
     return (sample * stride + 3 * sample % stride).clamp_(max=group_rows - 1)
 
 

@@ -19,8 +19,10 @@ def resting_collector() -> Iterator[None]:
     try:
         yield
     finally:
-        _settle()
-        gc.enable()
+        try:
+            _settle()
+        finally:
+            gc.enable()
 
 
 def _settle() -> None:

@@ -33,6 +33,8 @@ def refresh(
         if renew and columns < total:
             drawn = random_count(total, random_density, columns)
             spare = spare_places(always, valid, columns).int() if ragged and always is not None else None
+            # where keys are cut to a span its lines lie apart
+            always = None if always is None else always.contiguous()
             for heads, groups in _chunks(lists, total):
                 masses = masses_of(
                     q, k, order, lse, heads, groups, scale=scale, group_rows=group_rows, stride=mass_stride

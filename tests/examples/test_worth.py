@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from chipmunk_fx.config import Config
+
 pytest.importorskip("diffusers")
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -40,6 +42,11 @@ def test_settings_are_compared_and_drawn(worth: Any, tmp_path: Path, capsys: pyt
     assert rows["all that may be"]["skipped"] == 3
     assert "two alone" in capsys.readouterr().out.splitlines()[-2]
     assert chart.stat().st_size > 1000
+
+
+def test_masses_are_compared_with_another_default(worth: Any):
+    strides = [s["attention.mass_stride"] for s in worth.SETTINGS.values() if "attention.mass_stride" in s]
+    assert strides and Config().attention.mass_stride not in strides
 
 
 def test_figures_of_several_runs_join(worth: Any, tmp_path: Path):

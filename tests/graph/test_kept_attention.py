@@ -44,6 +44,11 @@ def test_without_it_all_stays_as_it_was():
     assert not has_long_attention(captured_tiny(1).capture.module.graph)
 
 
+def test_it_is_not_imported_where_it_does_not_pay(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(flash4, "installed", lambda: pytest.fail("flash-attn-4 was imported"))
+    assert not has_long_attention(captured_tiny(1).capture.module.graph)
+
+
 class Plain(nn.Module):
     """One attention over x, [B, N, 32], called with `how`."""
 

@@ -122,6 +122,17 @@ def test_attention_refresh(implementation: str, dtype: torch.dtype, case: Attent
     assert_remainder(case, values, exact, (plain_out, plain_lse), (exact_out, exact_lse))
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_columns_of_a_group_that_are_cut_to_a_span(implementation: str):
+    """Their lines lie apart."""
+    case = AttentionCase(rows=111, keys=96, width=64, group_rows=32, columns=64, near=40)
+    whole, cut = case.values(torch.float32, DEVICE), case.values(torch.float32, DEVICE)
+    cut["always"] = torch.nn.functional.pad(cut["always"], (16, 16))[:, 16:-16]
+    for values in (whole, cut):
+        run(implementation, "attention_refresh", values)
+    assert torch.equal(cut["lists"], whole["lists"])
+
+
 def assert_remainder(
     case: AttentionCase,
     values: dict[str, Any],
