@@ -111,14 +111,22 @@ def attention_tables(
 
 
 def _patch_order(grid: Grid) -> torch.Tensor:
-    """Raster index of each image token in patch order; ragged edges make smaller patches."""
+    """Raster index of each image token in patch order; ragged edges make smaller patches.
+
+    Lines of the outermost patches run there and back, so that a group that takes the last of one and the first of the next
+    has neighbours.
+    """
     t, h, w = (c.reshape(-1) for c in torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij"))
     coordinates = [t, h, w]
     key = torch.zeros_like(t)
     span = list(grid)
-    for sizes in PATCHES if grid[0] == 1 else VOXELS:
+    for level, sizes in enumerate(PATCHES if grid[0] == 1 else VOXELS):
         for axis in range(3):
-            key = key * ceil(span[axis] / sizes[axis]) + coordinates[axis] // sizes[axis]
+            count = ceil(span[axis] / sizes[axis])
+            place = coordinates[axis] // sizes[axis]
+            if level == 0:  # key: the number of this line of patches
+                place = torch.where(key % 2 == 0, place, count - 1 - place)
+            key = key * count + place
         coordinates = [c % size for c, size in zip(coordinates, sizes, strict=True)]
         span = list(sizes)
     for axis in range(3):

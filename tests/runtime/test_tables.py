@@ -132,3 +132,16 @@ def test_a_cube_stays_in_its_picture():
     for group, row in zip(made.order.long().split(64), made.always, strict=True):
         assert row[group].all()
     assert tables(PICTURES, rows=64, local_voxels=3).always[4:, :256].sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("grid", "size"),
+    [((1, 48, 80), (1, 8, 8)), ((1, 20, 12), (1, 8, 8)), ((9, 45, 80), (4, 6, 8)), ((28, 30, 53), (4, 6, 8))],
+)
+def test_patches_that_follow_each_other_are_neighbours(grid: tuple[int, int, int], size: tuple[int, int, int]):
+    """At the ends of lines, too: a group may take parts of several."""
+    order = row_order(Layout((grid,), None, 0), raster=False)
+    _, height, width = grid
+    places = torch.stack([order // (height * width), order // width % height, order % width], 1)
+    patches = places // torch.tensor(size)
+    assert (patches.diff(dim=0).abs().sum(1) <= 1).all()
