@@ -6,14 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from chipmunk_fx.kernels import devices, hopper
+from chipmunk_fx.kernels import hopper
 from chipmunk_fx.kernels.hopper import tuning
 from chipmunk_fx.kernels.triton import masses as plain
-
-on_hopper = pytest.mark.skipif(
-    not torch.cuda.is_available() or devices.capability(torch.device("cuda")) != hopper.CAPABILITY,
-    reason="needs a Hopper GPU",
-)
+from tests.kernels.cards import on_hopper
 
 
 @dataclass(frozen=True)

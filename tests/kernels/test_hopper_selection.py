@@ -7,15 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from chipmunk_fx.kernels import devices, hopper
 from chipmunk_fx.kernels.hopper import selection
 from chipmunk_fx.kernels.triton import selection as plain
 from chipmunk_fx.ops.selection import spare_places
-
-on_hopper = pytest.mark.skipif(
-    not torch.cuda.is_available() or devices.capability(torch.device("cuda")) != hopper.CAPABILITY,
-    reason="needs a Hopper GPU",
-)
+from tests.kernels.cards import on_hopper
 
 
 @dataclass(frozen=True)
