@@ -31,10 +31,14 @@ def listed(model: Any) -> Tensor:
 
 
 def patches(edge: int, reach: int) -> Tensor:
-    """bool [groups of 16 rows, IMAGE]: the square of 8x8 patches around the one that holds a group of 4x4 tokens."""
+    """bool [groups of 16 rows, IMAGE]: the square of 8x8 patches around the one that holds a group of 4x4 tokens.
+
+    Lines of patches run there and back.
+    """
     side = SIDE // 2
     tokens = torch.arange(IMAGE).view(side, side)
-    outer = [tokens[y : y + 8, x : x + 8] for y in range(0, side, 8) for x in range(0, side, 8)]
+    lines = [[tokens[y : y + 8, x : x + 8] for x in range(0, side, 8)] for y in range(0, side, 8)]
+    outer = [patch for i, line in enumerate(lines) for patch in (line if i % 2 == 0 else line[::-1])]
     near = torch.zeros(len(outer), IMAGE, dtype=torch.bool)
     for i, own in enumerate(outer):
         for other in outer:
