@@ -25,14 +25,15 @@ from tabulate import tabulate
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from chipmunk_fx.arguments import count_of, device_of, share_of
+from chipmunk_fx.config import AttentionConfig, ScheduleConfig
 from chipmunk_fx.errors import BenchError
 from chipmunk_fx.kernels import choose, group_rows
 from chipmunk_fx.ops import flash4
 from chipmunk_fx.ops.cases import AttentionCase, MlpCase, arguments, call
 from chipmunk_fx.state.slots import attention_slots
 
-STRIDE = 8  # one row in 8 of a group is sampled, the default
-RENEW_EVERY = 10  # steps from one refresh to the next, the default
+STRIDE = AttentionConfig().mass_stride
+RENEW_EVERY = ScheduleConfig().refresh_every
 DENSITIES = (0.03, 0.06, 0.12, 0.25, 0.5)
 ROWS = tuple(1 << i for i in range(10, 18))
 DENSE = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)

@@ -102,6 +102,8 @@ struct Run {
         if (row.always) must = set_bytes(row.always + at, left) & may;
     }
 
+    __device__ __forceinline__ u32 rank(int i) const { return must >> i & 1 ? TOP : code_of(codes, i); }
+
     __device__ __forceinline__ Bits against(u32 threshold) const {
         Bits bits = {may, 0, 0};
 #pragma unroll
@@ -155,8 +157,7 @@ __device__ __forceinline__ void find_threshold(const Problem &p, const Row &row,
         const Run run(row, at, p.keys);
 #pragma unroll
         for (int i = 0; i < RUN; i++) {
-            const u32 rank = run.must >> i & 1 ? TOP : code_of(run.codes, i);
-            if (run.may >> i & 1) atomicAdd(&shared.bins[rank / FINE], 1);
+            if (run.may >> i & 1) atomicAdd(&shared.bins[run.rank(i) / FINE], 1);
         }
     }
     __syncthreads();
@@ -178,7 +179,7 @@ __device__ __forceinline__ void find_threshold(const Problem &p, const Row &row,
         const Run run(row, at, p.keys);
 #pragma unroll
         for (int i = 0; i < RUN; i++) {
-            const u32 rank = run.must >> i & 1 ? TOP : code_of(run.codes, i);
+            const u32 rank = run.rank(i);
             if (rank / FINE == bin && run.may >> i & 1) atomicAdd(&shared.fine[rank % FINE], 1);
         }
     }

@@ -3,7 +3,6 @@
 import ctypes
 from ctypes import c_int, c_longlong, c_uint, c_void_p
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,12 +32,14 @@ class Problem(ctypes.Structure):
 def select(
     lists: Tensor, scores: Tensor, minus: Tensor | None, clock: Tensor, *, drawn: int, seed: int, site: int,
     first: int = 0, always: Tensor | None = None, valid: Tensor | None = None, spare: Tensor | None = None,
-    rows_a_batch: int = 1, **more: Any,
+    rows_a_batch: int = 1,
 ) -> None:  # fmt: skip
     """As `chipmunk_fx.kernels.triton.selection.select`, which serves what this kernel does not take: it takes codes."""
-    if more or not takes(scores, minus):
-        some = {"always": always, "valid": valid, "spare": spare, "rows_a_batch": rows_a_batch}
-        return plain.select(lists, scores, minus, clock, drawn=drawn, seed=seed, site=site, first=first, **some, **more)
+    if not takes(scores, minus):
+        return plain.select(
+            lists, scores, minus, clock, drawn=drawn, seed=seed, site=site, first=first, always=always, valid=valid,
+            spare=spare, rows_a_batch=rows_a_batch,
+        )  # fmt: skip
     (rows, columns), keys = lists.shape, scores.shape[1]
     problem = Problem(
         lists.data_ptr(), scores.data_ptr(), *(None if x is None else x.data_ptr() for x in (always, valid, spare)),
