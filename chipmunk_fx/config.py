@@ -74,7 +74,7 @@ class AttentionConfig(SiteSection):
     density: float = option(0.165, share(zero=False))
     random_density: float = option(0.01, share(zero=True))
     combine: Literal["scaled", "additive"] = option("scaled", choice("scaled", "additive"))
-    mass_stride: int = option(8, integer(1))
+    mass_stride: int = option(4, integer(1))
     renew_lists: bool = option(True, FLAG)  # at every refresh; else once a generation
     text_rows: Literal["sparse", "dense"] = option("sparse", choice("sparse", "dense"))
     local_window: float = option(0.0, share(zero=True))

@@ -75,8 +75,8 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "nothing random": {"attention.random_density": 0.0, "mlp.random_density": 0.0},
     "lists kept at refreshes": {"attention.renew_lists": False},
     # At 256x256 these three spend what the defaults do: the density makes up for it.
-    "masses from all rows": {"attention.mass_stride": 1, "attention.density": 0.1213},
-    "masses from one row in 4": {"attention.mass_stride": 4, "attention.density": 0.1588},
+    "masses from all rows": {"attention.mass_stride": 1, "attention.density": 0.1275},
+    "masses from one row in 8": {"attention.mass_stride": 8, "attention.density": 0.171},
     "text rows dense": {"attention.text_rows": "dense", "attention.density": 0.162},
     "local window 0.02": {"attention.local_window": 0.02},
     "local voxels 1": {"attention.local_voxels": 1},

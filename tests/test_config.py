@@ -23,7 +23,7 @@ DEFAULTS = {
     "attention.density": 0.165,
     "attention.random_density": 0.01,
     "attention.combine": "scaled",
-    "attention.mass_stride": 8,
+    "attention.mass_stride": 4,
     "attention.renew_lists": True,
     "attention.text_rows": "sparse",
     "attention.local_window": 0.0,

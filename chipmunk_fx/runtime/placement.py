@@ -75,11 +75,10 @@ def staging_bytes(plan: Plan, config: Config) -> int:
 
 
 def limit(config: Config, place: Place) -> int:
-    """Bytes that caches may take: memory.budget_gb, or 60 % of what is free on the device or the host, or theirs already; where
-    the host computes, too, 50 %."""
+    """Bytes that caches may take: memory.budget_gb, or 60 % of what is free on the device (host: 50 %) or theirs already."""
     mine = held(config).at(place)
     if place.on_host:
-        return int(0.6 * (_host_memory() + mine))
+        return int(0.5 * (_host_memory() + mine))
     if config.memory.budget_gb != "auto":
         return int(min(float(config.memory.budget_gb) * 1e9, sys.maxsize))
     if place.device.type == "cuda":
@@ -121,7 +120,7 @@ def _sent(plan: Plan, where: dict[int, Where], config: Config) -> Plan:
 
 
 def _over(source: Where, total: int, allowed: int) -> str:
-    whose = "memory.budget_gb" if source == "device" else "60 % of the host's free memory"
+    whose = "memory.budget_gb" if source == "device" else "half of the host's free memory"
     return f"memory budget: caches of {total / 1e9:.3g} GB, {allowed / 1e9:.3g} GB allowed ({whose})"
 
 

@@ -43,8 +43,8 @@ def test_operations_of_a_generation(plan):
     # 12 of 72 keys by mass, 1 at random, 8 of text: two tiles of 16; 39 of 128 neurons and 7 at random: three.
     assert (attention.density, mlp.density) == (32 / 72, 48 / 128)
     a, m = (site.dense_flops for site in plan.sites)
-    # masses of one row in 8 are half of dense attention's products for it
-    refresh = plan.rest_flops + a * (1 + 1 / 16 + attention.density) + m
+    # masses of one row in 4 are half of dense attention's products for it
+    refresh = plan.rest_flops + a * (1 + 1 / 8 + attention.density) + m
     sparse = plan.rest_flops + a * attention.density + m * mlp.density
     assert summary.flops_ratio == pytest.approx((refresh + 2 * sparse) / (3 * plan.total_flops))
 
