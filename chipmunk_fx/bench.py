@@ -11,11 +11,12 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,10 @@ DENSE = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFI
 
 @dataclass(frozen=True)
 class Shape:
-    """A site: heads and their width for attention; width, neurons for an MLP of as wide a result. columns: computed ones."""
+    """A site: heads and their width for attention; width, neurons for an MLP of as wide a result. columns: computed ones.
+
+    kept: the refresh of attention, or the sparse step of an MLP, keeps its lists; `gated` and `fp8` as of an MLP.
+    """
 
     name: str
     kind: str
@@ -50,6 +54,10 @@ class Shape:
     heads: int = 24
     width: int = 128
     neurons: int = 0
+    stride: int = STRIDE
+    kept: bool = False
+    gated: bool = False
+    fp8: bool = False
 
     @property
     def total(self) -> int:
@@ -68,25 +76,40 @@ class Shape:
 
     @property
     def dense_flops(self) -> int:
-        return 4 * self.rows * self.total * self.width * (self.heads if self.kind == "attention" else 1)
+        products = 2 * self.heads if self.kind == "attention" else 3 if self.gated else 2
+        return 2 * products * self.rows * self.total * self.width
 
     def case(self, group_rows: int) -> AttentionCase | MlpCase:
         if self.kind == "attention":
             n, k = self.rows, self.columns
             return AttentionCase(
-                n, n, self.width, group_rows, k, heads=self.heads, mass_stride=STRIDE, random_density=0.01
+                n, n, self.width, group_rows, k, heads=self.heads, mass_stride=self.stride, random_density=0.01
             )
-        return MlpCase((1, self.rows), self.width, self.neurons, group_rows, self.columns, result=self.width)
+        return MlpCase(
+            (1, self.rows), self.width, self.neurons, group_rows, self.columns, result=self.width, gated=self.gated,
+            activation="silu" if self.gated else "gelu_tanh", fp8=self.fp8,
+        )  # fmt: skip
 
 
-PUBLISHED = (
-    Shape("flux", "attention", 4352, 896),
-    Shape("wan", "attention", 75600, 5376, heads=40),
-    Shape("hunyuan", "attention", 119056, 8064),
-    Shape("flux, 4352 rows, 0.30", "mlp", 4352, 3712, width=3072, neurons=12288),
-    Shape("flux, 4352 rows, 0.16", "mlp", 4352, 1984, width=3072, neurons=12288),
-    Shape("flux, 3840 rows, 0.30", "mlp", 3840, 3712, width=3072, neurons=12288),
-)
+def _published() -> Iterator[Shape]:
+    """Those of FLUX, Wan and HunyuanVideo, and what may be chosen about them."""
+    for shape in (
+        Shape("flux", "attention", 4352, 896),
+        Shape("wan", "attention", 75600, 5376, heads=40),
+        Shape("hunyuan", "attention", 119056, 8064),
+    ):
+        yield shape
+        yield replace(shape, name=f"{shape.name}, stride 8", stride=8)
+        yield replace(shape, name=f"{shape.name}, lists kept", kept=True)
+    for rows, columns in ((4352, 3712), (4352, 1984), (3840, 3712)):
+        shape = Shape(f"flux, {rows} rows", "mlp", rows, columns, width=3072, neurons=12288)
+        for fp8, kept in product((False, True), repeat=2):
+            name = shape.name + ", fp8" * fp8 + ", lists kept" * kept
+            yield replace(shape, name=name, fp8=fp8, kept=kept)
+        yield replace(shape, name=f"{shape.name}, gated", gated=True)
+
+
+PUBLISHED = tuple(_published())
 
 
 @dataclass(frozen=True)
@@ -140,18 +163,35 @@ def measure(shapes: Iterable[Shape], dtype: torch.dtype, device: str, seconds: f
                 sizes = (1, shape.heads, shape.rows, shape.rows, shape.width, dtype)
                 kept = attention_slots(*sizes, group_rows=rows, columns=shape.columns, device=device)[-1]
                 values["lists"] = torch.empty(kept.shape, dtype=kept.dtype, device=device)
-            site = (shape.kind, shape.rows, shape.heads, shape.width, shape.neurons)
+            site = (shape.kind, shape.rows, shape.heads, shape.width, shape.neurons, shape.gated)
             if site not in dense:
                 dense[site] = min(_dense(shape, values, seconds))
             for phase in ("refresh", "sparse"):  # in this order: the refresh fills the caches
-                yield _row(shape, f"{shape.kind}_{phase}", values, *dense[site], seconds)
+                op = f"{shape.kind}_{phase}"
+                if shape.kept and op != "mlp_refresh":
+                    _keep_lists(op, values)
+                yield _row(shape, op, values, *dense[site], seconds)
+
+
+def _keep_lists(op: str, values: dict[str, Any]) -> None:
+    """Makes lists once, then has `op` keep them."""
+    _run(op, values)
+    if op == "mlp_sparse":
+        values["clock"][1] = 0
+    values["renew"] = False
+
+
+def _run(op: str, values: Mapping[str, Any]) -> Any:
+    args, kwargs = call(op, values)
+    return getattr(torch.ops.chipmunk, op)(*args, **kwargs)
 
 
 def _row(shape: Shape, op: str, values: dict[str, Any], dense_ms: float, dense_by: str, seconds: float) -> Row:
-    args, kwargs = call(op, values)
-    operator = getattr(torch.ops.chipmunk, op)
     by = choose(op, arguments(op, values))[1] if values["clock"].is_cuda else "reference"
-    ms = milliseconds(lambda: operator(*args, **kwargs), values["clock"].device, seconds)
+    steps = [values]
+    if shape.kind == "mlp":  # x moves from step to step: what has not changed multiplies zeros
+        steps.append(values | {"x": torch.randn_like(values["x"])})
+    ms = milliseconds(lambda: [_run(op, step) for step in steps], values["clock"].device, seconds) / len(steps)
     computed = shape.density if op.endswith("sparse") else 1.0
     return Row(
         shape.name, op, shape.rows, shape.density, by, ms, shape.dense_flops * computed / ms / 1e9,
@@ -163,11 +203,13 @@ def _dense(shape: Shape, values: dict[str, Any], seconds: float) -> Iterator[tup
     """(ms, name) of each dense kernel that takes the shape."""
     device = values["clock"].device
     if shape.kind == "mlp":
-        x, w1, b1, w2, b2 = (values[name] for name in ("x", "w1", "b1", "w2", "b2"))
+        x, w1, b1, wu, bu, w2, b2 = (values[name] for name in ("x", "w1", "b1", "wu", "bu", "w2", "b2"))
         name = "cuBLAS" if device.type == "cuda" else "torch"
 
         def linears() -> torch.Tensor:
-            return F.linear(F.gelu(F.linear(x, w1, b1), approximate="tanh"), w2, b2)
+            h = F.linear(x, w1, b1)
+            h = F.gelu(h, approximate="tanh") if wu is None else F.silu(h) * F.linear(x, wu, bu)
+            return F.linear(h, w2, b2)
 
         yield milliseconds(linears, device, seconds), name
         return

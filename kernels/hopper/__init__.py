@@ -82,9 +82,10 @@ def mlp_sparse(**arguments: Any) -> Tensor:
     """As `chipmunk_fx.ops.mlp.mlp_sparse`."""
     from chipmunk_fx.kernels.hopper.mlp import products
     from chipmunk_fx.kernels.hopper.packing import pool
+    from chipmunk_fx.kernels.hopper.selection import select_neurons
     from chipmunk_fx.kernels.triton import mlp
 
-    return mlp.sparse(**arguments, steps=(pool, products))
+    return mlp.sparse(**arguments, steps=(pool, select_neurons, products))
 
 
 def _nvrtc() -> Any:

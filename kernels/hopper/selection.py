@@ -1,4 +1,4 @@
-"""Selection of keys: how select.cu is compiled and launched, and which calls it takes."""
+"""Selection of keys and of neurons: how select.cu and neurons.cu are compiled and launched, and which calls they take."""
 
 import ctypes
 from ctypes import c_int, c_longlong, c_uint, c_void_p
@@ -7,26 +7,39 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from chipmunk_fx.kernels.hopper import nvrtc
-from chipmunk_fx.kernels.hopper.tuning import SelectSettings
+from chipmunk_fx.kernels.hopper import nvrtc, tuning
+from chipmunk_fx.kernels.hopper.tuning import RUN, SelectSettings
 from chipmunk_fx.kernels.triton import selection as plain
 from chipmunk_fx.kernels.triton.launching import seeds
 
-SETTINGS = SelectSettings()
-RUN = 16  # codes that a thread reads at once
 LEAST = 4096  # keys, from which on it is faster: H100, 552 rows of 4352 0.051 ms, Triton 0.085
 
 
-class Problem(ctypes.Structure):
-    """The kernel's parameter; select.cu says what its fields mean."""
+class Rules(ctypes.Structure):
+    """What both kernels are told; lists.cuh says what its fields mean."""
 
     _fields_ = [
-        *((name, c_void_p) for name in ("lists", "codes", "always", "valid", "spare", "clock")),
-        ("pitch", c_longlong),
-        *((name, c_int) for name in ("rows", "columns", "keys", "drawn", "first", "rows_a_batch")),
-        *((name, c_int) for name in ("always_rows", "spare_rows")),
+        *((name, c_void_p) for name in ("lists", "clock")),
+        *((name, c_int) for name in ("rows", "columns", "total", "drawn", "first")),
         *((name, c_uint) for name in ("seed", "site")),
     ]
+
+
+class Keys(ctypes.Structure):
+    """The parameter of select_keys; select.cu says what its fields mean."""
+
+    _fields_ = [
+        ("rules", Rules),
+        *((name, c_void_p) for name in ("codes", "always", "valid", "spare")),
+        ("pitch", c_longlong),
+        *((name, c_int) for name in ("rows_a_batch", "always_rows", "spare_rows")),
+    ]
+
+
+class Neurons(ctypes.Structure):
+    """The parameter of select_neurons; neurons.cu says what its fields mean."""
+
+    _fields_ = [("rules", Rules), *((name, c_void_p) for name in ("means", "mean"))]
 
 
 def select(
@@ -40,14 +53,14 @@ def select(
             lists, scores, minus, clock, drawn=drawn, seed=seed, site=site, first=first, always=always, valid=valid,
             spare=spare, rows_a_batch=rows_a_batch,
         )  # fmt: skip
-    (rows, columns), keys = lists.shape, scores.shape[1]
-    problem = Problem(
-        lists.data_ptr(), scores.data_ptr(), *(None if x is None else x.data_ptr() for x in (always, valid, spare)),
-        clock.data_ptr(), scores.stride(0), rows, columns, keys, drawn, first, rows_a_batch,
-        1 if always is None else always.shape[0], 1 if spare is None else spare.shape[0], *seeds(seed, site),
+    problem = Keys(
+        _rules(lists, scores, clock, drawn, seed, site, first), scores.data_ptr(),
+        *(None if x is None else x.data_ptr() for x in (always, valid, spare)), scores.stride(0), rows_a_batch,
+        1 if always is None else always.shape[0], 1 if spare is None else spare.shape[0],
     )  # fmt: skip
-    kernel = nvrtc.kernel("select_keys", source, scores.device.index, SETTINGS, resident=SETTINGS.blocks)
-    kernel.launch(rows, problem, scores.device)
+    settings = SelectSettings()
+    kernel = nvrtc.kernel("select_keys", source, scores.device.index, settings, "select.cu", resident=settings.blocks)
+    kernel.launch(lists.shape[0], problem, scores.device)
 
 
 def takes(scores: Tensor, minus: Tensor | None) -> bool:
@@ -56,7 +69,24 @@ def takes(scores: Tensor, minus: Tensor | None) -> bool:
     return minus is None and scores.dtype == torch.uint16 and scores.shape[1] >= LEAST and aligned
 
 
-def source(settings: SelectSettings) -> str:
-    """The whole of the CUDA C++."""
+def select_neurons(
+    lists: Tensor, means: Tensor, mean: Tensor, clock: Tensor, *, drawn: int, seed: int, site: int
+) -> None:
+    """As `chipmunk_fx.kernels.triton.selection.select` of |means - mean| where `renewed`; it serves rows that no block holds."""
+    settings = tuning.neuron_settings(means.shape[1])
+    if settings is None or (means.data_ptr() | mean.data_ptr()) % 16:
+        return plain.select(lists, means, mean, clock, drawn=drawn, seed=seed, site=site, renewed=True)
+    rules = _rules(lists, means, clock, drawn, seed, site)
+    problem = Neurons(rules, means.data_ptr(), mean.data_ptr())
+    kernel = nvrtc.kernel("select_neurons", source, means.device.index, settings, "neurons.cu")
+    kernel.launch(lists.shape[0], problem, means.device)
+
+
+def _rules(lists: Tensor, scores: Tensor, clock: Tensor, drawn: int, seed: int, site: int, first: int = 0) -> Rules:
+    return Rules(lists.data_ptr(), clock.data_ptr(), *lists.shape, scores.shape[1], drawn, first, *seeds(seed, site))
+
+
+def source(settings: SelectSettings, file: str) -> str:
+    """The whole of the CUDA C++ of "select.cu" or "neurons.cu"."""
     sizes = f"constexpr int THREADS = {settings.threads}, BLOCKS = {settings.blocks};\n"
-    return sizes + (Path(__file__).parent / "select.cu").read_text()
+    return sizes + "\n".join((Path(__file__).parent / name).read_text() for name in ("lists.cuh", file))

@@ -8,6 +8,7 @@ UNITS = 132
 SPAN = 64  # bytes of the inner dimension in a stage of the MLP's products
 DEPTH = SPAN // 2  # listed neurons of a stage of the second product
 KEYS = 64  # of a tile of the column masses
+RUN = 16  # neighbouring columns of a thread of the selection
 QUERY_TILES = 3  # as long as copying a block's queries takes
 
 
@@ -102,7 +103,7 @@ def mass_run(lines: int, keys: int, units: int) -> int:
 
 @dataclass(frozen=True)
 class SelectSettings:
-    """Of the selection, as at the top of select.cu; the memory it shares is fixed.
+    """Of a selection, as at the top of lists.cuh and select.cu; the memory it shares is fixed.
 
     H100, 7091 rows of 75,600 keys, 4509 of 119,056, ms, threads and blocks: 256 and 6 1.72, 2.04; 4 1.83, 2.08; 512 and 3 1.83,
     2.00; 128 and 8 1.88, 2.10; 1024 and 1 2.26, 2.45; Triton 2.56, 3.33.
@@ -111,6 +112,13 @@ class SelectSettings:
     threads: int = 256
     blocks: int = 6
     shared: int = 0
+
+
+@cache
+def neuron_settings(neurons: int) -> SelectSettings | None:
+    """Of the selection of neurons: a block holds all of a group; None where there are too many."""
+    threads = next((threads for threads in (256, 512, 1024) if threads * RUN >= neurons), None)
+    return SelectSettings(threads, 1) if threads else None
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The two MLP operators: which kernels run, in which order, over how much at a time."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,10 +48,10 @@ def sparse(
     order: Tensor | None, clock: Tensor, hidden: Tensor, out: Tensor, mean: Tensor, lists: Tensor,
     by_neuron: Tensor, w1_fp8: Tensor | None, scales: Tensor | None, activation: str, group_rows: int,
     random_density: float, seed: int, site: int,
-    steps: tuple[Callable[..., tuple[Tensor, Any]], Callable[..., None]] | None = None,
+    steps: tuple[Callable[..., tuple[Tensor, Any]], Callable[..., None], Callable[..., None]] | None = None,
 ) -> Tensor:  # fmt: skip
-    """As `chipmunk_fx.ops.mlp.mlp_sparse`. steps: called in place of `pool` and `products`."""
-    pooling, multiplying = steps or (pool, products)
+    """As `chipmunk_fx.ops.mlp.mlp_sparse`. steps: called in place of `pool`, `choose` and `products`."""
+    pooling, choosing, multiplying = steps or (pool, choose, products)
     neurons, columns = w1.shape[0], lists.shape[-1]
     if columns == neurons:
         return refresh(
@@ -63,9 +64,9 @@ def sparse(
         b1, bu = (None if t is None else inner_contiguous(t) for t in (b1, bu))
         averages, prepared = pooling(rows, order, group_rows, w1_fp8 is not None)
         means = first_product(averages, w1, b1, wu, bu, activation, kept=(clock, mean))
-        select(
+        choosing(
             lists.view(-1, columns), means.view(-1, neurons), mean.view(-1, neurons), clock,
-            drawn=random_count(neurons, random_density, columns), seed=seed, site=site, renewed=True,
+            drawn=random_count(neurons, random_density, columns), seed=seed, site=site,
         )  # fmt: skip
         result = torch.empty(*x.shape[:-1], out.shape[-1], dtype=x.dtype, device=x.device)
         multiplying(
@@ -78,6 +79,9 @@ def sparse(
 def pool(rows: Tensor, order: Tensor | None, group_rows: int, fp8: bool) -> tuple[Tensor, Tensor]:
     """The mean row of each group, [B, G, C], and what `products` takes as rows. fp8: not here."""
     return group_means(rows, order, group_rows), rows
+
+
+choose = partial(select, renewed=True)
 
 
 def products(

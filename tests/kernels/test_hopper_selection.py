@@ -1,4 +1,4 @@
-"""Selection by the CUDA C++ kernel: the lists of the Triton kernel, which the tests beside hold to the rules."""
+"""Selection by the CUDA C++ kernels: the lists of the Triton kernel, which the tests beside hold to the rules."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from chipmunk_fx.kernels.hopper import selection
+from chipmunk_fx.kernels.hopper import selection, tuning
+from chipmunk_fx.kernels.hopper.tuning import RUN
 from chipmunk_fx.kernels.triton import selection as plain
 from chipmunk_fx.ops.selection import spare_places
 from tests.kernels.cards import on_hopper
@@ -30,7 +31,7 @@ class Case:
     def values(self) -> tuple[Tensor, dict[str, Any]]:
         generator = torch.Generator().manual_seed(0)
         step = 65535 // self.levels
-        pitch = -(-self.keys // selection.RUN) * selection.RUN
+        pitch = -(-self.keys // RUN) * RUN
         codes = torch.randint(0, self.levels, (self.rows, pitch), generator=generator) * step
         always = valid = spare = None
         if self.fixed is not None:
@@ -85,3 +86,40 @@ def test_short_rows_and_fp32_go_to_the_plain_kernel():
     assert not selection.takes(codes[:, : selection.LEAST - 1], None) and not selection.takes(long.float(), None)
     assert not selection.takes(long, long)
     assert not selection.takes(long.contiguous(), None)  # lines begin anywhere
+
+
+@on_hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["normal", "wide", "ties", "nan"])
+@pytest.mark.parametrize(
+    ("rows", "neurons", "columns", "drawn"),
+    [
+        (23, 12288, 3712, 614),
+        (3, 12288, 4304, 0),
+        (46, 3072, 512, 512),
+        (5, 4097, 1, 0),
+        (2, 16384, 16000, 900),
+        (4, 63, 16, 3),
+    ],
+)
+def test_neurons_are_those_of_the_plain_kernel(rows: int, neurons: int, columns: int, drawn: int, kind: str):
+    generator = torch.Generator().manual_seed(0)
+    means, mean = torch.randn(2, rows, neurons, generator=generator).cuda()
+    if kind == "wide":
+        means *= torch.exp(3 * mean)
+    if kind == "ties":
+        means, mean = (torch.round(2 * x) for x in (means, mean))
+    if kind == "nan":
+        means[:, ::7], mean[:, ::5] = torch.nan, -torch.inf
+    ours, theirs = (torch.full((rows, columns), -7, dtype=torch.int32, device="cuda") for _ in range(2))
+    given = {"drawn": drawn, "seed": 11, "site": 5}
+    for step, renew in ((7, 1), (8, 0)):  # the second leaves what the first has written
+        clock = torch.tensor([step, renew], device="cuda")
+        selection.select_neurons(ours, means, mean, clock, **given)
+        plain.select(theirs, means, mean, clock, renewed=True, **given)
+        assert torch.equal(ours, theirs)
+
+
+def test_as_many_neurons_as_a_block_holds():
+    assert [tuning.neuron_settings(n).threads for n in (63, 4096, 4097, 12288, 16384)] == [256, 256, 512, 1024, 1024]
+    assert tuning.neuron_settings(16385) is None
