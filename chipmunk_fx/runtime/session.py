@@ -266,7 +266,8 @@ class Session:
 
     def _set_clock(self, clock: torch.Tensor, branch: Branch, phase: Phase, step: int) -> None:
         renew = phase is Phase.REFRESH or branch.sparse_steps % self.config.mlp.list_lifetime == 0
-        clock.copy_(torch.tensor([step, int(renew)]))
+        for place, value in zip(clock.unbind(), (step, int(renew)), strict=True):
+            place.fill_(value)  # a copy from the host would wait for all that the device has to do
 
     def _exempt(self, track: Track, position: Position, values: Sequence[Any], error: SiteOutOfMemory) -> None:
         """The site stays dense from now on, unless idle generations or other settings had memory to give."""
