@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from chipmunk_fx.graph.calls import dtype
 from chipmunk_fx.graph.capture import Capture
 from chipmunk_fx.graph.sizes import hints
 from chipmunk_fx.graph.walk import LINEAR, PROJECTIONS, VIEWS, ancestors, placeholders, rank, reaches
@@ -75,9 +76,38 @@ def classify(capture: Capture) -> Roles:
     latents = _latents(capture, [i for i in free if i not in times and i not in ids], names)
     # Scalars are settings that Dynamo made tensors of (an epsilon), not text.
     rest = [i for i in free if i != latents and i not in times and i not in ids and rank(nodes[i]) > 0]
-    wide = [i for i in rest if rank(nodes[i]) >= 3 and capture.inputs[i].value.is_floating_point()]
     constant = _constant(capture) if embeds and timestep is None else None
-    return Roles(timestep, latents, () if latents is None else tuple(wide or rest), ids, constant)
+    text = () if latents is None else _text(capture, rest, nodes)
+    return Roles(timestep, latents, text, ids, constant)
+
+
+def _text(capture: Capture, rest: Sequence[int], nodes: Sequence[fx.Node]) -> tuple[int, ...]:
+    """Of the `rest` of the inputs, those by which branches are told apart: texts, and labels or pooled texts beside them."""
+
+    def is_text(index: int) -> bool:
+        return rank(nodes[index]) >= 3 and capture.inputs[index].value.is_floating_point()
+
+    texts = [i for i in rest if is_text(i)]
+    others = [i for i in rest if i not in texts]
+    return (*texts, *(i for i in others if not texts or _is_looked_up(nodes[i]) or _is_projected(nodes[i])))
+
+
+def _is_looked_up(node: fx.Node) -> bool:
+    """Whether the input says what to take of a table; a mask says what to keep."""
+
+    def takes(source: fx.Node, user: fx.Node) -> bool:
+        return user.target in _LOOKUPS and user.args[0] is not source and dtype(source) != torch.bool
+
+    return reaches(node, (*VIEWS, aten.clamp.default, aten.mul.Tensor, aten.sub.Tensor), takes)
+
+
+def _is_projected(node: fx.Node) -> bool:
+    """Whether the input, one vector a sample, goes to a linear as it is or joined to others."""
+
+    def projects(source: fx.Node, user: fx.Node) -> bool:
+        return user.target in LINEAR and user.args[0] is source
+
+    return rank(node) == 2 and reaches(node, (*VIEWS, aten.cat.default), projects)
 
 
 def _constant(capture: Capture) -> Constant | None:
@@ -111,12 +141,7 @@ def _sinusoids(module: fx.GraphModule) -> tuple[bool, set[fx.Node], set[fx.Node]
 
 def _looks_up(node: fx.Node, name: str) -> bool:
     """A time of a table of times. Labels look up too: the name must say it."""
-    through = (*VIEWS, aten.clamp.default, aten.mul.Tensor, aten.sub.Tensor)
-    return (
-        name in _TIME_NAMES
-        and rank(node) <= 1
-        and reaches(node, through, lambda source, user: user.target in _LOOKUPS and user.args[0] is not source)
-    )
+    return name in _TIME_NAMES and rank(node) <= 1 and _is_looked_up(node)
 
 
 def _latents(capture: Capture, candidates: Sequence[int], names: dict[int, str]) -> int | None:

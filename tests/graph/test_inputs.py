@@ -33,6 +33,14 @@ class Classes(TinyDiT):
         return super().forward(latents + self.labels(labels)[:, :4, None, None], timestep)
 
 
+class Pictured(Classes):
+    """Labels and a pooled text beside a picture, of which a mask leaves parts out."""
+
+    def forward(self, latents, timestep, labels, pooled, picture, mask, guidance):
+        picture = F.conv2d(picture * mask, self.embed.weight[:4]) * guidance[0]
+        return super().forward(latents + picture + self.context(pooled)[:, :4, None, None], timestep, labels)
+
+
 class Waved(TinyDiT):
     """A sine of projected tokens is an activation."""
 
@@ -112,6 +120,13 @@ def test_class_labels_stand_for_text_where_there_is_none():
     latents, timestep, _ = calls([900])[0]
     seen = captured(Classes(), latents, timestep, torch.tensor([3]))
     assert seen.role("text") == ("labels",)
+
+
+def test_labels_and_pooled_texts_count_beside_a_picture_and_masks_and_strengths_do_not():
+    latents, timestep, _ = calls([900])[0]
+    rest = torch.randn(1, 16), noise(side=17), torch.rand(17, 17) > 0.5, torch.ones(1)
+    seen = captured(Pictured(), latents, timestep, torch.tensor([3]), *rest)
+    assert seen.role("text")[0] == "picture" and set(seen.role("text")) == {"picture", "labels", "pooled"}
 
 
 def test_no_text():
