@@ -12,7 +12,7 @@ from torch import fx
 from chipmunk_fx.graph.calls import dtype
 from chipmunk_fx.graph.capture import Capture
 from chipmunk_fx.graph.sizes import hints
-from chipmunk_fx.graph.walk import LINEAR, PROJECTIONS, VIEWS, ancestors, placeholders, rank, reaches
+from chipmunk_fx.graph.walk import LINEAR, PROJECTIONS, VIEWS, ancestors, placeholders, rank, reaches, shape
 
 aten = torch.ops.aten
 
@@ -22,6 +22,8 @@ _EMBEDDING = (
     *(*VIEWS, aten.cat.default, aten.stack.default, aten.slice.Tensor, aten.select.int, aten.mul.Tensor),
     *(aten.repeat.default, aten.repeat_interleave.self_int),
 )
+_SCALED = (*VIEWS, aten.mul.Tensor)
+_SUMS = (aten.add.Tensor, aten.add_.Tensor)
 _LOOKUPS = (aten.embedding.default, aten.index.Tensor, aten.index_select.default)
 _TIME_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "noise_level")
 _NOT_TIME = ("guidance", "size", "meta", "ratio", "resolution", "fps")
@@ -77,18 +79,22 @@ def classify(capture: Capture) -> Roles:
     # Scalars are settings that Dynamo made tensors of (an epsilon), not text.
     rest = [i for i in free if i != latents and i not in times and i not in ids and rank(nodes[i]) > 0]
     constant = _constant(capture) if embeds and timestep is None else None
-    text = () if latents is None else _text(capture, rest, nodes)
+    text = () if latents is None else _text(capture, rest, nodes, latents)
     return Roles(timestep, latents, text, ids, constant)
 
 
-def _text(capture: Capture, rest: Sequence[int], nodes: Sequence[fx.Node]) -> tuple[int, ...]:
-    """Of the `rest` of the inputs, those by which branches are told apart: texts, and labels or pooled texts beside them."""
+def _text(capture: Capture, rest: Sequence[int], nodes: Sequence[fx.Node], latents: int) -> tuple[int, ...]:
+    """Of the `rest` of the inputs, those by which branches are told apart: texts, and labels or pooled texts beside them.
+
+    What is added to the tokens as it is (the residuals of a ControlNet) is made anew at every call.
+    """
 
     def is_text(index: int) -> bool:
         return rank(nodes[index]) >= 3 and capture.inputs[index].value.is_floating_point()
 
-    texts = [i for i in rest if is_text(i)]
-    others = [i for i in rest if i not in texts]
+    lasting = [i for i in rest if not (is_text(i) and _is_residual(nodes[i], nodes[latents]))]
+    texts = [i for i in lasting if is_text(i)]
+    others = [i for i in lasting if i not in texts]
     return (*texts, *(i for i in others if not texts or _is_looked_up(nodes[i]) or _is_projected(nodes[i])))
 
 
@@ -108,6 +114,23 @@ def _is_projected(node: fx.Node) -> bool:
         return user.target in LINEAR and user.args[0] is source
 
     return rank(node) == 2 and reaches(node, (*VIEWS, aten.cat.default), projects)
+
+
+def _is_residual(node: fx.Node, latents: fx.Node) -> bool:
+    """Whether all that is done with the input is to add it to tokens that the latents were projected to."""
+    passed, ends = [node], []
+    for source in passed:  # which grows
+        for user in source.users:
+            (passed if user.target in _SCALED else ends).append(user)
+
+    def is_stream(other: fx.Node, user: fx.Node) -> bool:
+        behind = ancestors(other, lambda _: False)
+        alike = other not in passed and hints(shape(other)) == hints(shape(user))
+        return alike and latents in behind and any(n.target in PROJECTIONS for n in behind)
+
+    return bool(ends) and all(
+        user.target in _SUMS and any(is_stream(other, user) for other in user.all_input_nodes) for user in ends
+    )
 
 
 def _constant(capture: Capture) -> Constant | None:

@@ -41,6 +41,17 @@ class Pictured(Classes):
         return super().forward(latents + picture + self.context(pooled)[:, :4, None, None], timestep, labels)
 
 
+class Controlled(TinyDiT):
+    """Residuals of another network, added to the tokens."""
+
+    def forward(self, latents, timestep, text, samples):
+        x = self.embed(latents).flatten(2).transpose(1, 2)
+        x = x + self.time((timestep[:, None] * torch.arange(1, WIDTH + 1)).sin())[:, None]
+        for block, sample in zip(self.blocks, samples, strict=True):
+            x = block(torch.cat([self.context(text), x], 1))[:, text.shape[1] :] + 0.5 * sample
+        return self.out(x).mT.unflatten(2, (8, 8))
+
+
 class Waved(TinyDiT):
     """A sine of projected tokens is an activation."""
 
@@ -127,6 +138,12 @@ def test_labels_and_pooled_texts_count_beside_a_picture_and_masks_and_strengths_
     rest = torch.randn(1, 16), noise(side=17), torch.rand(17, 17) > 0.5, torch.ones(1)
     seen = captured(Pictured(), latents, timestep, torch.tensor([3]), *rest)
     assert seen.role("text")[0] == "picture" and set(seen.role("text")) == {"picture", "labels", "pooled"}
+
+
+def test_residuals_of_a_control_network_are_no_text():
+    samples = [torch.randn(1, 64, WIDTH) for _ in range(2)]
+    seen = captured(Controlled(2), *calls([900])[0], samples)
+    assert seen.role("text") == ("text",)
 
 
 def test_no_text():
