@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -113,7 +114,7 @@ def generation(model: nn.Module, key: Any = None, branch: int | None = None) -> 
 def _compile(graph_module: fx.GraphModule, inputs: Sequence[Any], config: Config) -> Callable[..., Any]:
     try:
         with resting_collector():
-            captured, plan = analyse(graph_module, inputs, config)
+            captured, plan = _analyse(graph_module, inputs, config)
     except Uncapturable as reason:
         return _unchanged(graph_module, inputs, config, str(reason))
     except ChipmunkError:
@@ -142,6 +143,19 @@ def _compile(graph_module: fx.GraphModule, inputs: Sequence[Any], config: Config
         return session.call(graph, values)
 
     return call
+
+
+def _analyse(graph_module: fx.GraphModule, inputs: Sequence[Any], config: Config) -> tuple[Capture, Plan]:
+    """`analyse`, where a grid that fitted an earlier call of the model is none for the sizes of this one."""
+    try:
+        return analyse(graph_module, inputs, config)
+    except ConfigError as error:
+        if error.key != "tokens.grid" or not registry.has_session(inputs, config):
+            raise
+        _log.warning(
+            "tokens.grid is for other sizes than those of this call, whose grid is told from the graph: %s", error
+        )
+        return analyse(graph_module, inputs, replace(config, tokens=replace(config.tokens, grid="auto")))
 
 
 def _dense(graph: Graph, values: Sequence[Any], notices: Notices) -> Any:

@@ -215,6 +215,7 @@ def _hint(value: Any) -> str:
     if not isinstance(value, str):
         return ""
     try:
-        return f"This is text; write the number as {float(value)!r}."
+        number = int(value) if value.strip().isdecimal() else float(value)
+        return f"This is text; write the number as {number!r}."
     except ValueError:
         return ""

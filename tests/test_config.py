@@ -593,6 +593,12 @@ def test_two_formats_in_one_file_are_refused(tmp_path):
     assert "attn" in str(error) and "attention" in str(error)
 
 
+def test_a_whole_number_given_as_text_is_to_be_written_as_one():
+    with pytest.raises(ConfigError) as error:
+        Config.from_options({"schedule.steps": "50"})
+    assert str(error.value).endswith("write the number as 50.")
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from chipmunk_fx.graph.calls import dtype
 from chipmunk_fx.graph.capture import Capture
 from chipmunk_fx.graph.sizes import hints
-from chipmunk_fx.graph.walk import LINEAR, PROJECTIONS, VIEWS, ancestors, placeholders, rank, reaches
+from chipmunk_fx.graph.walk import LINEAR, PROJECTIONS, VIEWS, ancestors, placeholders, rank, reaches, shape
 
 aten = torch.ops.aten
 
@@ -21,6 +22,8 @@ _EMBEDDING = (
     *(*VIEWS, aten.cat.default, aten.stack.default, aten.slice.Tensor, aten.select.int, aten.mul.Tensor),
     *(aten.repeat.default, aten.repeat_interleave.self_int),
 )
+_SCALED = (*VIEWS, aten.mul.Tensor)
+_SUMS = (aten.add.Tensor, aten.add_.Tensor)
 _LOOKUPS = (aten.embedding.default, aten.index.Tensor, aten.index_select.default)
 _TIME_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "noise_level")
 _NOT_TIME = ("guidance", "size", "meta", "ratio", "resolution", "fps")
@@ -75,9 +78,59 @@ def classify(capture: Capture) -> Roles:
     latents = _latents(capture, [i for i in free if i not in times and i not in ids], names)
     # Scalars are settings that Dynamo made tensors of (an epsilon), not text.
     rest = [i for i in free if i != latents and i not in times and i not in ids and rank(nodes[i]) > 0]
-    wide = [i for i in rest if rank(nodes[i]) >= 3 and capture.inputs[i].value.is_floating_point()]
     constant = _constant(capture) if embeds and timestep is None else None
-    return Roles(timestep, latents, () if latents is None else tuple(wide or rest), ids, constant)
+    text = () if latents is None else _text(capture, rest, nodes, latents)
+    return Roles(timestep, latents, text, ids, constant)
+
+
+def _text(capture: Capture, rest: Sequence[int], nodes: Sequence[fx.Node], latents: int) -> tuple[int, ...]:
+    """Of the `rest` of the inputs, those by which branches are told apart: texts, and labels or pooled texts beside them.
+
+    What is added to the tokens as it is (the residuals of a ControlNet) is made anew at every call.
+    """
+
+    def is_text(index: int) -> bool:
+        return rank(nodes[index]) >= 3 and capture.inputs[index].value.is_floating_point()
+
+    lasting = [i for i in rest if not (is_text(i) and _is_residual(nodes[i], nodes[latents]))]
+    texts = [i for i in lasting if is_text(i)]
+    others = [i for i in lasting if i not in texts]
+    return (*texts, *(i for i in others if not texts or _is_looked_up(nodes[i]) or _is_projected(nodes[i])))
+
+
+def _is_looked_up(node: fx.Node) -> bool:
+    """Whether the input says what to take of a table; a mask says what to keep."""
+
+    def takes(source: fx.Node, user: fx.Node) -> bool:
+        return user.target in _LOOKUPS and user.args[0] is not source and dtype(source) != torch.bool
+
+    return reaches(node, (*VIEWS, aten.clamp.default, aten.mul.Tensor, aten.sub.Tensor), takes)
+
+
+def _is_projected(node: fx.Node) -> bool:
+    """Whether the input, one vector a sample, goes to a linear as it is or joined to others."""
+
+    def projects(source: fx.Node, user: fx.Node) -> bool:
+        return user.target in LINEAR and user.args[0] is source
+
+    return rank(node) == 2 and reaches(node, (*VIEWS, aten.cat.default), projects)
+
+
+def _is_residual(node: fx.Node, latents: fx.Node) -> bool:
+    """Whether all that is done with the input is to add it to tokens that the latents were projected to."""
+    passed, ends = [node], []
+    for source in passed:  # which grows
+        for user in source.users:
+            (passed if user.target in _SCALED else ends).append(user)
+
+    def is_stream(other: fx.Node, user: fx.Node) -> bool:
+        behind = ancestors(other, lambda _: False)
+        alike = other not in passed and hints(shape(other)) == hints(shape(user))
+        return alike and latents in behind and any(n.target in PROJECTIONS for n in behind)
+
+    return bool(ends) and all(
+        user.target in _SUMS and any(is_stream(other, user) for other in user.all_input_nodes) for user in ends
+    )
 
 
 def _constant(capture: Capture) -> Constant | None:
@@ -111,12 +164,7 @@ def _sinusoids(module: fx.GraphModule) -> tuple[bool, set[fx.Node], set[fx.Node]
 
 def _looks_up(node: fx.Node, name: str) -> bool:
     """A time of a table of times. Labels look up too: the name must say it."""
-    through = (*VIEWS, aten.clamp.default, aten.mul.Tensor, aten.sub.Tensor)
-    return (
-        name in _TIME_NAMES
-        and rank(node) <= 1
-        and reaches(node, through, lambda source, user: user.target in _LOOKUPS and user.args[0] is not source)
-    )
+    return name in _TIME_NAMES and rank(node) <= 1 and _is_looked_up(node)
 
 
 def _latents(capture: Capture, candidates: Sequence[int], names: dict[int, str]) -> int | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextvars
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -56,6 +56,10 @@ class _Registry:
         with self.lock:
             return [known for known in self.by_parameter.get(owner, ()) if known is not session]
 
+    def has_session(self, parameters: Iterable[nn.Parameter], tag: Any) -> bool:
+        with self.lock:
+            return any(s.tag == tag for p in parameters for s in self.by_parameter.get(p, ()))
+
     def held(self, tag: Any) -> Account:
         with self.lock:
             own = [s.held for known in self.by_parameter.values() for s in known if s.tag == tag]
@@ -85,6 +89,11 @@ def session_of(owner: torch.Tensor, tag: Any, piece: bool, make: Make) -> Sessio
     been said of that model.
     """
     return _REGISTRY.session_of(owner, tag, piece, make)
+
+
+def has_session(values: Iterable[Any], tag: Any) -> bool:
+    """Whether one of the `values` is a parameter with a session of this `tag`."""
+    return _REGISTRY.has_session((v for v in values if isinstance(v, nn.Parameter)), tag)
 
 
 def held(tag: Any) -> Account:

@@ -85,7 +85,8 @@ class Timeline:
         begins = run is None or self._restarts(run, seen)
         if run is None or begins:
             self._generation += 1
-            run = self._run = _Run(seen.shape)
+            run = self._run = _Run()
+            self._continues(run, seen)
         timestep = _collapsed(seen.timestep or ())
         if branch is not None:
             self._place(run, seen, timestep, None)
@@ -99,7 +100,7 @@ class Timeline:
 
     def _restarts(self, run: _Run, seen: Observation) -> bool:
         """Whether the call begins a generation although `run` is under way."""
-        if seen.shape != run.shape:
+        if not self._continues(run, seen):
             self._contradictions = 0
             return True
         if seen.timestep is None or run.timestep is None:
@@ -110,6 +111,12 @@ class Timeline:
             # Only here can latents decide: a generation that ended after its first step looks like a solver's second call.
             return run.opening and related is False
         return self._turns_back(run, timestep, related)
+
+    def _continues(self, run: _Run, seen: Observation) -> bool:
+        """Whether the shape is that of the calls before. Where calls are counted it is the whole sequence's, and each branch
+        has its own: texts of guidance differ in length."""
+        branch = None if seen.timestep is not None else seen.text or run.calls % (self._branches or 1)
+        return run.shapes.setdefault(branch, seen.shape) == seen.shape
 
     def _turns_back(self, run: _Run, timestep: tuple[float, ...], related: bool | None) -> bool:
         """Whether the timestep moves against the direction of time, which is learned on the way."""
@@ -165,7 +172,7 @@ class Timeline:
 class _Run:
     """The generation under way."""
 
-    shape: Hashable
+    shapes: dict[Hashable, Hashable] = field(default_factory=dict)
     timestep: tuple[float, ...] | None = None
     step: int = 0
     calls: int = 0

@@ -33,6 +33,25 @@ class Classes(TinyDiT):
         return super().forward(latents + self.labels(labels)[:, :4, None, None], timestep)
 
 
+class Pictured(Classes):
+    """Labels and a pooled text beside a picture, of which a mask leaves parts out."""
+
+    def forward(self, latents, timestep, labels, pooled, picture, mask, guidance):
+        picture = F.conv2d(picture * mask, self.embed.weight[:4]) * guidance[0]
+        return super().forward(latents + picture + self.context(pooled)[:, :4, None, None], timestep, labels)
+
+
+class Controlled(TinyDiT):
+    """Residuals of another network, added to the tokens."""
+
+    def forward(self, latents, timestep, text, samples):
+        x = self.embed(latents).flatten(2).transpose(1, 2)
+        x = x + self.time((timestep[:, None] * torch.arange(1, WIDTH + 1)).sin())[:, None]
+        for block, sample in zip(self.blocks, samples, strict=True):
+            x = block(torch.cat([self.context(text), x], 1))[:, text.shape[1] :] + 0.5 * sample
+        return self.out(x).mT.unflatten(2, (8, 8))
+
+
 class Waved(TinyDiT):
     """A sine of projected tokens is an activation."""
 
@@ -112,6 +131,19 @@ def test_class_labels_stand_for_text_where_there_is_none():
     latents, timestep, _ = calls([900])[0]
     seen = captured(Classes(), latents, timestep, torch.tensor([3]))
     assert seen.role("text") == ("labels",)
+
+
+def test_labels_and_pooled_texts_count_beside_a_picture_and_masks_and_strengths_do_not():
+    latents, timestep, _ = calls([900])[0]
+    rest = torch.randn(1, 16), noise(side=17), torch.rand(17, 17) > 0.5, torch.ones(1)
+    seen = captured(Pictured(), latents, timestep, torch.tensor([3]), *rest)
+    assert seen.role("text")[0] == "picture" and set(seen.role("text")) == {"picture", "labels", "pooled"}
+
+
+def test_residuals_of_a_control_network_are_no_text():
+    samples = [torch.randn(1, 64, WIDTH) for _ in range(2)]
+    seen = captured(Controlled(2), *calls([900])[0], samples)
+    assert seen.role("text") == ("text",)
 
 
 def test_no_text():

@@ -50,6 +50,14 @@ def test_blocks_have_two_branches():
     assert chipmunk_fx.summary(model).phases == {0: PHASES[0], 1: PHASES[0]}
 
 
+def test_branches_of_blocks_may_have_texts_of_other_lengths():
+    model = blockwise(TinyDiT(depth=2), EXACT | TOLD | {"schedule.branches": 2})
+    for seed in range(2):
+        steps = calls(TIMES, [words(1), words(2, count=5)], seed)
+        assert_same(run(model, steps), run(TinyDiT(depth=2), steps))
+        assert chipmunk_fx.summary(model).phases == {0: PHASES[0], 1: PHASES[0]}
+
+
 def test_blocks_inside_a_generation_need_no_settings():
     model = blockwise(TinyDiT(depth=2), EXACT)
     with chipmunk_fx.generation(model, key="a"):

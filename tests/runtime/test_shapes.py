@@ -40,6 +40,17 @@ def test_another_resolution_is_sparse_too():
         assert all(site.density < 0.5 for site in chipmunk_fx.summary(ours).sites)
 
 
+def test_a_grid_that_was_given_is_for_sequences_of_its_length(caplog: pytest.LogCaptureFixture):
+    """Another resolution, or a longer text, goes on with the grid that the graph shows."""
+    model = TinyDiT()
+    ours = exactly(model, tokens__grid=(1, 8, 8), tokens__text=("first", 8))
+    for side, count in ((16, 8), (24, 8), (16, 5), (16, 8)):
+        steps = calls(TIMES, [words(count=count)], side=side)
+        assert_same(run(ours, steps), run(model, steps))
+        assert chipmunk_fx.summary(ours).phases == PHASES
+    assert "tokens.grid is for other sizes" in caplog.text
+
+
 def test_a_resolution_that_changes_within_a_generation_begins_another():
     model = TinyDiT()
     ours = exactly(model)

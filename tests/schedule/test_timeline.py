@@ -258,6 +258,13 @@ def test_pieces_of_another_shape_begin_a_generation():
     assert run(Timeline(steps=9, branches=1), calls) == [(0, 0, 0), (0, 1, 0), (1, 0, 0)]
 
 
+def test_each_branch_of_pieces_has_a_shape_of_its_own():
+    long, short, other = (1, 24, 8), (1, 20, 8), (1, 40, 8)
+    calls = [see(None, None, shape=shape) for shape in (long, short, long, short, other, short)]
+    expected = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1), (1, 0, 0), (1, 0, 1)]
+    assert run(Timeline(steps=9, branches=2), calls) == expected
+
+
 def test_steps_do_not_end_a_generation_that_has_timesteps():
     assert run(Timeline(steps=2), [see(t) for t in (900, 600, 600, 300, 300)])[-1] == (0, 4, 0)
 
