@@ -14,7 +14,7 @@ from chipmunk_fx.graph.sizes import bindings, evaluate
 from chipmunk_fx.graph.state import StateInput
 from chipmunk_fx.graph.walk import shape
 from chipmunk_fx.runtime.footprint import site_columns, site_slots
-from chipmunk_fx.runtime.generations import Branch, Held, Track
+from chipmunk_fx.runtime.generations import Branch, Clock, Held, Track
 from chipmunk_fx.runtime.graphs import Graph
 from chipmunk_fx.runtime.known import Known
 from chipmunk_fx.runtime.tables import Fixed, Tables, attention_tables
@@ -97,10 +97,9 @@ class Assembly:
         return self.branch.health.flag
 
     def _clock(self) -> torch.Tensor:
-        if self.track.clock is None or self.track.clock.device != self.device:
-            with torch.inference_mode(False):
-                self.track.clock = torch.zeros(2, dtype=torch.int64, device=self.device)
-        return self.track.clock
+        if self.track.clock is None or self.track.clock.tensor.device != self.device:
+            self.track.clock = Clock.on(self.device)
+        return self.track.clock.tensor
 
     def _lanes(self) -> torch.Tensor:
         return self.store.lanes(self.device, 1 + max(site.passage.late for site in self.plan.rewritten if site.passage))

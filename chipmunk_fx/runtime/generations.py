@@ -100,6 +100,28 @@ class Prepared:
 
 
 @dataclass
+class Clock:
+    """`tensor`: what kernels are told of a step, int64 [2] on the device: the step, and whether MLPs choose new neurons.
+    `told`: what it holds."""
+
+    tensor: torch.Tensor
+    told: tuple[int, int] = (0, 0)
+
+    @classmethod
+    def on(cls, device: torch.device) -> Clock:
+        with torch.inference_mode(False):
+            return cls(torch.zeros(2, dtype=torch.int64, device=device))
+
+    def tell(self, step: int, renew: bool) -> None:
+        """By kernels that fill: a copy from the host would wait for all that the device has to do."""
+        now = (step, int(renew))
+        for place, (before, value) in enumerate(zip(self.told, now, strict=True)):
+            if value != before:
+                self.tensor[place].fill_(value)
+        self.told = now
+
+
+@dataclass
 class Track:
     """The generations of one key: a timeline, the branches of the one under way, and what its calls did. `faults`: sites for
     which the budget has no room in this generation; `dropped`: its caches went to another one."""
@@ -110,7 +132,7 @@ class Track:
     fallbacks: list[Fallback] = field(default_factory=list)
     tables: dict[Any, Tables] = field(default_factory=dict)
     grids: tuple[Grid, ...] | None = None
-    clock: torch.Tensor | None = None
+    clock: Clock | None = None
     prepared: dict[Any, Prepared] = field(default_factory=dict)
     faults: Faults = field(default_factory=Faults)
     dropped: bool = False

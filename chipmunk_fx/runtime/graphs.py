@@ -34,7 +34,6 @@ class Graph:
         if owner is None:
             owner = (plan.rewritten or plan.sites)[0].owner if plan.sites else next(parameters)
         self.owner = owner
-        self.clock = next(i for i, entry in enumerate(self.entries) if entry.role == "clock")
         self.is_piece = not plan.roles.timed
         self.free = [i for i, entry in enumerate(capture.inputs) if entry.is_tensor and not entry.is_parameter]
         self.owners = tuple(sorted({site.owner for site in plan.rewritten}))

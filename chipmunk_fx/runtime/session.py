@@ -165,7 +165,9 @@ class Session:
         fresh = not whole or (phase is Phase.SPARSE and not listed)
         if fresh and phase in (Phase.SPARSE, Phase.SKIP):
             phase = Phase.REFRESH if graph.rewrites else Phase.DENSE
-        self._set_clock(state[graph.clock], branch, phase, position.step)
+        if track.clock is not None:
+            renew = phase is Phase.REFRESH or branch.sparse_steps % self.config.mlp.list_lifetime == 0
+            track.clock.tell(position.step, renew)
         renew = phase is not Phase.REFRESH or not listed or not graph.keeps_lists
         return phase, state[: graph.counts[phase]], renew
 
@@ -263,11 +265,6 @@ class Session:
                 branch.health.send()
         track.records.append(Record(position.step, position.branch, phase, weakref.ref(graph), renewed))
         _log.debug("step %d branch %d: %s", position.step, position.branch, phase)
-
-    def _set_clock(self, clock: torch.Tensor, branch: Branch, phase: Phase, step: int) -> None:
-        renew = phase is Phase.REFRESH or branch.sparse_steps % self.config.mlp.list_lifetime == 0
-        for place, value in zip(clock.unbind(), (step, int(renew)), strict=True):
-            place.fill_(value)  # a copy from the host would wait for all that the device has to do
 
     def _exempt(self, track: Track, position: Position, values: Sequence[Any], error: SiteOutOfMemory) -> None:
         """The site stays dense from now on, unless idle generations or other settings had memory to give."""

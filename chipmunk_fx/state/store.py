@@ -89,12 +89,16 @@ class Store:
         self._lanes: dict[torch.device, tuple[torch.Tensor, list[torch.cuda.Stream]]] = {}
         self._spare: dict[Slot, list[torch.Tensor]] = {}  # host buffers of caches that were dropped
         self._stream: torch.cuda.Stream | None = None  # of the call before
+        self._raw: tuple[int | None, int] | None = None  # the same: its device and what CUDA knows it by
 
     def follow(self, device: torch.device) -> None:
         """Buffers serve one call after the other: have this call's stream wait for that of the call before."""
-        if device.type == "cuda":
-            before, self._stream = self._stream, torch.cuda.current_stream(device)
-            if before is not None and before != self._stream:
+        if device.type != "cuda":
+            return
+        raw = (device.index, torch._C._cuda_getCurrentRawStream(device.index))  # cheaper than the object
+        if raw != self._raw:
+            before, self._stream, self._raw = self._stream, torch.cuda.current_stream(device), raw
+            if before is not None:
                 self._stream.wait_stream(before)
 
     def make(self, slots: Sequence[Slot], place: Place) -> Cell:

@@ -23,12 +23,12 @@ FP8_DTYPES = (torch.bfloat16,)  # fp16 keeps more bits than sums of products in 
 
 def supports(op: str, arguments: Mapping[str, Any]) -> str | None:
     """None where the kernels take the call, otherwise the value that they do not take and those that they do."""
+    if op == "cache_watch":
+        return _unwatched(**arguments)
     attention = op.startswith("attention")
     x, group_rows = arguments["q" if attention else "x"], arguments["group_rows"]
-    if x.device.type != "cuda" or torch.version.hip is not None:
-        return f"device {x.device.type}, allowed is cuda"
-    if devices.capability(x.device) != CAPABILITY:
-        return f"compute capability {devices.capability(x.device)}, allowed is {CAPABILITY}"
+    if refused := _elsewhere(x.device):
+        return refused
     if x.dtype not in DTYPES:
         return f"{x.dtype}, allowed are {', '.join(map(str, DTYPES))}"
     if refused := refused_width(attention, x.shape[-1], x.shape[-1] if attention else arguments["w2"].shape[0]):
@@ -37,8 +37,6 @@ def supports(op: str, arguments: Mapping[str, Any]) -> str | None:
         return f"groups of {group_rows} rows, allowed are multiples of {' and of '.join(map(str, GROUP_ROWS))}"
     if arguments.get("w1_fp8") is not None and x.dtype not in FP8_DTYPES:
         return f"weights in fp8 with {x.dtype}, allowed is {', '.join(map(str, FP8_DTYPES))}"
-    if _nvrtc() is None:
-        return f"no NVRTC for CUDA {torch.version.cuda}, needed is that of the package nvidia-cuda-nvrtc"
     return triton.refused(op, arguments)
 
 
@@ -51,6 +49,28 @@ def refused_width(attention: bool, width: int, result: int) -> str | None:
     if not attention and result % 64:
         return f"a result {result} wide, allowed are multiples of 64"
     return None
+
+
+def _elsewhere(device: torch.device) -> str | None:
+    """Why the kernels do not run on `device`; None where they do."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"device {device.type}, allowed is cuda"
+    if devices.capability(device) != CAPABILITY:
+        return f"compute capability {devices.capability(device)}, allowed is {CAPABILITY}"
+    if _nvrtc() is None:
+        return f"no NVRTC for CUDA {torch.version.cuda}, needed is that of the package nvidia-cuda-nvrtc"
+    return None
+
+
+def _unwatched(cache: Tensor, broken: Tensor, columns: int) -> str | None:
+    """Why a cache is not watched here; None where it is."""
+    if refused := _elsewhere(cache.device):
+        return refused
+    from chipmunk_fx.kernels.hopper.watching import suits
+
+    if cache.dtype != torch.float32:
+        return f"a cache of {cache.dtype}, allowed is {torch.float32}"
+    return None if suits(cache, columns) else "rows that are not in pieces of 16 bytes"
 
 
 def attention_refresh(**arguments: Any) -> Tensor:
@@ -86,6 +106,13 @@ def mlp_sparse(**arguments: Any) -> Tensor:
     from chipmunk_fx.kernels.triton import mlp
 
     return mlp.sparse(**arguments, steps=(pool, select_neurons, products))
+
+
+def cache_watch(**arguments: Any) -> None:
+    """As `chipmunk_fx.ops.transfer.cache_watch`."""
+    from chipmunk_fx.kernels.hopper.watching import watch
+
+    watch(**arguments)
 
 
 def _nvrtc() -> Any:

@@ -166,7 +166,12 @@ struct Exchange {
     }
 
     __device__ __forceinline__ void exchange() const {
-        if (id < 0) return;
+        const int n = first + next;
+        char *const changed = change + (i64)(n / DEPTH) * (DEPTH * ROWS * 2) + n % DEPTH * LINE + ((threadIdx.x ^ n) & 7) * 16;
+        if (id < 0) {  // the rest of the second product's last stage
+            if (next < NEURONS && n < (p.listed + DEPTH - 1) / DEPTH * DEPTH) store(changed, uint4{0, 0, 0, 0});
+            return;
+        }
         const uint4 old = kept.taken();
         const uint4 x = taken16(place(next)), up = GATED ? taken16(place(next + NEURONS)) : x;
         const u32 xs[4] = {x.x, x.y, x.z, x.w}, ups[4] = {up.x, up.y, up.z, up.w};
@@ -178,10 +183,8 @@ struct Exchange {
             now[i] = activated(xs[i], ups[i]) & live | before[i] & ~live;
             delta[i] = pack(low(now[i]) - low(before[i]), high(now[i]) - high(before[i]));
         }
-        const int n = first + next;
         store_once(hidden + (i64)id * pitch, {now[0], now[1], now[2], now[3]});
-        store(change + (i64)(n / DEPTH) * (DEPTH * ROWS * 2) + n % DEPTH * LINE + ((threadIdx.x ^ n) & 7) * 16,
-              {delta[0], delta[1], delta[2], delta[3]});
+        store(changed, {delta[0], delta[1], delta[2], delta[3]});
     }
 
     __device__ __forceinline__ void run() {

@@ -66,8 +66,6 @@ def _first(
         scales is not None, devices.units(hidden.device),
     )  # fmt: skip
     change = hidden.new_empty(batch * groups, group_rows // settings.rows, -(-listed // DEPTH), DEPTH * settings.rows)
-    if listed % DEPTH:
-        change[:, :, -1] = 0
     tiles = settings.clusters(batch * groups * group_rows, listed)
     problem = First(
         rows.values.data_ptr(), w1.data_ptr(), _pointer(wu), _pitch(w1), _pitch(wu), _pointer(b1), _pointer(bu),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from chipmunk_fx.kernels import devices
-from chipmunk_fx.kernels.hopper.tuning import Block, SelectSettings
+from chipmunk_fx.kernels.hopper.tuning import Block, SelectSettings, WatchSettings
 from chipmunk_fx.log import logger
 
 ARCHITECTURE = "sm_90a"
@@ -87,7 +87,7 @@ class Kernel:
     def launch(self, tiles: int, problem: ctypes.Structure, device: torch.device) -> None:
         """Runs a cluster for each of `tiles`, at most those that are resident, on the current stream; `problem` by value."""
         blocks = min(tiles, devices.units(device) // self.cluster * self.resident) * self.cluster
-        stream = torch.cuda.current_stream(device).cuda_stream
+        stream = torch._C._cuda_getCurrentRawStream(device.index)  # what Inductor asks: no object is made of it
         pointers = (c_void_p * 1)(ctypes.addressof(problem))
         done = driver().cuLaunchKernel(
             self.function, blocks, 1, 1, self.threads, 1, 1, self.shared, c_void_p(stream), pointers, None
@@ -114,7 +114,7 @@ def load(code: bytes, name: str, threads: int, shared: int, cluster: int = 1, re
 
 @cache
 def kernel(
-    name: str, source: Callable[..., str], device: int, settings: Block | SelectSettings, *more: str,
+    name: str, source: Callable[..., str], device: int, settings: Block | SelectSettings | WatchSettings, *more: str,
     cluster: int = 1, resident: int = 1,
 ) -> Kernel:  # fmt: skip
     """Function `name` of source(settings, *more): compiled once a process, loaded once a device. The rest: as of `Kernel`."""

@@ -114,6 +114,15 @@ class SelectSettings:
     shared: int = 0
 
 
+@dataclass(frozen=True)
+class WatchSettings:
+    """Of the watch over caches, as at the top of watch.cu. blocks: that a multiprocessor runs at once."""
+
+    threads: int = 256
+    blocks: int = 8
+    shared: int = 0
+
+
 @cache
 def neuron_settings(neurons: int) -> SelectSettings | None:
     """Of the selection of neurons: a block holds all of a group; None where there are too many."""
@@ -181,9 +190,15 @@ def first_settings(
     element: str, group_rows: int, groups: int, width: int, listed: int, activation: str, gated: bool, fp8: bool,
     units: int = UNITS,
 ) -> ProductSettings:  # fmt: skip
-    """Of the first product. groups: of all batch entries; width: of x; listed: neurons of a group."""
+    """Of the first product. groups: of all batch entries; width: of x; listed: neurons of a group.
+
+    The neurons of a cluster are a multiple of DEPTH: its tiles have all of the second product's last stage.
+    """
     consumers, most = _shape(group_rows)
-    allowed = (ProductSettings(element, consumers, n, 2, activation, gated, fp8) for n in range(most, 95, -16))
+    allowed = (
+        ProductSettings(element, consumers, n, 2, activation, gated, fp8)
+        for n in range(most, 95, -32 if gated else -16)
+    )
     depth = width * (1 if fp8 else 2) // SPAN
     return min(allowed, key=lambda s: _clocks(s, s.clusters(groups * group_rows, listed), depth, units))
 

@@ -5,6 +5,7 @@ Nothing here imports triton until an operator runs; README.md beside this file d
 """
 
 from collections.abc import Mapping
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -31,7 +32,7 @@ def supports(op: str, arguments: Mapping[str, Any]) -> str | None:
 
 def refused(op: str, arguments: Mapping[str, Any]) -> str | None:
     """As `supports`, whatever the first product of an MLP is made in."""
-    if find_spec("triton") is None:
+    if not _installed():
         return "triton is not installed"
     attention = op.startswith("attention")
     x = _subject(op, arguments)
@@ -135,6 +136,11 @@ def _normed_together(arguments: Mapping[str, Any]) -> int:
 def _operands(op: str, arguments: Mapping[str, Any]) -> list[Tensor]:
     names = ("k", "v", "rest") if op.startswith("attention") else ("w1", "b1", "wu", "bu", "w2", "b2", "hidden")
     return [arguments[n] for n in names if arguments[n] is not None]
+
+
+@cache
+def _installed() -> bool:
+    return find_spec("triton") is not None
 
 
 def _interpreted() -> bool:

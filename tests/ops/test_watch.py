@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from chipmunk_fx.kernels import choose, triton
+from chipmunk_fx.kernels import choose, hopper, triton
+from chipmunk_fx.kernels.hopper.watching import suits
 from chipmunk_fx.ops.transfer import cache_watch
+from tests.kernels.cards import on_hopper
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ways = pytest.mark.parametrize("watch", [cache_watch, triton.cache_watch], ids=["reference", "triton"])
@@ -55,3 +57,27 @@ def test_the_kernel_is_chosen_by_dtype():
     cache, broken = torch.zeros(3, device=DEVICE), torch.zeros(1, dtype=torch.bool, device=DEVICE)
     assert choose("cache_watch", {"cache": cache.double(), "broken": broken, "columns": 64})[1] == "reference"
     assert choose("cache_watch", {"cache": cache, "broken": broken, "columns": 64}, [triton])[1] == "triton"
+
+
+@on_hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("columns", [64, 512, 9999])
+def test_sums_of_mlps_are_watched_on_hopper(columns: int):
+    for row, column in ((0, 0), (2, 63), (699, 64), (699, 511)):
+        cache, broken = torch.ones(1, 700, 512, device=DEVICE), torch.zeros(1, dtype=torch.bool, device=DEVICE)
+        for value, seen in ((3e38, False), (float("-inf"), column < columns), (float("nan"), column < columns)):
+            cache[0, row, column] = value
+            assert choose("cache_watch", {"cache": cache, "broken": broken, "columns": columns})[1] == "hopper"
+            hopper.cache_watch(cache=cache, broken=broken, columns=columns)
+            assert broken.item() is seen
+
+
+def test_rows_that_threads_cannot_read_are_left_to_others():
+    assert suits(torch.zeros(3, 8), 4) and suits(torch.zeros(3, 8), 100)
+    assert not suits(torch.zeros(3, 8), 6) and not suits(torch.zeros(3, 6), 4)
+    assert not suits(torch.zeros(17)[1:].view(2, 8), 4)
+    cache, broken = torch.zeros(3, 8), torch.zeros(1, dtype=torch.bool)
+    assert (
+        hopper.supports("cache_watch", {"cache": cache, "broken": broken, "columns": 4})
+        == "device cpu, allowed is cuda"
+    )
