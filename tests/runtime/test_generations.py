@@ -5,6 +5,7 @@ import torch
 
 import chipmunk_fx
 from chipmunk_fx.runtime import registry
+from chipmunk_fx.runtime.generations import Clock
 from tests.runtime.models import TinyDiT, assert_same, calls, chipmunk, compiled, exactly, identical, run, words
 
 TIMES = (900, 700, 500, 300)
@@ -169,3 +170,14 @@ def test_over_the_budget_the_generation_called_longest_ago_gives_way():
             inputs = calls((200, 100), seed=key)[time : time + 1]
             assert_same(within(ours, key, inputs), run(model, inputs))
     assert chipmunk_fx.summary(ours, key=2).phases == {0: ["refresh"] * 4 + ["sparse"] * 2}
+
+
+def test_a_clock_writes_what_has_changed_and_no_more():
+    clock = Clock.on(torch.device("cpu"))
+    versions = [clock.tensor._version]
+    for step, renew in ((0, True), (1, True), (1, True), (1, False), (7, True)):
+        with torch.inference_mode():
+            clock.tell(step, renew)
+        assert clock.tensor.tolist() == [step, renew]
+        versions.append(clock.tensor._version)
+    assert [after - before for before, after in zip(versions, versions[1:], strict=False)] == [1, 1, 0, 1, 2]
