@@ -174,10 +174,12 @@ class Assembly:
     def _tables(self, site: Site) -> Tables:
         sizes, attention = self.sizes[site.index], site.kind == "attention"
         rows, columns = (sizes[2], sizes[3]) if attention else (sizes[1], sizes[1])
-        key = (site.kind, rows, columns, site.group_rows)
+        layout = self.plan.geometry.layout(rows, self.track.grids or ())
+        key = (site.kind, rows, columns, site.group_rows, layout, self.device)
         made = self.track.tables
+        if key not in made and key in self.track.earlier:
+            made[key] = self.track.earlier[key]
         if key not in made:
-            layout = self.plan.geometry.layout(rows, self.track.grids or ())
             raster = self.config.tokens.order == "raster"
             # An MLP shares the order of rows, not what attention adds to it: dense text rows, local windows.
             settings = self.config.attention if attention else AttentionConfig()

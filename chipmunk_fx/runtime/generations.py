@@ -102,22 +102,24 @@ class Prepared:
 @dataclass
 class Clock:
     """`tensor`: what kernels are told of a step, int64 [2] on the device: the step, and whether MLPs choose new neurons.
-    `told`: what it holds."""
+    `places`: of these two in it; `told`: what it holds."""
 
     tensor: torch.Tensor
+    places: tuple[torch.Tensor, ...]
     told: tuple[int, int] = (0, 0)
 
     @classmethod
     def on(cls, device: torch.device) -> Clock:
         with torch.inference_mode(False):
-            return cls(torch.zeros(2, dtype=torch.int64, device=device))
+            tensor = torch.zeros(2, dtype=torch.int64, device=device)
+            return cls(tensor, tensor.unbind())
 
     def tell(self, step: int, renew: bool) -> None:
         """By kernels that fill: a copy from the host would wait for all that the device has to do."""
         now = (step, int(renew))
-        for place, (before, value) in enumerate(zip(self.told, now, strict=True)):
+        for place, before, value in zip(self.places, self.told, now, strict=True):
             if value != before:
-                self.tensor[place].fill_(value)
+                place.fill_(value)
         self.told = now
 
 
@@ -131,6 +133,9 @@ class Track:
     records: list[Record] = field(default_factory=list)
     fallbacks: list[Fallback] = field(default_factory=list)
     tables: dict[Any, Tables] = field(default_factory=dict)
+    earlier: dict[Any, Tables] = field(
+        default_factory=dict
+    )  # of the generation before: to send them again, the host would wait
     grids: tuple[Grid, ...] | None = None
     clock: Clock | None = None
     prepared: dict[Any, Prepared] = field(default_factory=dict)
@@ -142,7 +147,8 @@ class Track:
 
     def begin(self, shape: Hashable) -> tuple[Branch, ...]:
         """A generation of this shape begins: nothing cached is valid. Returns the branches whose buffers cannot serve it."""
-        self.records, self.fallbacks, self.tables, self.grids, self.prepared = [], [], {}, None, {}
+        self.records, self.fallbacks, self.grids, self.prepared = [], [], None, {}
+        self.earlier, self.tables = self.tables, {}
         self.begun = next(BIRTHS)
         for branch in self.branches.values():
             branch.forget()

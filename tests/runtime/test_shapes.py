@@ -181,6 +181,19 @@ def test_tables_made_in_inference_mode_serve_outside_it():
     assert not any(kept.is_inference() for made in (tables, *others) for kept in (made.order, made.always))
 
 
+def test_tables_serve_the_next_generation_of_the_same_size():
+    """To send them to the device again, the host would wait for it; of sizes that come no more, nothing is kept."""
+    ours, kept = compiled(TinyDiT()), []
+    for side in (20, 20, 12, 12, 20):
+        run(ours, calls(TIMES, side=side))
+        (session,) = registry.sessions(ours)
+        kept.append(set(map(id, session.tracks[None].tables.values())))
+        chipmunk_fx.reset(ours)
+    assert kept[0] == kept[1] and kept[2] == kept[3] and not kept[1] & kept[2]
+    track = session.tracks[None]
+    assert len(track.tables) == len(kept[4]) and not set(track.tables) & set(track.earlier)
+
+
 def test_inputs_made_in_inference_mode():
     model = TinyDiT()
     ours = exactly(model)
