@@ -38,7 +38,7 @@ from chipmunk_fx.runtime.report import Report, explain_model, report_of
 from chipmunk_fx.runtime.session import Session
 from chipmunk_fx.runtime.summary import Summary, summarize
 from chipmunk_fx.runtime.tracing import rest_while_tracing
-from chipmunk_fx.runtime.variants import Variants, inductor_patches, lower
+from chipmunk_fx.runtime.variants import Variants, inductor_patches, lower, records_graphs
 from chipmunk_fx.schedule.phase import Phase
 
 _log = logger("plan")
@@ -127,6 +127,8 @@ def _compile(graph_module: fx.GraphModule, inputs: Sequence[Any], config: Config
         return _unchanged(graph_module, inputs, config, _why_nothing(plan))
     if plan.roles.constant:
         _log.warning("%s", plan.roles.constant)
+    keeps_lists = not config.attention.renew_lists and any(site.kind == "attention" for site in plan.rewritten)
+    plan = replace(plan, tells_lists=keeps_lists and not records_graphs(config))  # a recorded graph is told nothing
     graph = Graph(captured, plan, config, Variants(graph_module, captured, plan, config))
     if captured.dynamic:
         _build_all(graph, inputs)
@@ -175,7 +177,8 @@ def _build_all(graph: Graph, inputs: Sequence[Any]) -> None:
     state = scratch.example_state(graph, concrete(inputs))
     graph.variants.original()
     for phase in variants_of(graph):
-        for renew in (True, False) if phase is Phase.REFRESH and graph.keeps_lists else (True,):
+        two = phase is Phase.REFRESH and graph.keeps_lists and not graph.plan.tells_lists
+        for renew in (True, False) if two else (True,):
             graph.variants.get(phase, state[: graph.counts[phase]], renew)
 
 

@@ -95,6 +95,7 @@ class Plan:
     skips: bool = False  # steps are to be skipped
     skip_flops: int = 0  # operations of a skipped step
     measured: bool = False  # computed steps tell how far what the blocks add has moved
+    tells_lists: bool = False  # refreshes are told whether attention chooses new lists; else there is a graph for each
 
     @property
     def rewritten(self) -> tuple[Site, ...]:

@@ -28,7 +28,8 @@ POWER = {"additive": 0.0, "scaled": 0.5}  # exponent of the selection's share (m
 def rewrite(capture: Capture, plan: Plan, config: Config, phase: Phase, renew: bool = True) -> fx.GraphModule:
     """The graph of `phase`. Its inputs: the captured ones, then `state_inputs(plan, phase)`.
 
-    `renew`: a refresh chooses new lists of columns for attention; otherwise it keeps those that are there.
+    `renew`: a refresh chooses new lists of columns for attention, where it is not told to keep them (`plan.tells_lists`);
+    otherwise it keeps those that are there.
     Dense sites behind a key-padding mask are rewritten in every phase: padded keys are dropped, not masked.
     """
     graph = fx.Graph()
@@ -165,7 +166,7 @@ class _Writer:
             "site": site.index,
         }
         always, clock = self.state.get((site.index, "always")), self.state[None, "clock"]
-        arguments = (q, k, v, order, always, *present, clock, *slots)
+        arguments = (q, k, v, order, always, *present, clock, self.state.get((None, "keep")), *slots)
         out = self.graph.call_function(ops.attention_refresh.default, arguments, common | extra)
         return self._attended(out, operands)
 
@@ -316,7 +317,8 @@ class _Writer:
             return ()
         names = slot_names(site)
         if self.phase is Phase.REFRESH:
-            kept = ("lists",) if site.kind == "attention" and not self.renew else ()
+            may_keep = not self.renew or self.plan.tells_lists
+            kept = ("lists",) if site.kind == "attention" and may_keep else ()
             return kept if reads else names
         written = () if site.kind == "attention" else tuple(name for name in names if name not in MLP_WEIGHTS)
         return names if reads else written

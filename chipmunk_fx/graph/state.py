@@ -21,12 +21,14 @@ class StateInput:
     """A tensor that the runtime appends to a call's arguments.
 
     What is known of a mask, what the blocks added to a stream and how far that moved, whether a cache is broken, the clock,
-    the streams of copies, a table of a sequence, a cache of a site, or the buffer on the device through which caches that
-    lie on the host pass. `of`: index of the mask, stream, site or, for a "stage", the lane.
+    whether attention keeps its lists, the streams of copies, a table of a sequence, a cache of a site, or the buffer on the
+    device through which caches that lie on the host pass. `of`: index of the mask, stream, site or, for a "stage", the lane.
     """
 
     name: str
-    role: Literal["valid", "span", "residual", "change", "broken", "clock", "lanes", "stage", "order", "always", "slot"]
+    role: Literal[
+        "valid", "span", "residual", "change", "broken", "clock", "keep", "lanes", "stage", "order", "always", "slot"
+    ]
     of: int | None = None
     slot: str | None = None
 
@@ -45,7 +47,10 @@ def state_inputs(plan: Plan, phase: Phase) -> tuple[StateInput, ...]:
         entries += [StateInput(f"change_{i}", "change", i) for i in range(len(plan.streams))]
     if phase in (Phase.DENSE, Phase.SKIP):
         return tuple(entries)
-    return (*entries, StateInput("broken", "broken"), StateInput("clock", "clock"), *_passage(plan), *_caches(plan))
+    entries += [StateInput("broken", "broken"), StateInput("clock", "clock"), *_passage(plan), *_caches(plan)]
+    if phase is Phase.REFRESH and plan.tells_lists:
+        entries.append(StateInput("keep", "keep"))
+    return tuple(entries)
 
 
 def slot_names(site: Site) -> tuple[str, ...]:

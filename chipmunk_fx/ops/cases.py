@@ -14,7 +14,7 @@ from torch import Tensor
 
 from chipmunk_fx.ops import fp8
 from chipmunk_fx.ops.groups import group_count
-from chipmunk_fx.ops.library import argument_names, within_span
+from chipmunk_fx.ops.library import argument_names, settled
 
 _POISON = {torch.int32: -1}
 
@@ -34,9 +34,9 @@ def call(op: str, values: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]
 
 
 def arguments(op: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """What an implementation of `op` is called with: all arguments by name, `span` being met before."""
+    """What an implementation of `op` is called with: all arguments by name, `span` and `keep` being met before."""
     names = [*argument_names(op), *argument_names(op, keywords=True)]
-    return within_span({name: values[name] for name in names})
+    return settled({name: values[name] for name in names})
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,7 @@ class AttentionCase:
             "valid": valid,
             "span": None,
             "clock": torch.tensor([self.step, 1], device=device),
+            "keep": None,
             "rest": _poisoned((*head, self.rows, self.width), dtype, device),
             "share": _poisoned((*head, self.rows), torch.float32, device),
             "lists": _poisoned((*head, self.groups, self.columns), torch.int32, device),

@@ -36,8 +36,8 @@ SCHEMAS = MappingProxyType(
         ),
         "attention_refresh": (
             "(Tensor q, Tensor k, Tensor v, Tensor? order, Tensor? always, Tensor? valid, Tensor? span, Tensor clock, "
-            "Tensor(a!) rest, Tensor(b!) share, Tensor(c!) lists, *, float scale, int group_rows, float random_density, "
-            "float power, int mass_stride, bool renew, bool ragged, int seed, int site, str sdpa) -> Tensor"
+            "Tensor? keep, Tensor(a!) rest, Tensor(b!) share, Tensor(c!) lists, *, float scale, int group_rows, "
+            "float random_density, float power, int mass_stride, bool renew, bool ragged, int seed, int site, str sdpa) -> Tensor"
         ),
         "attention_sparse": (
             "(Tensor q, Tensor k, Tensor v, Tensor? order, Tensor? valid, Tensor? span, Tensor rest, Tensor share, "
@@ -95,7 +95,7 @@ def implementation(op: str, choose: Choose, bits: Bits = PLAIN) -> Callable[...,
     def run(*args: Any, **kwargs: Any) -> Tensor:
         arguments = dict(zip(names, args, strict=False)) | kwargs
         kept = Kept.of(arguments)
-        arguments = within_span(arguments)
+        arguments = settled(arguments)
         if kept is None:
             return choose(op, arguments)(**arguments)
         keys, renew = arguments["k"].shape[2], arguments.get("renew", False)
@@ -108,11 +108,15 @@ def implementation(op: str, choose: Choose, bits: Bits = PLAIN) -> Callable[...,
     return run
 
 
-def within_span(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments without `span`: keys (k, v and always) cut to it, so that all that are left are valid.
+def settled(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments without `keep` and `span`, which the host reads: no `renew` where lists are kept, and keys (k, v and always)
+    cut to the span, so that all that are left are valid.
 
     A span of -1 says that valid keys are no single run: `valid` is followed.
     """
+    keep = arguments.pop("keep", None)
+    if keep is not None and bool(keep):
+        arguments["renew"] = False
     span = arguments.pop("span", None)
     start, stop = (-1, -1) if span is None else span.tolist()
     if start < 0:

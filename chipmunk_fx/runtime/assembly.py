@@ -83,7 +83,9 @@ class Assembly:
         if entry.role in ("residual", "change"):
             return residuals[entry.name]
         if entry.of is None:
-            return {"broken": self._broken, "clock": self._clock, "lanes": self._lanes}[entry.role]()
+            return {"broken": self._broken, "clock": self._clock, "keep": self._keep, "lanes": self._lanes}[
+                entry.role
+            ]()
         if entry.role == "stage":
             return self.store.stage[entry.of].tensors[entry.slot or ""]
         if entry.role == "slot":
@@ -100,6 +102,12 @@ class Assembly:
         if self.track.clock is None or self.track.clock.tensor.device != self.device:
             self.track.clock = Clock.on(self.device)
         return self.track.clock.tensor
+
+    def _keep(self) -> torch.Tensor:
+        if self.track.keep is None:
+            with torch.inference_mode(False):
+                self.track.keep = torch.zeros(1, dtype=torch.bool)
+        return self.track.keep
 
     def _lanes(self) -> torch.Tensor:
         return self.store.lanes(self.device, 1 + max(site.passage.late for site in self.plan.rewritten if site.passage))

@@ -137,6 +137,20 @@ def test_arguments_by_name():
     assert all(given[name] is values[name] for name in given)
 
 
+def test_a_refresh_that_is_told_to_keep_lists_chooses_none():
+    """As without `renew`, whose attribute a graph has for good."""
+    case = AttentionCase(rows=64, keys=64, width=16, group_rows=16, columns=24)
+    made = []
+    for kept in ({"renew": False}, {"keep": torch.tensor([True])}, {"keep": torch.tensor([False])}):
+        values = case.values(torch.float32) | kept
+        values["lists"].copy_(torch.arange(24))
+        positional, keywords = call("attention_refresh", values)
+        out = torch.ops.chipmunk.attention_refresh(*positional, **keywords)
+        made.append([out, *(values[name] for name in ("rest", "share", "lists"))])
+    without, told, renewed = made
+    assert all(map(torch.equal, without, told)) and not torch.equal(told[-1], renewed[-1])
+
+
 @pytest.mark.parametrize("phase", ["dense", "refresh", "sparse"])
 def test_keys_outside_of_a_span_do_not_exist(phase: str):
     case = AttentionCase(rows=63, keys=63, width=16, group_rows=16, columns=16, fixed=5, grouped=48)

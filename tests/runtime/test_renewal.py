@@ -7,7 +7,10 @@ import torch
 from torch import Tensor
 
 import chipmunk_fx
+from chipmunk_fx import backend
 from chipmunk_fx.runtime import registry
+from chipmunk_fx.runtime.variants import Variants
+from chipmunk_fx.schedule.phase import Phase
 from tests.runtime.models import TinyDiT, assert_same, calls, compiled, identical, run, words
 from tests.runtime.test_masks import Masked, steps
 
@@ -44,6 +47,17 @@ def test_lists_are_chosen_once_a_generation():
     assert summary.flops_ratio < chipmunk_fx.summary(renewing).flops_ratio
     chipmunk_fx.reset(ours)
     assert not any(map(torch.equal, listed(ours, calls(TIMES[:1], seed=5))[0], first)), "a new generation"
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_one_graph_serves_refreshes_of_both_kinds(recorded: bool, monkeypatch: pytest.MonkeyPatch):
+    """It is told on the host which is due; CUDA graphs, which ask no host, take two."""
+    built, build = [], Variants._build
+    monkeypatch.setattr(backend, "records_graphs", lambda config: recorded)
+    monkeypatch.setattr(Variants, "_build", lambda self, phase, *more: built.append(phase) or build(self, phase, *more))
+    kept = listed(ours := keeping(TinyDiT(depth=2)), calls(TIMES))
+    assert built.count(Phase.REFRESH) == 1 + recorded and built.count(Phase.SPARSE) == 1
+    assert all(identical(later, kept[0]) for later in kept) and chipmunk_fx.summary(ours).listed == (0,)
 
 
 def test_a_refresh_is_dense_all_the_same():
