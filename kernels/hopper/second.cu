@@ -4,7 +4,7 @@
 //   COLUMNS    of the result in one tile, a multiple of 64 that divides its width
 //   BUFFERS    stages in shared memory
 //   CLUSTER    blocks of a cluster; the result has a multiple of so many tiles in a row
-// Lists are padded to stages of 64 neurons: what these changed is zero.
+// Lists are padded to whole stages: what is past their end has changed by zero, which first.cu writes.
 
 constexpr int DEPTH = SPAN / 2;      // listed neurons in one stage
 constexpr int BLOCK = DEPTH * LINE;  // bytes of those by 64 rows or columns
