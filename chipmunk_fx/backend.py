@@ -28,17 +28,16 @@ from chipmunk_fx.graph.sizes import concrete
 from chipmunk_fx.kernels import group_rows
 from chipmunk_fx.log import Notices, logger
 from chipmunk_fx.patterns import ALL
-from chipmunk_fx.runtime import registry
+from chipmunk_fx.runtime import precision, registry, renewal
 from chipmunk_fx.runtime.collector import resting_collector
 from chipmunk_fx.runtime.gate import cost_gate
 from chipmunk_fx.runtime.graphs import Graph
 from chipmunk_fx.runtime.placement import fit, limit, notes
-from chipmunk_fx.runtime.precision import settle
 from chipmunk_fx.runtime.report import Report, explain_model, report_of
 from chipmunk_fx.runtime.session import Session
 from chipmunk_fx.runtime.summary import Summary, summarize
 from chipmunk_fx.runtime.tracing import rest_while_tracing
-from chipmunk_fx.runtime.variants import Variants, inductor_patches, lower, records_graphs
+from chipmunk_fx.runtime.variants import Variants, inductor_patches, lower
 from chipmunk_fx.schedule.phase import Phase
 
 _log = logger("plan")
@@ -77,7 +76,7 @@ def analyse(graph_module: fx.GraphModule, inputs: Sequence[Any], config: Config)
     geometry = find_geometry(captured, roles, config.tokens, sequence_lengths(candidates), inputs)
     judge = partial(cost_gate, config=config)
     plan = make_plan(captured, candidates, roles, geometry, config, judge, inputs, group_rows)
-    return captured, fit(settle(plan, config), config)
+    return captured, fit(renewal.settle(precision.settle(plan, config), config), config)
 
 
 def explain(model: nn.Module, *args: Any, config: Any = None, **kwargs: Any) -> Report:
@@ -127,8 +126,6 @@ def _compile(graph_module: fx.GraphModule, inputs: Sequence[Any], config: Config
         return _unchanged(graph_module, inputs, config, _why_nothing(plan))
     if plan.roles.constant:
         _log.warning("%s", plan.roles.constant)
-    keeps_lists = not config.attention.renew_lists and any(site.kind == "attention" for site in plan.rewritten)
-    plan = replace(plan, tells_lists=keeps_lists and not records_graphs(config))  # a recorded graph is told nothing
     graph = Graph(captured, plan, config, Variants(graph_module, captured, plan, config))
     if captured.dynamic:
         _build_all(graph, inputs)
@@ -177,7 +174,7 @@ def _build_all(graph: Graph, inputs: Sequence[Any]) -> None:
     state = scratch.example_state(graph, concrete(inputs))
     graph.variants.original()
     for phase in variants_of(graph):
-        two = phase is Phase.REFRESH and graph.keeps_lists and not graph.plan.tells_lists
+        two = phase is Phase.REFRESH and graph.keeps_lists and not graph.plan.tells_known
         for renew in (True, False) if two else (True,):
             graph.variants.get(phase, state[: graph.counts[phase]], renew)
 

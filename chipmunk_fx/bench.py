@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from chipmunk_fx.arguments import count_of, device_of, share_of
 from chipmunk_fx.config import AttentionConfig, ScheduleConfig
 from chipmunk_fx.errors import BenchError
-from chipmunk_fx.kernels import choose, group_rows
+from chipmunk_fx.kernels import choose, group_rows, refreshes_in_parts
 from chipmunk_fx.ops import flash4
 from chipmunk_fx.ops.cases import AttentionCase, MlpCase, arguments, call
 from chipmunk_fx.state.slots import attention_slots
@@ -44,7 +44,8 @@ DENSE = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFI
 class Shape:
     """A site: heads and their width for attention; width, neurons for an MLP of as wide a result. columns: computed ones.
 
-    kept: the refresh of attention, or the sparse step of an MLP, keeps its lists; `gated` and `fp8` as of an MLP.
+    kept: the refresh of attention, or the sparse step of an MLP, keeps its lists; `gated` and `fp8` as of an MLP; first: the
+    refresh is a generation's first, else others were before.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Shape:
     kept: bool = False
     gated: bool = False
     fp8: bool = False
+    first: bool = False
 
     @property
     def total(self) -> int:
@@ -101,6 +103,7 @@ def _published() -> Iterator[Shape]:
         yield shape
         yield replace(shape, name=f"{shape.name}, stride 8", stride=8)
         yield replace(shape, name=f"{shape.name}, lists kept", kept=True)
+        yield replace(shape, name=f"{shape.name}, first refresh", first=True)
     for rows, columns in ((4352, 3712), (4352, 1984), (3840, 3712)):
         shape = Shape(f"flux, {rows} rows", "mlp", rows, columns, width=3072, neurons=12288)
         for fp8, kept in product((False, True), repeat=2):
@@ -161,8 +164,9 @@ def measure(shapes: Iterable[Shape], dtype: torch.dtype, device: str, seconds: f
             values = shape.case(rows).values(dtype, device)
             if shape.kind == "attention":  # lists as they are kept between steps
                 sizes = (1, shape.heads, shape.rows, shape.rows, shape.width, dtype)
-                kept = attention_slots(*sizes, group_rows=rows, columns=shape.columns, device=device)[-1]
+                kept = attention_slots(*sizes, group_rows=rows, columns=shape.columns, device=device)[2]
                 values["lists"] = torch.empty(kept.shape, dtype=kept.dtype, device=device)
+                _refresh_again(shape, values, rows, dtype)
             site = (shape.kind, shape.rows, shape.heads, shape.width, shape.neurons, shape.gated)
             if site not in dense:
                 dense[site] = min(_dense(shape, values, seconds))
@@ -171,6 +175,16 @@ def measure(shapes: Iterable[Shape], dtype: torch.dtype, device: str, seconds: f
                 if shape.kept and op != "mlp_refresh":
                     _keep_lists(op, values)
                 yield _row(shape, op, values, *dense[site], seconds)
+
+
+def _refresh_again(shape: Shape, values: dict[str, Any], group_rows: int, dtype: torch.dtype) -> None:
+    """Has a refresh been before, if the one to be measured is not the first and makes use of that."""
+    device = values["q"].device
+    if shape.first or not refreshes_in_parts(device, dtype, shape.sizes, group_rows, shape.density):
+        return
+    values["lse"] = torch.empty_like(values["share"])
+    _run("attention_refresh", values)
+    values["known"] = torch.ones(1, dtype=torch.bool)
 
 
 def _keep_lists(op: str, values: dict[str, Any]) -> None:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from chipmunk_fx.kernels import hopper, triton
+from chipmunk_fx.kernels.hopper.tuning import in_parts
+from chipmunk_fx.ops import flash4
 from chipmunk_fx.ops.groups import GROUP_ROWS
 from chipmunk_fx.ops.library import NAMESPACE, REFERENCE, implementation
 from chipmunk_fx.ops.packing import PLAIN, Bits
@@ -51,6 +53,16 @@ def on_hopper(kind: str, device: torch.device, dtype: torch.dtype, sizes: Sequen
     refused = hopper.refused_width(attention, width=sizes[4 if attention else 2], result=sizes[4])
     suits = dtype in hopper.DTYPES and refused is None
     return suits and torch.cuda.get_device_capability(device) == hopper.CAPABILITY and hopper._nvrtc() is not None
+
+
+def refreshes_in_parts(
+    device: torch.device, dtype: torch.dtype, sizes: Sequence[int], group_rows: int, density: float
+) -> bool:
+    """Whether such an attention is refreshed faster where its lists can be chosen before it is computed."""
+    if all(group_rows % rows for rows in hopper.GROUP_ROWS) or not on_hopper("attention", device, dtype, sizes):
+        return False
+    best = flash4.pays(hopper.CAPABILITY, dtype, sizes[4], min(sizes[2:4])) and flash4.installed()
+    return in_parts(group_rows, density, best)
 
 
 def refused_in_fp8(device: torch.device, dtype: torch.dtype, sizes: Sequence[int], group_rows: int) -> str | None:

@@ -56,6 +56,7 @@ class Site:
     reason: str = ""
     passage: Passage | None = None  # of caches that lie on the host between steps
     fp8: bool = False  # the first product of an MLP's sparse steps is made in fp8
+    keeps_lse: bool = False  # an attention keeps the denominators of a refresh for the next one
 
     @property
     def rows(self) -> Size:
@@ -95,7 +96,9 @@ class Plan:
     skips: bool = False  # steps are to be skipped
     skip_flops: int = 0  # operations of a skipped step
     measured: bool = False  # computed steps tell how far what the blocks add has moved
-    tells_lists: bool = False  # refreshes are told whether attention chooses new lists; else there is a graph for each
+    tells_known: bool = (
+        False  # refreshes are told whether there has been one before; else it takes a graph more to keep lists
+    )
 
     @property
     def rewritten(self) -> tuple[Site, ...]:

@@ -17,7 +17,7 @@ from chipmunk_fx.graph.kept_attention import keep_kernels
 from chipmunk_fx.graph.pattern import AttentionOperands, Kept, MlpOperands, Part
 from chipmunk_fx.graph.plan import Plan, Site
 from chipmunk_fx.graph.region import Region
-from chipmunk_fx.graph.state import MLP_SLOTS, MLP_WEIGHTS, WATCHED, StateInput, slot_names, state_inputs
+from chipmunk_fx.graph.state import MLP_SLOTS, MLP_WEIGHTS, OF_REFRESHES, WATCHED, StateInput, slot_names, state_inputs
 from chipmunk_fx.graph.walk import is_used, rank
 from chipmunk_fx.schedule.phase import Phase
 
@@ -28,8 +28,8 @@ POWER = {"additive": 0.0, "scaled": 0.5}  # exponent of the selection's share (m
 def rewrite(capture: Capture, plan: Plan, config: Config, phase: Phase, renew: bool = True) -> fx.GraphModule:
     """The graph of `phase`. Its inputs: the captured ones, then `state_inputs(plan, phase)`.
 
-    `renew`: a refresh chooses new lists of columns for attention, where it is not told to keep them (`plan.tells_lists`);
-    otherwise it keeps those that are there.
+    `renew`: a refresh chooses new lists of columns for attention, otherwise it keeps those that are there; of no account where
+    it is told whether there are any (`plan.tells_known`).
     Dense sites behind a key-padding mask are rewritten in every phase: padded keys are dropped, not masked.
     """
     graph = fx.Graph()
@@ -161,12 +161,13 @@ class _Writer:
             "random_density": config.random_density,
             "power": POWER[config.combine],
             "mass_stride": config.mass_stride,
-            "renew": self.renew,
+            "renew": config.renew_lists if self.plan.tells_known else self.renew,
             "seed": self.config.seed,
             "site": site.index,
         }
         always, clock = self.state.get((site.index, "always")), self.state[None, "clock"]
-        arguments = (q, k, v, order, always, *present, clock, self.state.get((None, "keep")), *slots)
+        lse = self._slot(site, "lse") if site.keeps_lse else None
+        arguments = (q, k, v, order, always, *present, clock, self.state.get((None, "known")), *slots, lse)
         out = self.graph.call_function(ops.attention_refresh.default, arguments, common | extra)
         return self._attended(out, operands)
 
@@ -317,11 +318,12 @@ class _Writer:
             return ()
         names = slot_names(site)
         if self.phase is Phase.REFRESH:
-            may_keep = not self.renew or self.plan.tells_lists
-            kept = ("lists",) if site.kind == "attention" and may_keep else ()
-            return kept if reads else names
+            may_keep = not self.renew or (self.plan.tells_known and not self.config.attention.renew_lists)
+            may_keep &= site.kind == "attention"
+            earlier = ("lists",) * may_keep + tuple(name for name in names if name in OF_REFRESHES)
+            return earlier if reads else names
         written = () if site.kind == "attention" else tuple(name for name in names if name not in MLP_WEIGHTS)
-        return names if reads else written
+        return tuple(name for name in names if name not in OF_REFRESHES) if reads else written
 
 
 def _layouts(site: Site, operands: MlpOperands) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:

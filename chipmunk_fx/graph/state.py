@@ -9,7 +9,8 @@ from typing import Literal
 from chipmunk_fx.graph.plan import Plan, Site
 from chipmunk_fx.schedule.phase import Phase
 
-ATTENTION_SLOTS = ("rest", "share", "lists")
+ATTENTION_SLOTS = ("rest", "share", "lists", "lse")
+OF_REFRESHES = ("lse",)  # which sparse steps do not read
 MLP_WEIGHTS = ("by_neuron", "w1_fp8", "scales")  # written by a refresh alone
 MLP_SLOTS = ("hidden", "out", "mean", "lists", *MLP_WEIGHTS)
 # What tells that a site's caches are broken, and how much of each row: a hidden value that is not finite is in all of `out`.
@@ -21,13 +22,13 @@ class StateInput:
     """A tensor that the runtime appends to a call's arguments.
 
     What is known of a mask, what the blocks added to a stream and how far that moved, whether a cache is broken, the clock,
-    whether attention keeps its lists, the streams of copies, a table of a sequence, a cache of a site, or the buffer on the
+    whether a refresh has been before, the streams of copies, a table of a sequence, a cache of a site, or the buffer on the
     device through which caches that lie on the host pass. `of`: index of the mask, stream, site or, for a "stage", the lane.
     """
 
     name: str
     role: Literal[
-        "valid", "span", "residual", "change", "broken", "clock", "keep", "lanes", "stage", "order", "always", "slot"
+        "valid", "span", "residual", "change", "broken", "clock", "known", "lanes", "stage", "order", "always", "slot"
     ]
     of: int | None = None
     slot: str | None = None
@@ -48,14 +49,16 @@ def state_inputs(plan: Plan, phase: Phase) -> tuple[StateInput, ...]:
     if phase in (Phase.DENSE, Phase.SKIP):
         return tuple(entries)
     entries += [StateInput("broken", "broken"), StateInput("clock", "clock"), *_passage(plan), *_caches(plan)]
-    if phase is Phase.REFRESH and plan.tells_lists:
-        entries.append(StateInput("keep", "keep"))
+    if phase is Phase.REFRESH and plan.tells_known:
+        entries.append(StateInput("known", "known"))
     return tuple(entries)
 
 
 def slot_names(site: Site) -> tuple[str, ...]:
     if site.kind == "attention":
-        return ATTENTION_SLOTS
+        return (
+            ATTENTION_SLOTS if site.keeps_lse else tuple(name for name in ATTENTION_SLOTS if name not in OF_REFRESHES)
+        )
     return MLP_SLOTS if site.fp8 else tuple(name for name in MLP_SLOTS if name not in ("w1_fp8", "scales"))
 
 

@@ -30,6 +30,7 @@ def attention_refresh(
     rest: Tensor,
     share: Tensor,
     lists: Tensor,
+    lse: Tensor | None,
     *,
     scale: float,
     group_rows: int,
@@ -37,6 +38,7 @@ def attention_refresh(
     power: float,
     mass_stride: int,
     renew: bool,
+    again: bool,
     ragged: bool,
     seed: int,
     site: int,
@@ -45,35 +47,41 @@ def attention_refresh(
     """Dense attention, and everything that `attention_sparse` needs on later steps.
 
     o, lse   = softmax(scale q k^T) v over all valid keys, with its log denominators
-    m[g, j]  = sum over the rows i of group g that are sampled, one in mass_stride, of exp(scale q_i.k_j - lse_i)
+    m[g, j]  = sum over the rows i of group g that are sampled, one in mass_stride, of exp(scale q_i.k_j - lse_i);
+               `again`, where `lse` is kept: with that of the refresh before
     lists[g] = the `always` columns and those of the largest m, then ceil(random_density M) random ones; `ragged`: a group
                with fewer `always` columns than another has as many places less, and M in the last ones
     share    = exp(power (lse over lists - lse)), at most 1
     rest     = o - share * (softmax over lists)
 
     Without `renew` the lists stay as they are, and no masses are taken.
-    Arguments as in kernels/README.md. Returns o, [B, H, N, D]; writes rest, share and, with `renew`, lists.
+    Arguments as in kernels/README.md. Returns o, [B, H, N, D]; writes rest, share, lse and, with `renew`, lists.
     """
     total, columns = k.shape[2], lists.shape[-1]
     key = stream(seed, site, clock[0])
     drawn = random_count(total, random_density, columns)
     positions = _positions(q, order, rest, share)
     spare = spare_places(always, valid, lists.shape[-1]) if ragged and always is not None else None
-    out, lse = attend(q, k, v, scale, valid, sdpa)
+    out, now = attend(q, k, v, scale, valid, sdpa)
     out = _tokens_first(out)
+    weighed_by = lse if again and lse is not None else now
     for index, (b, h) in enumerate(product(range(q.shape[0]), range(q.shape[1]))):
         head = _head(q, k, v, valid, b, h, positions, scale, group_rows, ragged)
         if renew:
             # with every column computed the masses decide nothing
-            masses = head.masses(lse[b, h], mass_stride) if columns < total else lse.new_zeros(lists.shape[2], total)
+            masses = (
+                head.masses(weighed_by[b, h], mass_stride) if columns < total else now.new_zeros(lists.shape[2], total)
+            )
             less = None if spare is None else spare[b % len(spare)]
             lists[b, h] = select(masses, columns, drawn, substream(key, index), always, head.valid, less)
         for span in head.spans(columns):
             part, part_lse = head.selected(lists[b, h], span)
-            weight = (part_lse - take(lse[b, h], positions, span)).mul_(power).exp_().nan_to_num_(0).clamp_(max=1)
+            weight = (part_lse - take(now[b, h], positions, span)).mul_(power).exp_().nan_to_num_(0).clamp_(max=1)
             part = part.float().mul_(weight.unsqueeze(-1))
             put(share[b, h], positions, span, weight)
             put(rest[b, h], positions, span, take(out[b, h], positions, span) - part)
+    if lse is not None:
+        lse.copy_(now)
     return out
 
 

@@ -34,7 +34,7 @@ def call(op: str, values: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]
 
 
 def arguments(op: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """What an implementation of `op` is called with: all arguments by name, `span` and `keep` being met before."""
+    """What an implementation of `op` is called with: all arguments by name, `span` and `known` being met before."""
     names = [*argument_names(op), *argument_names(op, keywords=True)]
     return settled({name: values[name] for name in names})
 
@@ -46,7 +46,8 @@ class AttentionCase:
     near: always-on columns beyond `fixed`, of the group of most (None: no group has its own, lists are not ragged).
     layout: "heads_first" is contiguous [B, H, N, D]; "tokens_first" the transpose of [B, N, H, D]; "fused" slices of
     one [B, N, 3, H, D] (rows equal keys). key_heads: heads of k and v (None: as many as of q). present: valid keys of
-    each batch entry, scattered over the sequence (None: all of all).
+    each batch entry, scattered over the sequence (None: all of all). again: a refresh has been before, whose
+    denominators are kept.
     """
 
     rows: int
@@ -66,6 +67,7 @@ class AttentionCase:
     step: int = 3
     key_heads: int | None = None
     present: tuple[int, ...] | None = None
+    again: bool = False
 
     @property
     def groups(self) -> int:
@@ -110,10 +112,11 @@ class AttentionCase:
             "valid": valid,
             "span": None,
             "clock": torch.tensor([self.step, 1], device=device),
-            "keep": None,
+            "known": torch.ones(1, dtype=torch.bool) if self.again else None,
             "rest": _poisoned((*head, self.rows, self.width), dtype, device),
             "share": _poisoned((*head, self.rows), torch.float32, device),
             "lists": _poisoned((*head, self.groups, self.columns), torch.int32, device),
+            "lse": self._earlier(dtype, device, seed) if self.again else None,
             "scale": 1.3 / math.sqrt(self.width),
             "group_rows": self.group_rows,
             "random_density": self.random_density,
@@ -125,6 +128,12 @@ class AttentionCase:
             "site": 5,
             "sdpa": "",
         }
+
+    def _earlier(self, dtype: torch.dtype, device: str, seed: int) -> Tensor:
+        """Logarithms of denominators like those of a refresh some steps ago."""
+        q, k = (self.projections(dtype, device, seed)[name].float() for name in ("q", "k"))
+        scores = q @ k.repeat_interleave(self.heads // k.shape[1], 1).mT * (1.3 / math.sqrt(self.width))
+        return scores.logsumexp(-1) + torch.linspace(-0.5, 0.5, self.rows, device=device)
 
     def _own_columns(self, always: Tensor | None, generator: torch.Generator) -> Tensor:
         """bool [G, M]: of the first group none but those of all, of the last `near` more."""
@@ -232,6 +241,16 @@ ATTENTION_CASES = (
         rows=300, keys=120, width=256, group_rows=192, columns=64, heads=1, mass_stride=4, layout="heads_first"
     ),
 )
+EARLIER_CASES = (
+    AttentionCase(
+        rows=200, keys=200, width=64, group_rows=48, columns=64, mass_stride=3, grouped=170, fixed=30, again=True
+    ),
+    AttentionCase(rows=111, keys=111, width=64, group_rows=128, columns=32, heads=4, key_heads=2, batch=2, again=True),
+    AttentionCase(rows=63, keys=63, width=64, group_rows=32, columns=63, layout="fused", batch=2, again=True),
+    AttentionCase(rows=111, keys=111, width=64, group_rows=48, columns=32, batch=3, present=(111, 80, 33), again=True),
+    AttentionCase(rows=420, keys=200, width=64, group_rows=192, columns=112, fixed=9, near=60, grouped=400, again=True),
+    AttentionCase(rows=300, keys=517, width=128, group_rows=192, columns=1, random_density=0.0, power=0.0, again=True),
+)
 LONG_ATTENTION_CASES = (
     AttentionCase(rows=4353, keys=4353, width=128, group_rows=128, columns=768, mass_stride=4, grouped=4353, heads=3),
     AttentionCase(rows=1000, keys=4353, width=80, group_rows=256, columns=320, batch=3, present=(4353, 1000, 63)),
@@ -242,6 +261,11 @@ LONG_ATTENTION_CASES = (
     AttentionCase(rows=900, keys=900, width=128, group_rows=192, columns=500, grouped=860, fixed=20, near=300),
     AttentionCase(rows=900, keys=700, width=128, group_rows=256, columns=333, batch=2, present=(0, 500), power=0.0),
     AttentionCase(rows=500, keys=500, width=64, group_rows=384, columns=131, grouped=450, layout="heads_first"),
+    AttentionCase(rows=4353, keys=4353, width=128, group_rows=192, columns=900, mass_stride=4, heads=3, again=True),
+    AttentionCase(
+        rows=900, keys=3000, width=128, group_rows=128, columns=2900, batch=2, grouped=860, near=700, again=True
+    ),
+    AttentionCase(rows=777, keys=777, width=64, group_rows=256, columns=333, layout="fused", mass_stride=8, again=True),
 )
 MLP_CASES = (
     MlpCase(lead=(1, 512), width=64, neurons=256, group_rows=128, columns=80),

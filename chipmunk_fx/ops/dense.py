@@ -51,6 +51,12 @@ def attend(
     return out.masked_fill(empty.unsqueeze(-1), 0), lse.masked_fill(empty, -torch.inf)
 
 
+def left_open(sdpa: str) -> bool:
+    """Whether the user, by `sdpa` or all round, leaves open which of PyTorch's kernels for Hopper is used."""
+    with _only(sdpa):
+        return torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def ungrouped(x: Tensor, heads: int) -> Tensor:
     """[B, Hk, M, D] as [B, H, M, D]: every key head repeated for the query heads that read it."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)

@@ -36,8 +36,9 @@ SCHEMAS = MappingProxyType(
         ),
         "attention_refresh": (
             "(Tensor q, Tensor k, Tensor v, Tensor? order, Tensor? always, Tensor? valid, Tensor? span, Tensor clock, "
-            "Tensor? keep, Tensor(a!) rest, Tensor(b!) share, Tensor(c!) lists, *, float scale, int group_rows, "
-            "float random_density, float power, int mass_stride, bool renew, bool ragged, int seed, int site, str sdpa) -> Tensor"
+            "Tensor? known, Tensor(a!) rest, Tensor(b!) share, Tensor(c!) lists, Tensor(d!)? lse, *, float scale, "
+            "int group_rows, float random_density, float power, int mass_stride, bool renew, bool ragged, int seed, int site, "
+            "str sdpa) -> Tensor"
         ),
         "attention_sparse": (
             "(Tensor q, Tensor k, Tensor v, Tensor? order, Tensor? valid, Tensor? span, Tensor rest, Tensor share, "
@@ -109,14 +110,15 @@ def implementation(op: str, choose: Choose, bits: Bits = PLAIN) -> Callable[...,
 
 
 def settled(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments without `keep` and `span`, which the host reads: no `renew` where lists are kept, and keys (k, v and always)
-    cut to the span, so that all that are left are valid.
+    """The arguments without `known` and `span`, which the host reads: `again` where a refresh has been before, `renew` where it
+    has not, and keys (k, v and always) cut to the span, so that all that are left are valid.
 
     A span of -1 says that valid keys are no single run: `valid` is followed.
     """
-    keep = arguments.pop("keep", None)
-    if keep is not None and bool(keep):
-        arguments["renew"] = False
+    if "known" in arguments:
+        known = arguments.pop("known")
+        arguments["again"] = known is not None and bool(known)
+        arguments["renew"] |= known is not None and not arguments["again"]
     span = arguments.pop("span", None)
     start, stop = (-1, -1) if span is None else span.tolist()
     if start < 0:

@@ -83,7 +83,7 @@ class Assembly:
         if entry.role in ("residual", "change"):
             return residuals[entry.name]
         if entry.of is None:
-            return {"broken": self._broken, "clock": self._clock, "keep": self._keep, "lanes": self._lanes}[
+            return {"broken": self._broken, "clock": self._clock, "known": self._known, "lanes": self._lanes}[
                 entry.role
             ]()
         if entry.role == "stage":
@@ -103,11 +103,11 @@ class Assembly:
             self.track.clock = Clock.on(self.device)
         return self.track.clock.tensor
 
-    def _keep(self) -> torch.Tensor:
-        if self.track.keep is None:
+    def _known(self) -> torch.Tensor:
+        if self.track.known is None:
             with torch.inference_mode(False):
-                self.track.keep = torch.zeros(1, dtype=torch.bool)
-        return self.track.keep
+                self.track.known = torch.zeros(1, dtype=torch.bool)
+        return self.track.known
 
     def _lanes(self) -> torch.Tensor:
         return self.store.lanes(self.device, 1 + max(site.passage.late for site in self.plan.rewritten if site.passage))

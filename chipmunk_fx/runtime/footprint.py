@@ -24,7 +24,7 @@ def site_slots(site: Site, sizes: Sequence[int], columns: int, grouped_rows: int
         b, h, n, m, d = sizes
         return attention_slots(
             b, h, n, m, d, site.dtype, grouped_rows=grouped_rows, group_rows=site.group_rows, columns=columns,
-            device=site.device.type,
+            device=site.device.type, keeps_lse=site.keeps_lse,
         )  # fmt: skip
     b, n, c, f, out = sizes
     fp8 = (site.first_weights, c) if site.fp8 else None

@@ -138,7 +138,7 @@ class Track:
     )  # of the generation before: to send them again, the host would wait
     grids: tuple[Grid, ...] | None = None
     clock: Clock | None = None
-    keep: torch.Tensor | None = None  # bool [1] on the host: a refresh keeps the lists of attention
+    known: torch.Tensor | None = None  # bool [1] on the host: there are caches of a refresh before
     prepared: dict[Any, Prepared] = field(default_factory=dict)
     faults: Faults = field(default_factory=Faults)
     dropped: bool = False

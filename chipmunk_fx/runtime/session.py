@@ -169,8 +169,8 @@ class Session:
             renew = phase is Phase.REFRESH or branch.sparse_steps % self.config.mlp.list_lifetime == 0
             track.clock.tell(position.step, renew)
         renew = phase is not Phase.REFRESH or not listed or not graph.keeps_lists
-        if track.keep is not None:
-            track.keep.fill_(not renew)
+        if track.known is not None:
+            track.known.fill_(listed)
         return phase, state[: graph.counts[phase]], renew
 
     def _state(

@@ -92,7 +92,7 @@ class Variants:
 
     def get(self, phase: Phase, state: Sequence[torch.Tensor], renew: bool = True) -> Callable[..., Any]:
         """The callable for `phase`; `state` are the tensors appended to its inputs. `renew` as in `rewrite`."""
-        return self._get(phase, state, renew or self.plan.tells_lists)
+        return self._get(phase, state, renew or self.plan.tells_known)
 
     def _get(self, phase: Phase | None, state: Sequence[torch.Tensor], renew: bool) -> Callable[..., Any]:
         if (phase, renew) in self._made:

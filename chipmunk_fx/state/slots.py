@@ -47,8 +47,10 @@ def attention_slots(
     group_rows: int,
     columns: int,
     device: str = "cpu",
-) -> tuple[Slot, Slot, Slot]:
-    """rest, share and lists of an attention site. `grouped_rows`: those that the order names, all by default.
+    keeps_lse: bool = False,
+) -> tuple[Slot, ...]:
+    """rest, share and lists of an attention site, and lse where it `keeps_lse`. `grouped_rows`: those that the order names, all
+    by default.
 
     device: the type of that which computes. Lists are packed there, but not on a GPU where they are small beside the rest: to
     unpack them takes a tenth of a short sparse step. Those of an MLP, one for all heads, are always small.
@@ -59,7 +61,8 @@ def attention_slots(
     kept = Slot("lists", lists, torch.int32)
     if device != "cuda" or kept.bytes > rest.bytes // SMALL:
         kept = Slot("lists", *smallest(lists, keys, device))
-    return rest, Slot("share", (batch, heads, rows), torch.float32), kept
+    share, lse = (Slot(name, (batch, heads, rows), torch.float32) for name in ("share", "lse"))
+    return (rest, share, kept, lse) if keeps_lse else (rest, share, kept)
 
 
 def mlp_slots(

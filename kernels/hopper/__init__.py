@@ -75,12 +75,9 @@ def _unwatched(cache: Tensor, broken: Tensor, columns: int) -> str | None:
 
 def attention_refresh(**arguments: Any) -> Tensor:
     """As `chipmunk_fx.ops.attention.attention_refresh`."""
-    from chipmunk_fx.kernels.hopper.columns import attend_columns
-    from chipmunk_fx.kernels.hopper.masses import column_masses
-    from chipmunk_fx.kernels.hopper.selection import select
-    from chipmunk_fx.kernels.triton import attention
+    from chipmunk_fx.kernels.hopper.refresh import refresh
 
-    return attention.refresh(**arguments, masses_of=column_masses, choose=select, over_columns=attend_columns)
+    return refresh(**arguments)
 
 
 def attention_sparse(**arguments: Any) -> Tensor:

@@ -4,6 +4,9 @@
 //   CONSUMERS  warpgroups of 64 rows each; one more warpgroup gathers
 //   COLUMNS    listed columns in one tile, a multiple of 32, at most 128
 //   BUFFERS    tiles of keys or values in shared memory
+//   OTHERS     0, or 1: the columns are the keys that a list lacks. The result is then attention over them alone, with the
+//              logarithms of its denominators; nothing is added to it
+//   MERGING    0, or 1: what comes of that is merged with attention over the columns listed, into that over all keys
 
 constexpr int THREADS = 128 * (CONSUMERS + 1);
 constexpr int PAIRS = WIDTH / 16;  // of chunks of 8 columns
@@ -45,14 +48,54 @@ __device__ __forceinline__ int again(int x) {
     return x;
 }
 
-__device__ __forceinline__ void load_old(uint2 (&old)[2][PAIRS], const Problem &p, const Place &at, const Rows &rows) {
+__device__ __forceinline__ char *place_of_old(const Problem &p, const Place &at, i64 row) {
+    return p.old + at.batch * p.old_batch + at.head * p.old_head + row * p.old_row + byte_of_lane();
+}
+
+__device__ __forceinline__ void load_row(uint2 (&old)[PAIRS], const char *from) {
 #pragma unroll
-    for (int r = 0; r < 2; r++) {
-        const char *from =
-            p.old + at.batch * p.old_batch + at.head * p.old_head + rows.row[r] * p.old_row + byte_of_lane();
-#pragma unroll
-        for (int i = 0; i < PAIRS; i++) old[r][i] = load_once(from + i * 32);
+    for (int i = 0; i < PAIRS; i++) old[i] = OTHERS ? make_uint2(0, 0) : load_once(from + i * 32);
+}
+
+// What becomes of a row's old values x and of its sums o: x times `old` and o times `sums` are the result, x times `old` and
+// o times `kept` are what is kept where both are merged.
+struct Mixture {
+    float old = 1, sums, kept = 0;
+
+    // total: the row's denominator, of the maximum `top`; one lane of the four that share a row `writes`
+    __device__ __forceinline__ Mixture(const Problem &p, float total, float top, i64 scalar, bool writes) {
+        const float some = total > 0 ? log2f(total) + top * p.scale : none();
+        sums = total > 0 ? 1 / total : 0;
+        if (OTHERS) {
+            if (writes) p.lse[scalar] = some / LOG2E;
+            return;
+        }
+        if (!p.lse) {
+            sums *= p.share[scalar];
+            return;
+        }
+        float whole = p.lse[scalar] * LOG2E, part = 0;
+        __syncwarp();  // all have read it
+        if (MERGING) {
+            const float others = whole, most = fmaxf(some, others);
+            whole = most + log2f(exp2_(some - most) + exp2_(others - most));
+            old = exp2_(others - whole);
+            part = exp2_(some - whole);
+            if (writes) p.lse[scalar] = whole / LOG2E;
+        }
+        const float share = total > 0 ? fminf(exp2_(p.power * (some - whole)), 1.0f) : 0.0f;
+        if (writes) p.share[scalar] = share;
+        kept = (part - share) * sums;
+        sums *= MERGING ? part : -share;
     }
+};
+
+__device__ __forceinline__ uint2 mixed(const float (&o)[WIDTH / 2], int first, float sums, uint2 x, float old) {
+    uint2 y;
+    y.x = pack(fmaf(sums, o[first], old * low(x.x)), fmaf(sums, o[first + 1], old * high(x.x)));
+    y.y = pack(fmaf(sums, o[first + 4], old * low(x.y)), fmaf(sums, o[first + 5], old * high(x.y)));
+    swap_with_neighbour(y.x, y.y);
+    return y;
 }
 
 __device__ __forceinline__ void store_result(
@@ -60,28 +103,23 @@ __device__ __forceinline__ void store_result(
     const Rows &rows) {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        const float total = quad_sum(softmax.total[r]);
-        const i64 scalar = (i64)at.line * p.rows + rows.row[r];
-        float factor = total > 0 ? 1 / total : 0;
-        if (p.lse) {
-            const float some = log2f(total) + softmax.top[r] * p.scale;
-            const float share = total > 0 ? fminf(exp2_(p.power * (some - p.lse[scalar] * LOG2E)), 1.0f) : 0.0f;
-            if (rows.live[r] && threadIdx.x % 4 == 0) p.share[scalar] = share;
-            factor *= -share;
-        } else {
-            factor *= p.share[scalar];
-        }
-        char *to = p.result + at.batch * p.result_batch + at.head * p.result_head + rows.row[r] * p.result_row +
-                   byte_of_lane();
+        const i64 row = rows.row[r];
+        const Mixture of(
+            p, quad_sum(softmax.total[r]), softmax.top[r], (i64)at.line * p.rows + row, rows.live[r] && threadIdx.x % 4 == 0);
+        char *to = p.result + at.batch * p.result_batch + at.head * p.result_head + row * p.result_row + byte_of_lane();
+        char *back = place_of_old(p, at, row);
+        if (MERGING) load_row(old[r], back);
 #pragma unroll
         for (int i = 0; i < PAIRS; i++) {
             uint2 x = old[r][i];
             swap_with_neighbour(x.x, x.y);
             const int first = 8 * i + 2 * r;
-            x.x = pack(fmaf(factor, o[first], low(x.x)), fmaf(factor, o[first + 1], high(x.x)));
-            x.y = pack(fmaf(factor, o[first + 4], low(x.y)), fmaf(factor, o[first + 5], high(x.y)));
-            swap_with_neighbour(x.x, x.y);
-            if (rows.live[r]) store_once(to + i * 32, x);
+            const uint2 result = mixed(o, first, of.sums, x, of.old);
+            if (rows.live[r]) store_once(to + i * 32, result);
+            if (MERGING) {
+                const uint2 kept = mixed(o, first, of.kept, x, of.old);
+                if (rows.live[r]) store_once(back + i * 32, kept);
+            }
         }
     }
 }
@@ -158,7 +196,10 @@ __device__ __forceinline__ void consume(const Problem &p, const Shared &shared) 
         const Place at = locate(p, again(tile));  // kept out of the registers of the loop
         const Rows rows(p, at.first + number * 64);
         uint2 old[2][PAIRS];
-        load_old(old, p, at, rows);
+        if (!MERGING) {
+            load_row(old[0], place_of_old(p, at, rows.row[0]));
+            load_row(old[1], place_of_old(p, at, rows.row[1]));
+        }
         if (listed.tiles) {
             products_wait(o);
             me.give_back();

@@ -2,6 +2,7 @@
 
 import ctypes
 from ctypes import c_float, c_int, c_longlong, c_void_p
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -36,12 +37,31 @@ def attend_columns(
     lse: Tensor | None = None, *, scale: float, group_rows: int, power: float = 0.0, short: bool,
 ) -> None:  # fmt: skip
     """As `chipmunk_fx.kernels.triton.columns.attend_columns`, for what the backend takes."""
+    settings = tuning.columns_settings(ELEMENTS[q.dtype], q.shape[3], group_rows)
+    old, result = (rest, out) if lse is None else (out, rest)
+    _launch(settings, q, k, v, order, lists, old, result, share, lse, scale, group_rows, power, short)
+
+
+def attend_in_parts(
+    q: Tensor, k: Tensor, v: Tensor, order: Tensor | None, lists: Tensor, rest: Tensor, share: Tensor, out: Tensor,
+    lse: Tensor, *, scale: float, group_rows: int, power: float, short: bool,
+) -> None:  # fmt: skip
+    """Write out, rest, share and lse of a refresh whose lists are known, without a dense kernel: attention over the keys that
+    each group's list lacks, then over those it has, which the kernel merges. Arguments as of `attend_columns`."""
+    settings = tuning.columns_settings(ELEMENTS[q.dtype], q.shape[3], group_rows)
+    last = share, lse, scale, group_rows, power, short
+    _launch(replace(settings, others=True), q, k, v, order, lists, rest, rest, *last)
+    _launch(replace(settings, merging=True), q, k, v, order, lists, rest, out, *last)
+
+
+def _launch(
+    settings: Settings, q: Tensor, k: Tensor, v: Tensor, order: Tensor | None, lists: Tensor, old: Tensor, result: Tensor,
+    share: Tensor, lse: Tensor | None, scale: float, group_rows: int, power: float, short: bool,
+) -> None:  # fmt: skip
     q, k, v = (copyable(x) for x in (q, k, v))
-    batch, heads, rows, width = q.shape
-    settings = tuning.columns_settings(ELEMENTS[q.dtype], width, group_rows)
+    batch, heads, rows, _ = q.shape
     parts = group_rows // settings.rows
     tiles = batch * heads * lists.shape[2] * parts
-    old, result = (rest, out) if lse is None else (out, rest)
     problem = Problem(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), *strides(q), *strides(k), *strides(v),
         old.data_ptr(), result.data_ptr(), *strides(old), *strides(result),
@@ -57,6 +77,7 @@ def source(settings: Settings) -> str:
     """The whole of the CUDA C++."""
     element, width, columns = settings.element, settings.width, settings.columns
     sizes = {"width": width, "consumers": settings.consumers, "columns": columns, "buffers": settings.buffers}
+    sizes |= {"others": settings.others, "merging": settings.merging}
     products = (
         multiply("multiply_keys", element, columns),
         multiply("multiply_values", element, width, left_in_registers=True),

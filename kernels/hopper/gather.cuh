@@ -6,12 +6,12 @@ constexpr int QUERY_BYTES = 64 * WIDTH * 2;  // of one consumer
 struct Problem {
     const char *q, *k, *v;       // bytes from here on: strides too
     i64 q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row;
-    const char *old;             // what the result is added to: rest, or with lse the dense result
+    char *old;                   // what the result is added to: rest, or with lse the dense result
     char *result;
     i64 old_batch, old_head, old_row, result_batch, result_head, result_row;
     const int *order, *lists;    // [grouped] or null, [batch x heads, groups, columns]
     float *share;                // [batch x heads, rows]
-    const float *lse;            // [batch x heads, rows] or null
+    float *lse;                  // [batch x heads, rows] or null
     int heads, shared_by, rows, grouped, keys, groups, columns, parts, tiles, group_rows;
     float scale, power;          // scale times log2 e
     int padded;                  // lists may end in `keys`, which stands for no column
@@ -33,26 +33,74 @@ struct Shared {
     }
 };
 
-// The part of a list that is not padding, which comes last, as tiles of columns: all but the last are full.
+// The columns of a tile of rows, as tiles of columns, all full but the last: the part of its list that is not padding, which
+// comes last, or where OTHERS all keys but those.
 struct Listed {
-    int count, tiles;
+    int count, tiles, taken;  // taken: by the list
 
-    __device__ __forceinline__ Listed(const Problem &p, int tile) : count(p.columns) {
+    __device__ __forceinline__ Listed(const Problem &p, int tile) : taken(p.columns) {
         if (p.padded) {
             const int *list = p.lists + (i64)(tile / p.parts) * p.columns;
             int low = 0;
-            while (low < count) {
-                const int middle = (low + count) / 2;
+            while (low < taken) {
+                const int middle = (low + taken) / 2;
                 if (list[middle] < p.keys) low = middle + 1;
-                else count = middle;
+                else taken = middle;
             }
         }
+        count = OTHERS ? p.keys - taken : taken;
         tiles = (count + COLUMNS - 1) / COLUMNS;
     }
 
     // columns of a tile, `left` tiles before the end of the list, itself counted
     __device__ __forceinline__ int live(int left) const { return left == 1 ? count - (tiles - 1) * COLUMNS : COLUMNS; }
 };
+
+// The columns of a list in order, for a warp whose lanes ask for different ones.
+struct Taken {
+    const int *list;
+
+    __device__ __forceinline__ Taken(const int *list, int) : list(list) {}
+    __device__ __forceinline__ int operator()(int place, int) const { return list[place]; }
+};
+
+// The keys that a list lacks, in order. As many are behind listed key i as i is less than it; so the n-th is n and as many
+// more as there are listed keys with no more than n before them. A lane holds that number for one of 32 listed keys, and for
+// one of the 32 after these.
+struct Lacking {
+    const int *list;
+    int taken, passed, before, next;
+
+    __device__ __forceinline__ Lacking(const int *list, int taken) : list(list), taken(taken), passed(0) {
+        before = before_listed(0);
+        next = before_listed(32);
+    }
+
+    __device__ __forceinline__ int before_listed(int first) const {
+        const int place = first + threadIdx.x % 32;
+        return place < taken ? list[place] - place : 0x7FFFFFFF;
+    }
+
+    // place: of each lane, in no call less than the largest of the call before; last: the largest of all threads
+    __device__ __forceinline__ int operator()(int place, int last) {
+        int key = place + passed;
+        while (true) {
+            const int largest = __shfl_sync(~0u, before, 31);
+            int reached = 0;
+#pragma unroll
+            for (int step = 16; step; step /= 2)
+                if (__shfl_sync(~0u, before, reached + step - 1) <= place) reached += step;
+            key += largest <= place ? 32 : reached;
+            if (largest > last) return key;
+            passed += 32;
+            before = next;
+            next = before_listed(passed + 32);
+        }
+    }
+};
+
+template <bool> struct Chosen { using Type = Taken; };
+template <> struct Chosen<true> { using Type = Lacking; };
 
 __device__ __forceinline__ Place locate(const Problem &p, int tile) {
     const int list = tile / p.parts, line = list / p.groups;
@@ -75,15 +123,16 @@ __device__ __forceinline__ void produce(const Problem &p, const Shared &shared) 
         const Listed listed(p, tile);
         if (!listed.tiles) continue;
         const Place at = locate(p, tile);
-        const int *list = p.lists + (i64)(tile / p.parts) * p.columns;
+        Chosen<OTHERS>::Type columns(p.lists + (i64)(tile / p.parts) * p.columns, listed.taken);
         const i64 key_head = at.head / p.shared_by;
         const char *k = p.k + at.batch * p.k_batch + key_head * p.k_head + lane % CHUNKS * 16;
         const char *v = p.v + at.batch * p.v_batch + key_head * p.v_head + lane % CHUNKS * 16;
         asm volatile("" : "+l"(k), "+l"(v));  // sums that are not to be made again for every copy
         // places past the end stand for the last column: its weights are masked
-        int index = list[min(row, listed.count - 1)];
+        const int end = listed.count - 1;
+        int index = columns(min(row, end), min(COLUMNS - 1, end));
         for (int first = 0; first < listed.count; first += COLUMNS) {
-            const int next = list[min(first + COLUMNS + row, listed.count - 1)];
+            const int next = columns(min(first + COLUMNS + row, end), min(first + 2 * COLUMNS - 1, end));
             copy_tile(k, p.k_row, index);
             if (first == 0) {  // here, so that the first keys do not wait for the last use of the queries before
                 const char *q = p.q + at.batch * p.q_batch + at.head * p.q_head + lane % CHUNKS * 16;

@@ -3,6 +3,7 @@
 import logging
 import re
 import subprocess
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -18,8 +19,9 @@ from chipmunk_fx.ops.activations import ACTIVATIONS as KNOWN
 
 needs_nvrtc = pytest.mark.skipif(nvrtc.library() is None, reason="needs NVRTC: pip install nvidia-cuda-nvrtc")
 EVERY = [
-    tuning.columns_settings(element, width, rows)
+    replace(tuning.columns_settings(element, width, rows), **{form: True for form in forms})
     for element, width, rows in product(("bf16", "f16"), hopper.WIDTHS, hopper.GROUP_ROWS)
+    for forms in ((), ("others",), ("merging",))
 ]
 
 BEGIN = {2: 168, 3: 128}  # registers a thread of a block, by its multiplying warpgroups: BEGIN of primitives.cuh

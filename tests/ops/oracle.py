@@ -49,9 +49,10 @@ def attention(values: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def masses(values: dict[str, Any]) -> Tensor:
-    """[B, H, G, M]."""
+    """[B, H, G, M], weighed by `lse` where that is given."""
     s = scores(values)
-    p = (s - s.logsumexp(-1, keepdim=True)).exp().nan_to_num(0)
+    weighed_by = s.logsumexp(-1) if values["lse"] is None else values["lse"]
+    p = (s - weighed_by.unsqueeze(-1)).exp().nan_to_num(0)
     stride, last = values["mass_stride"], values["group_rows"] - 1
     sampled = [min(first + 3 * i % stride, last) for i, first in enumerate(range(0, last + 1, stride))]
     rows = ([g[i] for i in sampled if i < len(g)] for g in groups(values, p.shape[2]))

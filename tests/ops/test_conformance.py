@@ -10,6 +10,7 @@ from torch import Tensor
 from chipmunk_fx.kernels import BACKENDS
 from chipmunk_fx.ops.cases import (
     ATTENTION_CASES,
+    EARLIER_CASES,
     LONG_ATTENTION_CASES,
     LONG_MLP_CASES,
     MLP_CASES,
@@ -40,6 +41,9 @@ implementations_and_dtypes = pytest.mark.parametrize(
     ids=str,
 )
 attention_cases = pytest.mark.parametrize("case", [*ATTENTION_CASES, *map(long_on_cpu, LONG_ATTENTION_CASES)], ids=repr)
+refresh_cases = pytest.mark.parametrize(
+    "case", [*ATTENTION_CASES, *EARLIER_CASES, *map(long_on_cpu, LONG_ATTENTION_CASES)], ids=repr
+)
 mlp_cases = pytest.mark.parametrize("case", [*MLP_CASES, *map(long_on_cpu, LONG_MLP_CASES)], ids=repr)
 
 
@@ -107,19 +111,27 @@ def assert_selected(
 
 
 @implementations_and_dtypes
-@attention_cases
+@refresh_cases
 def test_attention_refresh(implementation: str, dtype: torch.dtype, case: AttentionCase):
     values = case.values(dtype, DEVICE)
-    exact = oracle.wide(values)
+    exact, before = oracle.wide(values), None if values["lse"] is None else values["lse"].clone()
     out = run(implementation, "attention_refresh", values)
     (plain_out, plain_lse), (exact_out, exact_lse) = oracle.attention(values), oracle.attention(exact)
     within(out, plain_out, exact_out)
+    if before is not None:
+        assert_denominators(case, values, plain_lse, exact_lse)
     drawn = random_count(case.keys, case.random_density, case.columns)
-    masses = oracle.masses(exact), oracle.masses(values)
+    masses = oracle.masses(exact), oracle.masses(values | {"lse": before})
     spare = spare_places(values["always"], values["valid"], case.columns) if case.near is not None else None
     assert spare is None or (spare.max() > 0) == (case.columns < max(case.present or (case.keys,)))
     assert_selected(values["lists"], *masses, drawn, values["always"], values["valid"], spare)
     assert_remainder(case, values, exact, (plain_out, plain_lse), (exact_out, exact_lse))
+
+
+def assert_denominators(case: AttentionCase, values: dict[str, Any], plain: Tensor, exact: Tensor) -> None:
+    """Those of rows in groups are left for the next refresh."""
+    rows = torch.cat(oracle.groups(values, case.rows)).to(plain.device)
+    within(*(lse[..., rows].nan_to_num(neginf=0) for lse in (values["lse"], plain, exact)))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

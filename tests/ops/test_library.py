@@ -141,7 +141,8 @@ def test_a_refresh_that_is_told_to_keep_lists_chooses_none():
     """As without `renew`, whose attribute a graph has for good."""
     case = AttentionCase(rows=64, keys=64, width=16, group_rows=16, columns=24)
     made = []
-    for kept in ({"renew": False}, {"keep": torch.tensor([True])}, {"keep": torch.tensor([False])}):
+    kept_lists = {"renew": False}
+    for kept in (kept_lists, *(kept_lists | {"known": torch.tensor([known])} for known in (True, False))):
         values = case.values(torch.float32) | kept
         values["lists"].copy_(torch.arange(24))
         positional, keywords = call("attention_refresh", values)

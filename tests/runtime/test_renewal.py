@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 import chipmunk_fx
-from chipmunk_fx import backend
-from chipmunk_fx.runtime import registry
+from chipmunk_fx.runtime import registry, renewal
 from chipmunk_fx.runtime.variants import Variants
 from chipmunk_fx.schedule.phase import Phase
 from tests.runtime.models import TinyDiT, assert_same, calls, compiled, identical, run, words
@@ -53,7 +52,7 @@ def test_lists_are_chosen_once_a_generation():
 def test_one_graph_serves_refreshes_of_both_kinds(recorded: bool, monkeypatch: pytest.MonkeyPatch):
     """It is told on the host which is due; CUDA graphs, which ask no host, take two."""
     built, build = [], Variants._build
-    monkeypatch.setattr(backend, "records_graphs", lambda config: recorded)
+    monkeypatch.setattr(renewal, "records_graphs", lambda config: recorded)
     monkeypatch.setattr(Variants, "_build", lambda self, phase, *more: built.append(phase) or build(self, phase, *more))
     kept = listed(ours := keeping(TinyDiT(depth=2)), calls(TIMES))
     assert built.count(Phase.REFRESH) == 1 + recorded and built.count(Phase.SPARSE) == 1
@@ -105,3 +104,56 @@ def test_other_padding_needs_other_lists():
     run(ours, [*steps((5,))[:2], *steps((7,))[2:]])
     summary = chipmunk_fx.summary(ours)
     assert summary.phases == {0: ["refresh", "sparse", "refresh", "sparse"]} and summary.listed == ()
+
+
+@pytest.fixture
+def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Hopper: refreshes are faster where their lists are chosen beforehand."""
+    monkeypatch.setattr(renewal, "refreshes_in_parts", lambda *_: True)
+
+
+def weighing(model: TinyDiT, **options: Any) -> Any:
+    return compiled(model, schedule__refresh_every=2, attention__random_density=0.0, mlp__enabled=False, **options)
+
+
+def denominators(model: Any) -> list[Tensor]:
+    (session,) = registry.sessions(model)
+    caches = session.tracks[None].branches[0].caches.values()
+    return [cell.tensors["lse"] for sites in caches for cell in sites.values() if "lse" in cell.tensors]
+
+
+def test_masses_are_weighed_by_the_refresh_before(in_parts: None):
+    """Rows whose denominators were much larger then as good as do not count."""
+    plain, ours = weighing(TinyDiT(depth=2)), weighing(TinyDiT(depth=2))
+    assert identical(*(listed(model, calls(TIMES[:2]))[0] for model in (plain, ours)))
+    kept = denominators(ours)
+    assert len(kept) == 2 and all(lse.isfinite().all() for lse in kept)
+    for lse in kept:
+        lse[..., ::2] += 60
+    for model in (plain, ours):
+        run(model, calls(TIMES[2:3]))
+    assert not any(map(torch.equal, lists(plain), lists(ours)))
+    assert_same(denominators(ours)[:1], denominators(plain)[:1])
+
+
+def test_the_first_refresh_of_a_generation_uses_none_before(in_parts: None):
+    ours = weighing(TinyDiT(depth=2))
+    first = listed(ours, calls(TIMES))[0]
+    for lse in denominators(ours):
+        lse.fill_(torch.nan)
+    chipmunk_fx.reset(ours)
+    assert identical(listed(ours, calls(TIMES[:1]))[0], first)
+
+
+def test_what_masses_are_weighed_by_comes_back_from_the_host(in_parts: None):
+    there, here = weighing(TinyDiT(depth=3), memory__offload="all"), weighing(TinyDiT(depth=3))
+    assert identical(run(there, calls(TIMES)), run(here, calls(TIMES)))
+    assert identical(lists(there), lists(here)) and identical(denominators(there), denominators(here))
+    assert chipmunk_fx.summary(there).host_bytes == chipmunk_fx.summary(here).cache_bytes > 0
+
+
+def test_recorded_graphs_weigh_by_no_refresh_before(in_parts: None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(renewal, "records_graphs", lambda config: True)
+    ours = weighing(TinyDiT())
+    run(ours, calls(TIMES))
+    assert not denominators(ours) and chipmunk_fx.summary(ours).phases == PHASES
