@@ -99,7 +99,7 @@ class MlpConfig(SiteSection):
     density: float = option(0.30, share(zero=False))
     random_density: float = option(0.05, share(zero=True))
     list_lifetime: int = option(2, integer(1))
-    fp8: bool = option(False, FLAG)  # the first product of a sparse step, where the device has it
+    fp8: bool = option(False, FLAG)  # the products of a sparse step, where the device has it
     group_rows: int | Literal["auto"] = option("auto", _GROUP)
     dense_layers: int = option(2, integer(0))
     layers: tuple[tuple[int, int, float | Literal["dense"]], ...] = option((), layers())

@@ -66,7 +66,7 @@ def refreshes_in_parts(
 
 
 def refused_in_fp8(device: torch.device, dtype: torch.dtype, sizes: Sequence[int], group_rows: int) -> str | None:
-    """Why sparse steps of such an MLP cannot make their first product in fp8; None where they can. A CPU emulates it."""
+    """Why sparse steps of such an MLP cannot make their products in fp8; None where they can. A CPU emulates it."""
     if device.type == "cpu":
         return None
     in_groups = any(group_rows % rows == 0 for rows in hopper.GROUP_ROWS)

@@ -55,7 +55,7 @@ class Site:
     status: Literal["rewritten", "dense"] = "rewritten"
     reason: str = ""
     passage: Passage | None = None  # of caches that lie on the host between steps
-    fp8: bool = False  # the first product of an MLP's sparse steps is made in fp8
+    fp8: bool = False  # the products of an MLP's sparse steps are made in fp8
     keeps_lse: bool = False  # an attention keeps the denominators of a refresh for the next one
 
     @property

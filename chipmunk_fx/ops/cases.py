@@ -145,7 +145,7 @@ class AttentionCase:
 @dataclass(frozen=True)
 class MlpCase:
     """lead: the dimensions before the width; neurons: F; narrow: w2 is a slice of the columns of a larger weight; fp8: the
-    first product of a sparse step is made in it.
+    products of a sparse step are made in it.
     """
 
     lead: tuple[int, ...]
@@ -201,9 +201,9 @@ class MlpCase:
             "out": _poisoned((self.batch, self.rows, self.result), torch.float32, device),
             "mean": _poisoned(hidden[:3], torch.float32, device),
             "lists": _poisoned((*hidden[:2], self.columns), torch.int32, device),
-            "by_neuron": _poisoned((self.neurons, self.result), dtype, device),
+            "by_neuron": _poisoned((self.neurons, self.result), fp8.DTYPE if self.fp8 else dtype, device),
             "w1_fp8": _poisoned((parts, self.neurons, self.width), fp8.DTYPE, device) if self.fp8 else None,
-            "scales": _poisoned((parts,), torch.float32, device) if self.fp8 else None,
+            "scales": _poisoned((parts + 2,), torch.float32, device) if self.fp8 else None,
             "activation": self.activation,
             "group_rows": self.group_rows,
             "random_density": self.random_density,

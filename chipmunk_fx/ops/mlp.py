@@ -41,24 +41,31 @@ def mlp_refresh(
     """act(x w1^T + b1) [* (x wu^T + bu)] w2^T + b2, keeping what `mlp_sparse` builds on.
 
     hidden = the activations, neuron by neuron within a group; out = the result; mean = first product of each group's
-    mean row; lists = the first K neurons (a sparse step that does not renew them stays defined); by_neuron = w2^T;
-    w1_fp8, scales = w1 and wu in fp8, for the first product of `mlp_sparse`, where they are given.
+    mean row; lists = the first K neurons (a sparse step that does not renew them stays defined); by_neuron = w2^T.
+    Where w1_fp8 and scales are given, `mlp_sparse` makes its products in fp8: w1_fp8 = w1 and wu, by_neuron = w2^T in it.
 
     Arguments as in kernels/README.md. Returns out in x's dtype, [..., C2]; writes all from hidden on.
     """
     first = FirstProduct(w1, b1, wu, bu, activation_named(activation))
     positions = None if order is None else order.long()
     lists.copy_(torch.arange(lists.shape[-1], device=lists.device).expand_as(lists))
-    by_neuron.copy_(w2.mT)
-    if w1_fp8 is not None and scales is not None:
-        fp8.store_weights(w1, wu, w1_fp8, scales)
+    largest = None
+    if w1_fp8 is None or scales is None:
+        by_neuron.copy_(w2.mT)
+    else:
+        fp8.store_weights(w1, wu, w2, w1_fp8, by_neuron, scales)
+        largest = scales.new_zeros(())
     at_once = groups_at_once(x.device, group_rows * w1.shape[0] * x.element_size())
     for b, rows in enumerate(_batches(x, positions)):
         mean[b] = first.pooled(group_means(rows, group_rows))
         for span in spans(rows.shape[0], group_rows, at_once):
             values = first.dense(take(rows, None, span))
+            if largest is not None:
+                largest = torch.maximum(largest, values.abs().amax())
             hidden[b, span.groups, :, : span.height] = values.mT
             put(out[b], positions, span, F.linear(values, w2, b2))
+    if scales is not None and largest is not None:
+        scales[-1] = fp8.scale_of_changes(largest)
     return _result(x, out)
 
 
@@ -93,7 +100,7 @@ def mlp_sparse(
         lists = the neurons of the largest |mean' - mean|, then random ones; mean of these takes its new value
     hidden' = act(...) of the listed neurons
     out   += (hidden' - hidden) by_neuron[list];  hidden of the listed neurons takes its new values
-    With all neurons listed that is a refresh. Where w1_fp8 and scales are given, hidden' comes of a product in fp8.
+    With all neurons listed that is a refresh. Where w1_fp8 and scales are given, both products are made in fp8.
 
     Arguments as in kernels/README.md. Returns out in x's dtype, [..., C2]; writes hidden, out, mean and lists.
     """
@@ -115,8 +122,11 @@ def mlp_sparse(
         for span in spans(rows.shape[0], group_rows, at_once):
             some = chosen[span.groups]
             change = exchange(hidden[b], span, some, first.sparse(take(rows, None, span), some))
-            weights = by_neuron.index_select(0, some.reshape(-1)).view(*some.shape, -1)
-            _add(out[b], positions, span, torch.bmm(change.mT, weights))
+            if scales is None:
+                weights = by_neuron.index_select(0, some.reshape(-1)).view(*some.shape, -1)
+                _add(out[b], positions, span, torch.bmm(change.mT, weights))
+            else:
+                _add(out[b], positions, span, fp8.added(change, by_neuron, scales, some))
     return _result(x, out)
 
 

@@ -31,8 +31,8 @@ _CPU_ROWS = {
 }
 # Share of columns above which a site stays dense: estimated from the cost at the default densities, not swept.
 _CPU_DENSITY = {"attention": 0.4, "mlp": 0.5}
-# What a sparse step takes more where fp8 is emulated: one core, 4096 rows, 256 to 1024, fp32, density 0.36: 105 ms for 82.
-_CPU_FP8 = 1.3
+# What a sparse step takes more where fp8 is emulated: one core, 4096 rows, 256 to 1024, fp32, density 0.36: 93 ms for 56.
+_CPU_FP8 = 1.65
 # Of the first linear, between 9 MB (150 ms dense, 85 sparse) and 151 MB (626 dense, 2277 sparse, gathered from memory).
 _CPU_WEIGHT_BYTES = 16e6
 
@@ -87,16 +87,7 @@ def _on_cuda(site: Site, config: Config) -> str | None:
         if site.dense_flops < least:
             return f"{site.dense_flops:.1e} operations on cuda: sparse is not faster below {least:.2g}"
         model = CUDA_MLP_RECORDED if site.dense_flops < _CUDA_MLP_FLOPS else CUDA_MLP_HOPPER
-        size, cost = f"{site.dense_flops:.1e} operations", model.steps(share, every, _share_in_fp8(site, config))
+        size, cost = f"{site.dense_flops:.1e} operations", model.steps(share, every, in_fp8(site, config))
     if cost > 1:
         return f"density {share:.2f} of {size} on cuda, refreshed every {every} steps: {cost:.2f} of the dense time"
     return None
-
-
-def _share_in_fp8(site: Site, config: Config) -> float:
-    """Of an MLP's operations, that of its first product where sparse steps make it in fp8."""
-    if not in_fp8(site, config):
-        return 0.0
-    _, _, width, _, result = site.hints
-    first = width * site.first_weights
-    return first / (first + result)

@@ -1,4 +1,4 @@
-"""Which MLPs make the first product of their sparse steps in fp8 (mlp.fp8), and why others do not."""
+"""Which MLPs make the products of their sparse steps in fp8 (mlp.fp8), and why others do not."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from chipmunk_fx.runtime.footprint import density
 
 
 def settle(plan: Plan, config: Config) -> Plan:
-    """Have every rewritten MLP say in what its first product is made, if the user asks for fp8."""
+    """Have every rewritten MLP say in what its products are made, if the user asks for fp8."""
     if not config.mlp.fp8:
         return plan
     return replace(plan, sites=tuple(_settled(site, config) for site in plan.sites))
@@ -22,7 +22,7 @@ def in_fp8(site: Site, config: Config) -> bool:
 
 
 def refusal(site: Site, config: Config) -> str | None:
-    """Why the sparse steps of an MLP cannot make, or do not need, a product in fp8."""
+    """Why the sparse steps of an MLP cannot make, or do not need, products in fp8."""
     if density(site, config) == 1:
         return "a sparse step with every neuron is a refresh"
     return refused_in_fp8(site.device, site.dtype, site.hints, site.group_rows)
@@ -32,5 +32,5 @@ def _settled(site: Site, config: Config) -> Site:
     if site.kind != "mlp" or site.status == "dense":
         return site
     if refused := refusal(site, config):
-        return site.noted(f"first product in {site.dtype}, not fp8: {refused}")
-    return replace(site, fp8=True).noted("first product in fp8")
+        return site.noted(f"products in {site.dtype}, not fp8: {refused}")
+    return replace(site, fp8=True).noted("products in fp8")

@@ -78,7 +78,7 @@ def mlp_slots(
 ) -> tuple[Slot, ...]:
     """hidden, out, mean, lists and by_neuron of an MLP site; `width` is that of its result.
 
-    fp8: number and width of the weights that are kept in it, w1_fp8 with their scales; None: none are.
+    fp8: number and width of the first product's weights that are kept in it, w1_fp8, with w2 and all scales; None: none are.
     """
     groups = math.ceil(rows / group_rows)
     slots = (
@@ -86,7 +86,7 @@ def mlp_slots(
         Slot("out", (batch, rows, width), torch.float32),
         Slot("mean", (batch, groups, neurons), torch.float32),
         Slot("lists", (batch, groups, min(columns, neurons)), torch.int32),
-        Slot("by_neuron", (neurons, width), dtype, shared=True),
+        Slot("by_neuron", (neurons, width), dtype if fp8 is None else FP8, shared=True),
     )
     if fp8 is None:
         return slots
@@ -94,7 +94,7 @@ def mlp_slots(
     return (
         *slots,
         Slot("w1_fp8", (weights, neurons, inner), FP8, shared=True),
-        Slot("scales", (weights,), torch.float32, shared=True),
+        Slot("scales", (weights + 2,), torch.float32, shared=True),
     )
 
 

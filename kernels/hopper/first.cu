@@ -3,9 +3,9 @@
 // primitives.cuh, cluster.cuh and products.cuh:
 //   CONSUMERS  warpgroups of 64 rows each; one more warpgroup copies
 //   COLUMNS    gathered weights in one tile, a multiple of 16
-//   DEPTH      neurons in a stage of the second product
+//   DEPTH      neurons in a stage of the second product, a multiple of 32
 //   GATED      half of them are those of the up branch
-//   FP8        x and weights are e4m3, with a scale for each row and for each weight; else 2 bytes a value, without
+//   FP8        x, weights and what the second product gets are e4m3, with scales; else 2 bytes a value, without
 //   BUFFERS    stages in shared memory
 //   CLUSTER    blocks of a cluster: one more tile of columns than needed may be computed
 //   activate   fp32 to fp32
@@ -13,7 +13,7 @@
 constexpr int NEURONS = GATED ? COLUMNS / 2 : COLUMNS;
 constexpr int PIECES = SPAN / 16, AT_ONCE = 128 / PIECES;       // of 16 bytes, in a line of a stage; lines copied at once
 constexpr int PASSES = (COLUMNS + AT_ONCE - 1) / AT_ONCE;
-constexpr int TIMES = (NEURONS + 15) / 16;  // a consumer exchanges 16 neurons at a time
+constexpr int TIMES = FP8 ? (NEURONS + 63) / 64 * 4 : (NEURONS + 15) / 16;  // a consumer exchanges 16 neurons at a time
 
 struct Problem {
     const char *x, *w1, *wu;        // x: [batch x groups, parts, steps] left operands of a stage
@@ -23,7 +23,7 @@ struct Problem {
     char *hidden, *change;          // [batch x groups, neurons, group_rows]; packed for the second product. 2 bytes a value
     const float *means;             // [batch x groups, neurons]
     float *mean;
-    const float *row_scales, *scales;  // [batch, rows] in the order of groups, [1 or 2]
+    const float *row_scales, *scales;  // [batch, rows] in the order of groups, [1 or 2] and two more: of the changes the last
     int rows, steps, neurons, groups, listed, parts, batches, tiles;
 };
 
@@ -96,34 +96,42 @@ __device__ __forceinline__ void produce(const Problem &p, const Shared &shared) 
 }
 
 // What is left to do with a tile, 16 neurons at a time. Put aside are bias and all before it, rounded, neuron by neuron: a
-// line of 64 rows, its 16 byte pieces swizzled by neuron. A lane has one of the 8 pieces of a line here and in the caches.
+// line of 64 rows, its 16 byte pieces swizzled by neuron. A lane has one of the 8 pieces of a line here and in the caches. The
+// second product in fp8 wants its changes row by row: there a lane has four neurons one after the other, and turns them.
 struct Exchange {
     const Problem &p;
     u32 aside, ids;
     int pitch, left, number;   // bytes of a neuron in the caches; rows of the piece that there are, or more
-    int first, next;           // of the list, the tile's; of the tile, the lane's
+    int first, next, time;     // of the list, the tile's; of the tile, the lane's, which may lie behind its end; how often
     int id;                    // its place in the cache, or -1
     char *hidden, *change;
+    u32 turned[8];             // in fp8, of each row of the piece, the changes of the lane's last four neurons
     const Kept kept;
 
     __device__ __forceinline__ Exchange(const Problem &p, const Shared &shared, int number)
-        : p(p), kept(shared), aside(shared.aside + number * ASIDE), pitch(p.parts * ROWS * 2), number(number), next(NEURONS + 16) {}
+        : p(p), kept(shared), aside(shared.aside + number * ASIDE), pitch(p.parts * ROWS * 2), number(number) {}
+
+    static __device__ __forceinline__ int piece() { return threadIdx.x % 8; }
+
+    // The lane's neuron, at the time that is due
+    __device__ __forceinline__ int neuron() const {
+        if (!FP8) return time * 16 + threadIdx.x % 128 / 8;
+        return (time / 4 * 4 + threadIdx.x % 128 / 32) * 16 + threadIdx.x % 32 / 8 * 4 + time % 4;
+    }
 
     // Its neuron's piece
-    __device__ __forceinline__ u32 place(int column) const {
-        return aside + column * LINE + ((threadIdx.x ^ column) & 7) * 16;
-    }
+    __device__ __forceinline__ u32 place(int column) const { return aside + column * LINE + ((piece() ^ column) & 7) * 16; }
 
     __device__ __forceinline__ void begin(const float (&h)[COLUMNS / 2], const Place &at, const Tables &tables) {
         meet(number);  // nothing is left to do with what lies there
         put_aside(h, at, tables.biases);
-        const int row = number * 64 + threadIdx.x % 8 * 8;
-        next = threadIdx.x % 128 / 8;
+        const int row = number * 64 + piece() * 8;
         ids = tables.ids;
         left = p.rows - at.first - row;
         hidden = p.hidden + (i64)at.list * p.neurons * pitch + (at.part * ROWS + row) * 2;
-        change = p.change + (i64)at.block * ((p.listed + DEPTH - 1) / DEPTH) * (DEPTH * ROWS * 2) + number * (DEPTH * LINE);
+        change = p.change + (i64)at.block * ((p.listed + DEPTH - 1) / DEPTH) * LEFT;
         first = at.column * NEURONS;
+        time = 0;
         fetch();
         meet(number);
     }
@@ -155,6 +163,7 @@ struct Exchange {
     }
 
     __device__ __forceinline__ void fetch() {
+        next = neuron();
         id = next < NEURONS ? (int)taken(ids + next * 4) : -1;
         if (id >= 0) kept.fetch(hidden + (i64)id * pitch);
     }
@@ -165,31 +174,58 @@ struct Exchange {
         return GATED ? pack(low(y) * low(up), high(y) * high(up)) : y;
     }
 
-    __device__ __forceinline__ void exchange() const {
-        const int n = first + next;
-        char *const changed = change + (i64)(n / DEPTH) * (DEPTH * ROWS * 2) + n % DEPTH * LINE + ((threadIdx.x ^ n) & 7) * 16;
-        if (id < 0) {  // the rest of the second product's last stage
-            if (next < NEURONS && n < (p.listed + DEPTH - 1) / DEPTH * DEPTH) store(changed, uint4{0, 0, 0, 0});
-            return;
-        }
+    // Activation, and the exchange with the cache; what two values each have changed by, times `scale`.
+    __device__ __forceinline__ void renew(float2 (&delta)[4], float scale) const {
         const uint4 old = kept.taken();
         const uint4 x = taken16(place(next)), up = GATED ? taken16(place(next + NEURONS)) : x;
         const u32 xs[4] = {x.x, x.y, x.z, x.w}, ups[4] = {up.x, up.y, up.z, up.w};
         const u32 before[4] = {old.x, old.y, old.z, old.w};
-        u32 now[4], delta[4];
+        u32 now[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const u32 live = left >= 2 * i + 2 ? 0xFFFFFFFF : left == 2 * i + 1 ? 0xFFFF : 0;
             now[i] = activated(xs[i], ups[i]) & live | before[i] & ~live;
-            delta[i] = pack(low(now[i]) - low(before[i]), high(now[i]) - high(before[i]));
+            delta[i] = {(low(now[i]) - low(before[i])) * scale, (high(now[i]) - high(before[i])) * scale};
         }
         store_once(hidden + (i64)id * pitch, {now[0], now[1], now[2], now[3]});
-        store(changed, {delta[0], delta[1], delta[2], delta[3]});
+    }
+
+    // Whether this tile leaves the second product neuron n of the list, or 0 in the rest of that one's last stage.
+    __device__ __forceinline__ bool leaves(int n) const {
+        const bool last = first + NEURONS >= p.listed;
+        return (n < first + NEURONS || last) && n < (p.listed + DEPTH - 1) / DEPTH * DEPTH;
+    }
+
+    __device__ __forceinline__ void leave(const float2 (&delta)[4]) const {
+        const int n = first + next;
+        char *const to = change + (i64)(n / DEPTH) * LEFT + number * (DEPTH * LINE) + n % DEPTH * LINE;
+        if (leaves(n))
+            store(to + ((piece() ^ n) & 7) * 16, uint4{pack(delta[0].x, delta[0].y), pack(delta[1].x, delta[1].y),
+                                                      pack(delta[2].x, delta[2].y), pack(delta[3].x, delta[3].y)});
+    }
+
+    // As rows of the second product's stage have it, neurons side by side: four at a time.
+    __device__ __forceinline__ void leave_turned(const float2 (&delta)[4]) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const u32 x = pack8(delta[2 * i].x, delta[2 * i].y) | pack8(delta[2 * i + 1].x, delta[2 * i + 1].y) << 16;
+#pragma unroll
+            for (int r = 0; r < 4; r++) turned[4 * i + r] = __byte_perm(turned[4 * i + r], x, 0x4321 + (r << 12));
+        }
+        if (time % 4 < 3) return;
+        const int n = first + next / 4 * 4;
+        char *const to = change + (i64)(n / DEPTH) * LEFT + (number * 64 + piece() * 8) * SPAN + n % 16;
+        if (!leaves(n)) return;
+#pragma unroll
+        for (int r = 0; r < 8; r++) store(to + swizzled(r, n % DEPTH / 16), turned[r]);
     }
 
     __device__ __forceinline__ void run() {
-        exchange();
-        next += 16;
+        float2 delta[4] = {};
+        if (id >= 0) renew(delta, FP8 ? 1 / p.scales[GATED + 2] : 1.0f);
+        if (FP8) leave_turned(delta);
+        else leave(delta);
+        time++;
         fetch();
     }
 };
@@ -211,9 +247,10 @@ __device__ __forceinline__ void consume(const Problem &p, const Shared &shared) 
         const u32 last = multiply_all(h, p.steps, ring, shared, stage, times, [&] { exchange.run(); });
         finish(h, shared, last);
         exchange.begin(h, at, Tables(shared, turn++));
-        times = TIMES;
+        // in fp8 a cluster's tiles may end in the middle of the second product's last stage
+        times = TIMES + (FP8 && exchange.first + NEURONS >= p.listed ? 4 : 0);
     });
-    for (int i = 0; i < TIMES; i++) exchange.run();
+    for (int i = 0; i < times; i++) exchange.run();
 }
 
 extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 1) exchange_listed(const __grid_constant__ Problem p) {

@@ -41,7 +41,7 @@ def multiply(name: str, element: str, n: int, *, left_in_registers: bool = False
     the registers of a warpgroup, b in shared memory.
 
     a in shared memory too: a [64, 16] and b [n, 16], or with `inner_apart` a [16, 64] and b [16, n]. a in registers, as
-    four words of each thread: b [16, n].
+    four words of each thread: b [16, n], of "e4m3" [n, 32].
     """
     count, words = n // 2, 4 if left_in_registers else 1
     results = ", ".join(f"%{i}" for i in range(count))
@@ -51,9 +51,9 @@ def multiply(name: str, element: str, n: int, *, left_in_registers: bool = False
     inputs = ", ".join(f'"{letter}"(a{i})' for i in range(words))
     outputs = ", ".join(f'"+f"(d[{i}])' for i in range(count))
     # signs of a and b, then which of them run along the product's outer dimension first
-    outer = "" if element == "e4m3" else ", 1, 1" if inner_apart else ", 0, 0"
+    outer = "" if element == "e4m3" else ", 1" if left_in_registers else ", 1, 1" if inner_apart else ", 0, 0"
     depth = 32 if element == "e4m3" else 16
-    a, flags = (f"{{{left}}}", "1, 1, 1") if left_in_registers else (left, f"1, 1{outer}")
+    a, flags = f"{{{left}}}" if left_in_registers else left, f"1, 1{outer}"
     return f"""
 __device__ __forceinline__ void {name}(float (&d)[{count}], {parameters}, unsigned long long b, bool add) {{
     asm volatile(

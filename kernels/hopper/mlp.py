@@ -11,8 +11,9 @@ from chipmunk_fx.kernels import devices
 from chipmunk_fx.kernels.hopper import nvrtc, tuning
 from chipmunk_fx.kernels.hopper.instructions import ELEMENTS, activation_of, multiply, preamble
 from chipmunk_fx.kernels.hopper.packing import Rows
-from chipmunk_fx.kernels.hopper.tuning import DEPTH, SPAN, ProductSettings
+from chipmunk_fx.kernels.hopper.tuning import SPAN, ProductSettings
 from chipmunk_fx.kernels.triton.launching import copyable
+from chipmunk_fx.ops.fp8 import DTYPE as FP8
 
 PARTS = ("primitives.cuh", "cluster.cuh", "products.cuh")
 
@@ -31,13 +32,20 @@ class First(ctypes.Structure):
     ]
 
 
+_SIZES = [(name, c_int) for name in ("rows", "width", "groups", "listed", "parts", "batches", "tiles")]
+_POINTERS = [(name, c_void_p) for name in ("change", "weights", "order", "lists", "out", "result")]
+
+
 class Second(ctypes.Structure):
     """The parameter of add_listed; second.cu says what its fields mean."""
 
-    _fields_ = [
-        *((name, c_void_p) for name in ("change", "weights", "order", "lists", "out", "result")),
-        *((name, c_int) for name in ("rows", "width", "groups", "listed", "parts", "batches", "tiles")),
-    ]
+    _fields_ = [*_POINTERS, *_SIZES]
+
+
+class SecondInFp8(ctypes.Structure):
+    """The same; second_fp8.cu says what its fields mean."""
+
+    _fields_ = [*_POINTERS, ("scales", c_void_p), *_SIZES]
 
 
 def products(
@@ -52,7 +60,7 @@ def products(
         weights = (w1_fp8[0], None if wu is None else w1_fp8[1])
     sizes = (out.shape[1], w1.shape[1])
     change = _first(rows, *weights, b1, bu, scales, hidden, lists, mean, means, *sizes, activation, group_rows)
-    _second(change, by_neuron, order, lists, out, result, group_rows)
+    _second(change, by_neuron, scales, order, lists, out, result, group_rows)
 
 
 def _first(
@@ -65,7 +73,9 @@ def _first(
         ELEMENTS[hidden.dtype], group_rows, batch * groups, width, listed, activation, wu is not None,
         scales is not None, devices.units(hidden.device),
     )  # fmt: skip
-    change = hidden.new_empty(batch * groups, group_rows // settings.rows, -(-listed // DEPTH), DEPTH * settings.rows)
+    stages, values = -(-listed // settings.depth), settings.depth * settings.rows
+    dtype = hidden.dtype if scales is None else FP8
+    change = hidden.new_empty(batch * groups, group_rows // settings.rows, stages, values, dtype=dtype)
     tiles = settings.clusters(batch * groups * group_rows, listed)
     problem = First(
         rows.values.data_ptr(), w1.data_ptr(), _pointer(wu), _pitch(w1), _pitch(wu), _pointer(b1), _pointer(bu),
@@ -77,31 +87,36 @@ def _first(
 
 
 def _second(
-    change: Tensor, by_neuron: Tensor, order: Tensor | None, lists: Tensor, out: Tensor, result: Tensor, group_rows: int
-) -> None:
+    change: Tensor, by_neuron: Tensor, scales: Tensor | None, order: Tensor | None, lists: Tensor, out: Tensor, result: Tensor,
+    group_rows: int,
+) -> None:  # fmt: skip
     """Adds to out, and writes result."""
     batch, groups, listed = lists.shape
     rows, width = out.shape[1:]
+    fp8 = scales is not None
     settings = tuning.second_settings(
-        ELEMENTS[change.dtype], group_rows, batch * groups, listed, width, devices.units(out.device)
+        ELEMENTS[result.dtype], group_rows, batch * groups, listed, width, fp8, devices.units(out.device)
     )
     tiles = settings.clusters(batch * groups * group_rows, width)
-    problem = Second(
-        change.data_ptr(), by_neuron.data_ptr(), _pointer(order), lists.data_ptr(), out.data_ptr(), result.data_ptr(),
-        rows, width, groups, listed, group_rows // settings.rows, batch * groups, tiles,
+    pointers = (
+        change.data_ptr(), by_neuron.data_ptr(), _pointer(order), lists.data_ptr(), out.data_ptr(), result.data_ptr()
     )  # fmt: skip
-    _launch("add_listed", settings, "second.cu", tiles, problem, out.device)
+    sizes = rows, width, groups, listed, group_rows // settings.rows, batch * groups, tiles
+    problem = SecondInFp8(*pointers, scales[-2:].data_ptr(), *sizes) if fp8 else Second(*pointers, *sizes)
+    _launch("add_listed", settings, "second_fp8.cu" if fp8 else "second.cu", tiles, problem, out.device)
 
 
 def source(settings: ProductSettings, file: str) -> str:
-    """The whole of the CUDA C++ of "first.cu" or "second.cu"."""
+    """The whole of the CUDA C++ of "first.cu", "second.cu" or "second_fp8.cu"."""
     first = settings.activation is not None
-    names = ("consumers", "columns", "buffers", "cluster", *(("gated", "fp8") if first else ()))
-    sizes = {name: getattr(settings, name) for name in names} | {"span": SPAN} | ({"depth": DEPTH} if first else {})
+    names = ("consumers", "columns", "buffers", "cluster", *(("gated", "fp8", "depth") if first else ()))
+    sizes = {name: getattr(settings, name) for name in names} | {"span": SPAN}
+    turned = settings.fp8 and not first
+    element, wide = "e4m3" if settings.fp8 else settings.element, settings.rows if turned else settings.columns
     return "\n".join(
         [
             preamble(settings.element, **sizes),
-            multiply("multiply", "e4m3" if settings.fp8 else settings.element, settings.columns, inner_apart=not first),
+            multiply("multiply", element, wide, left_in_registers=turned, inner_apart=not first),
             *((Path(__file__).parent / name).read_text() for name in PARTS),
             activation_of(settings.activation, settings.element) if settings.activation else "",
             (Path(__file__).parent / file).read_text(),

@@ -72,6 +72,8 @@ __device__ __forceinline__ void store_once(char *to, uint4 x) {
     asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 }
 
+__device__ __forceinline__ void store(char *to, u32 x) { asm volatile("st.global.u32 [%0], %1;" ::"l"(to), "r"(x) : "memory"); }
+
 __device__ __forceinline__ void store(char *to, uint2 x) {
     asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(x.x), "r"(x.y) : "memory");
 }
@@ -92,6 +94,12 @@ __device__ __forceinline__ void put(u32 address, u64 x) {
 __device__ __forceinline__ u32 taken(u32 address) {
     u32 x;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(address));
+    return x;
+}
+
+__device__ __forceinline__ u32 taken2(u32 address) {
+    unsigned short x;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(x) : "r"(address));
     return x;
 }
 
@@ -166,6 +174,13 @@ __device__ __forceinline__ float quad_max(float x) {
 __device__ __forceinline__ float quad_sum(float x) {
     x += __shfl_xor_sync(~0u, x, 1);
     return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+// Two fp32 in e4m3 to the nearest, x in the low byte; what is too large becomes the largest.
+__device__ __forceinline__ u32 pack8(float x, float y) {
+    unsigned short z;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(z) : "f"(y), "f"(x));
+    return z;
 }
 
 // A ring of buffers: the place of the next item, and the parity of its barriers.

@@ -6,7 +6,6 @@ from functools import cache
 SHARED = 232_448  # bytes that one thread block may take on sm_90
 UNITS = 132
 SPAN = 64  # bytes of the inner dimension in a stage of the MLP's products
-DEPTH = SPAN // 2  # listed neurons of a stage of the second product
 KEYS = 64  # of a tile of the column masses
 RUN = 16  # neighbouring columns of a thread of the selection
 QUERY_TILES = 3  # as long as copying a block's queries takes
@@ -150,7 +149,7 @@ class ProductSettings(Block):
     """Of one product of the MLP. columns: of the result in one tile; of the first product, gathered weights.
 
     cluster: blocks that work on neighbouring tiles of the same rows. activation: of the first product; of the second there
-    is none. fp8: the first's operands are e4m3.
+    is none. fp8: operands are e4m3.
     """
 
     columns: int
@@ -169,10 +168,16 @@ class ProductSettings(Block):
         return rows // self.rows * -(-columns // (self.neurons * self.cluster))
 
     @property
+    def depth(self) -> int:
+        """Listed neurons in a stage of the second product."""
+        return SPAN if self.fp8 else SPAN // 2
+
+    @property
     def tables(self) -> int:
-        """Bytes for pointers to lines, and three times neurons and biases; of the second product for its rows."""
+        """Bytes for pointers to lines, and three times neurons and biases; of the second product for its rows, in fp8 for each
+        consumer, since all of them have all rows."""
         if self.activation is None:
-            return 4 * self.rows
+            return 4 * self.rows * (self.consumers if self.fp8 else 1)
         return 8 * self.columns + 12 * (self.neurons + self.columns)
 
     @property
@@ -207,7 +212,7 @@ def first_settings(
 ) -> ProductSettings:  # fmt: skip
     """Of the first product. groups: of all batch entries; width: of x; listed: neurons of a group.
 
-    The neurons of a cluster are a multiple of DEPTH: its tiles have all of the second product's last stage.
+    The neurons of a cluster are a multiple of 32: its tiles have all of the second product's last stage, or in fp8 of its half.
     """
     consumers, most = _shape(group_rows)
     allowed = (
@@ -220,17 +225,19 @@ def first_settings(
 
 @cache
 def second_settings(
-    element: str, group_rows: int, groups: int, listed: int, width: int, units: int = UNITS
+    element: str, group_rows: int, groups: int, listed: int, width: int, fp8: bool, units: int = UNITS
 ) -> ProductSettings:
     """Of the second product. groups: of all batch entries; listed: neurons of a group; width: of the result, in 64s."""
     consumers, most = _shape(group_rows)
+    if fp8:
+        return ProductSettings(element, consumers, 64 * consumers, 2 if width > 64 * consumers else 1, fp8=True)
     allowed = (
         ProductSettings(element, consumers, n, cluster)
         for n in (256, 192, 128, 64)
         for cluster in (2, 1)
         if n <= most and width % (n * cluster) == 0
     )
-    return min(allowed, key=lambda s: _clocks(s, s.clusters(groups * group_rows, width), -(-listed // DEPTH), units))
+    return min(allowed, key=lambda s: _clocks(s, s.clusters(groups * group_rows, width), -(-listed // s.depth), units))
 
 
 def block_rows(group_rows: int) -> int:

@@ -15,6 +15,7 @@ from chipmunk_fx.kernels.triton.means import first_product
 from chipmunk_fx.kernels.triton.pooling import group_means, store_activations, store_transposed
 from chipmunk_fx.kernels.triton.second import add_listed
 from chipmunk_fx.kernels.triton.selection import select
+from chipmunk_fx.ops.fp8 import scale_of_changes
 from chipmunk_fx.ops.selection import random_count
 
 
@@ -27,10 +28,13 @@ def refresh(
     with on_device_of(x):
         rows = inner_contiguous(_batches(x))
         lists.copy_(torch.arange(lists.shape[-1], device=x.device).expand_as(lists))
-        store_transposed(inner_contiguous(w2), by_neuron)
+        transposed = by_neuron if scales is None else torch.empty_like(by_neuron, dtype=w2.dtype)
+        store_transposed(inner_contiguous(w2), transposed)
         if w1_fp8 is not None and scales is not None:
-            for part, weight in enumerate((w1,) if wu is None else (w1, wu)):
-                store_weight(inner_contiguous(weight), w1_fp8[part], scales[part])
+            weights = (w1, transposed) if wu is None else (w1, wu, transposed)
+            for weight, kept, scale in zip(weights, (*w1_fp8, by_neuron), scales, strict=False):
+                store_weight(inner_contiguous(weight), kept, scale)
+            scales[-1:].zero_()
         mean.copy_(first_product(group_means(rows, order, group_rows), w1, b1, wu, bu, activation))
         results = []
         for entry, cached in zip(rows, hidden, strict=True):
@@ -38,6 +42,11 @@ def refresh(
             up = None if wu is None else F.linear(entry, wu, bu)
             store_activations(h, up, cached, order, activation=activation, group_rows=group_rows)
             results.append(F.linear(h, w2, b2))
+            if scales is not None:
+                least, most = torch.aminmax(h)
+                scales[-1:] = torch.maximum(scales[-1:], torch.maximum(-least, most))
+        if scales is not None:
+            scales[-1:] = scale_of_changes(scales[-1:])
         result = results[0].unsqueeze(0) if len(results) == 1 else torch.stack(results)
         out.copy_(result)
         return result.view(*x.shape[:-1], out.shape[-1])

@@ -36,6 +36,8 @@ FIRST = [
     ProductSettings("bf16", 3, 176, 2, "gelu_tanh", fp8=True),
     ProductSettings("bf16", 2, 256, 2, "silu", gated=True, fp8=True),
 ]
+SECOND_FP8 = [ProductSettings("bf16", 3, 192, cluster, fp8=True) for cluster in (1, 2)]
+SECOND_FP8.append(ProductSettings("bf16", 2, 128, 2, fp8=True))
 SECOND = [
     *(ProductSettings("bf16", 3, columns, 2) for columns in (64, 128, 192)),
     *(ProductSettings("f16", 2, columns, cluster) for columns, cluster in ((64, 1), (128, 2), (192, 1), (256, 2))),
@@ -47,7 +49,8 @@ LONG = [
     *(ProductSettings("bf16", 3, columns, 2, "gelu", fp8=True) for columns in (96, 112, 192)),
 ]
 PRODUCTS = [*(pytest.param(settings, "first.cu", marks=pytest.mark.full) for settings in LONG),
-            *((settings, "first.cu") for settings in FIRST), *((settings, "second.cu") for settings in SECOND)]  # fmt: skip
+            *((settings, "first.cu") for settings in FIRST), *((settings, "second.cu") for settings in SECOND),
+            *((settings, "second_fp8.cu") for settings in SECOND_FP8)]  # fmt: skip
 
 
 @pytest.mark.parametrize("settings", EVERY, ids=repr)
@@ -109,7 +112,7 @@ def test_a_product_compiles_without_spilling(
     assert settings.buffers >= 3 and settings.shared <= tuning.SHARED
     with caplog.at_level(logging.DEBUG, "chipmunk_fx"):
         code = nvrtc.compiled(mlp.source(settings, file), "sm_90a")
-    kernel = {"first.cu": "exchange_listed", "second.cu": "add_listed"}[file]
+    kernel = "exchange_listed" if file == "first.cu" else "add_listed"
     assert_in_registers(code, kernel, tmp_path, BEGIN[settings.consumers])
     assert "serialized" not in caplog.text
 
@@ -172,13 +175,13 @@ def test_tiles_of_products_are_allowed_and_cover_the_lists(
 ):
     groups = -(-rows // group_rows)
     first = tuning.first_settings("bf16", group_rows, groups, 3072, listed, "gelu", gated, False)
-    second = tuning.second_settings("bf16", group_rows, groups, listed, width)
+    second = tuning.second_settings("bf16", group_rows, groups, listed, width, False)
     assert group_rows % first.rows == 0 and first.rows == second.rows
     assert first.columns % 16 == 0 and first.columns <= (192 if first.consumers == 3 else 256)
     assert width % (second.columns * second.cluster) == 0 and second.columns % 64 == 0
     blocks = groups * group_rows // first.rows
     held = first.clusters(groups * group_rows, listed) * first.cluster * first.neurons
-    assert held >= blocks * -(-listed // tuning.DEPTH) * tuning.DEPTH  # whole stages of the second product
+    assert held >= blocks * -(-listed // first.depth) * first.depth  # whole stages of the second product
     assert second.clusters(groups * group_rows, width) * second.cluster * second.columns == blocks * width
 
 

@@ -113,6 +113,19 @@ def hidden_in_fp8(values: dict[str, Any], x: Tensor, chosen: Tensor) -> Tensor:
     return a if values["wu"] is None else a * linear(1, "bu")
 
 
+def added(values: dict[str, Any], change: Tensor, chosen: Tensor) -> Tensor:
+    """What changes [R, K] of the neurons `chosen` add to rows of the result, [R, C2]."""
+    return change @ values["w2"][:, chosen].mT
+
+
+def added_in_fp8(values: dict[str, Any], change: Tensor, chosen: Tensor) -> Tensor:
+    """The same from `by_neuron` and changes in e4m3 under the last two scales, summed up in fp32 at least."""
+    accurate = torch.promote_types(change.dtype, torch.float32)
+    weight, scale = values["by_neuron"].to(accurate)[chosen], values["scales"][-1]
+    eight = (change.float() / scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return (eight.to(accurate) @ weight * (values["scales"][-2] * scale)).to(change.dtype)
+
+
 def in_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows [.., C] as e4m3 numbers and their scale [.., 1] in fp32."""
     largest = x.float().abs().amax(-1, keepdim=True)
@@ -154,12 +167,13 @@ def group_means(values: dict[str, Any]) -> Tensor:
 def sparse_mlp(values: dict[str, Any], lists: Tensor) -> tuple[Tensor, Tensor]:
     """out [B, N, C2] and hidden [B, G, F, R] after a sparse step over `lists`, from those before it."""
     x, out, stored = batches(values["x"]), values["out"].clone(), values["hidden"].clone()
-    first = hidden if values["w1_fp8"] is None else hidden_in_fp8
+    fp8 = values["w1_fp8"] is not None
+    first, second = (hidden_in_fp8, added_in_fp8) if fp8 else (hidden, added)
     for b in range(x.shape[0]):
         for g, rows in enumerate(groups(values, x.shape[1])):
             chosen = lists[b, g].long()
             new = first(values, x[b, rows], chosen)
             change = new - stored[b, g, chosen, : len(rows)].mT
-            out[b, rows] += (change @ values["w2"][:, chosen].mT).to(out.dtype)
+            out[b, rows] += second(values, change, chosen).to(out.dtype)
             stored[b, g, chosen, : len(rows)] = new.mT
     return out, stored
