@@ -1,5 +1,5 @@
-"""Products in fp8: numbers of three bits after the point (float8_e4m3fn), one scale for a weight, one for each row of x and one for
-what hidden values change by.
+"""Products in fp8: numbers of three bits after the point (float8_e4m3fn), one scale for a weight, one for each row of x and one
+for what hidden values change by.
 
 Whatever is not finite stays visible: inf makes its scale inf, so that all that comes of its row (its weight) is nan.
 """
@@ -23,7 +23,7 @@ def rounded(values: Tensor, scale: Tensor) -> Tensor:
 
 
 def store_weights(w1: Tensor, wu: Tensor | None, w2: Tensor, w1_fp8: Tensor, by_neuron: Tensor, scales: Tensor) -> None:
-    """Round the weights w1, wu [F, C] and w2 [C2, F], one scale each, into w1_fp8 [P, F, C], by_neuron [F, C2] and scales [P + 2]."""
+    """Round the weights w1, wu [F, C] and w2 [C2, F], one scale each, into w1_fp8 [P, F, C] and by_neuron [F, C2]; scales [P + 2]."""
     parts = (w1,) if wu is None else (w1, wu)
     for weight, kept, scale in zip((*parts, w2.mT), (*w1_fp8, by_neuron), scales, strict=False):
         scale.copy_(scale_for(weight.abs().amax()))

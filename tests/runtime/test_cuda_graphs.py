@@ -11,7 +11,7 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 import chipmunk_fx
 from chipmunk_fx.runtime import registry, variants
 from chipmunk_fx.schedule.phase import Phase
-from tests.runtime.models import TinyDiT, assert_same, calls, exactly, identical, run, words
+from tests.runtime.models import EXACT, TinyDiT, assert_same, calls, exactly, identical, run, words
 
 TIMES = (900, 700, 500, 300)
 
@@ -104,6 +104,25 @@ def test_recorded_graphs_change_no_bit(offload: str):
         assert chipmunk_fx.summary(ours).phases == dict.fromkeys(range(2), ["refresh", *["sparse"] * 3])
     skipped = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
     assert skipped == 0 or offload == "all"  # caches on the host are no static inputs of a device
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="records CUDA graphs")
+@torch._inductor.config.patch(deterministic=True)
+def test_blocks_compiled_one_by_one_record_graphs_of_their_own():
+    """Every block is a call by itself, which must not take the place of what the one before has left."""
+    model = TinyDiT(depth=3).cuda()
+    steps = [tuple(t.cuda() for t in call) for call in calls(TIMES, [words(1), words(2)])]
+    options = EXACT | {"lowering": "inductor", "schedule.steps": len(TIMES), "schedule.branches": 2}
+    made = []
+    for more in ({}, {"inductor.mode": "reduce-overhead"}):
+        torch._dynamo.reset()
+        for block in model.blocks:
+            block.compile(backend="chipmunk", fullgraph=True, options=options | more)
+        for _ in range(3):
+            made.append([run(model, [call])[0] for call in steps])
+            assert chipmunk_fx.summary(model).phases == dict.fromkeys(range(2), ["refresh", *["sparse"] * 3])
+    assert all(identical(each, made[0]) for each in made)
 
 
 def test_results_are_the_callers_to_keep():
