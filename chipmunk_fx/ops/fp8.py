@@ -23,7 +23,7 @@ def rounded(values: Tensor, scale: Tensor) -> Tensor:
 
 
 def store_weights(w1: Tensor, wu: Tensor | None, w2: Tensor, w1_fp8: Tensor, by_neuron: Tensor, scales: Tensor) -> None:
-    """Round the weights w1, wu [F, C] and w2 [C2, F], one scale each, into w1_fp8 [P, F, C] and by_neuron [F, C2]; scales [P + 2]."""
+    """Round the weights w1, wu [F, C] and w2 [C2, F] into w1_fp8 [P, F, C] and by_neuron [F, C2]; scales [P + 2] of each."""
     parts = (w1,) if wu is None else (w1, wu)
     for weight, kept, scale in zip((*parts, w2.mT), (*w1_fp8, by_neuron), scales, strict=False):
         scale.copy_(scale_for(weight.abs().amax()))

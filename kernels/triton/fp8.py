@@ -1,21 +1,37 @@
 """Numbers in fp8, for backends that multiply them."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from chipmunk_fx.kernels.triton.numeric import cast
-from chipmunk_fx.ops.fp8 import LARGEST, scale_for
+from chipmunk_fx.ops.fp8 import LARGEST
+
+
+def find_largest(values: Tensor, most: Tensor) -> None:
+    """most [], fp32, becomes the largest magnitude of values [N, C], whose lines may lie apart, if it is less."""
+    rows, width = values.shape
+    grid = (triton.cdiv(width, 256), triton.cdiv(rows, 32))
+    _find_largest[grid](values, most, values.stride(0), rows, width, ROWS=32, WIDTHS=256)
+
+
+@triton.jit
+def _find_largest(values, most, pitch, rows, width, ROWS: tl.constexpr, WIDTHS: tl.constexpr):
+    row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    c = tl.program_id(0) * WIDTHS + tl.arange(0, WIDTHS)
+    mask = (row < rows)[:, None] & (c < width)[None, :]
+    keep_largest(most, tl.load(values + row[:, None] * pitch + c[None, :], mask=mask, other=0.0))
+
+
+@triton.jit
+def keep_largest(most, values):
+    """most, a pointer to fp32, is raised to the largest magnitude of a block of values; nan is above all."""
+    bits = (values.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF).to(tl.int32)  # which order as magnitudes do
+    tl.atomic_max(most.to(tl.pointer_type(tl.int32), bitcast=True), tl.max(tl.max(bits, 1), 0), sem="relaxed")
 
 
 def store_weight(weight: Tensor, rounded: Tensor, scale: Tensor) -> None:
-    """rounded [F, C] in e4m3, contiguous, = weight [F, C] / scale, and scale [] = its largest magnitude over 448, or 1.
-
-    Lines of weight may lie apart.
-    """
-    least, most = torch.aminmax(weight)
-    scale.copy_(scale_for(torch.maximum(-least, most)))
+    """rounded [F, C] in e4m3, contiguous, = weight [F, C] / scale []. Lines of weight may lie apart."""
     neurons, width = weight.shape
     grid = (triton.cdiv(width, 256), triton.cdiv(neurons, 16))
     _store_weight[grid](weight, rounded, scale, weight.stride(0), neurons, width, LARGEST=LARGEST, ROWS=16, WIDTHS=256)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from chipmunk_fx.kernels.hopper.packing import pool
 from chipmunk_fx.kernels.hopper.tuning import SPAN
-from chipmunk_fx.kernels.triton.fp8 import store_weight
+from chipmunk_fx.kernels.triton.fp8 import find_largest, store_weight
 from chipmunk_fx.ops.mlp import group_means
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -75,10 +75,22 @@ def test_what_is_not_finite_stays_visible():
     assert packed.scales[0, 3].isnan() and packed.scales[0, 4].isinf() and packed.scales[0, 5].isfinite()
 
 
+def test_the_largest_magnitude_of_lines_that_lie_apart():
+    weight = tokens(1, 70, 600)[0][:, :580]
+    most = torch.full((), 0.5, device=DEVICE)
+    find_largest(weight, most)
+    assert most.item() == weight.float().abs().max().item() > 0.5
+    most.fill_(100.0)
+    find_largest(weight, most)
+    assert most.item() == 100.0
+    weight[69, 579] = float("nan")
+    find_largest(weight, most)
+    assert most.isnan()
+
+
 def test_a_weight_is_rounded_with_one_scale():
     weight = tokens(1, 40, 300)[0][:, :272]
     rounded = torch.empty(40, 272, dtype=torch.float8_e4m3fn, device=DEVICE)
-    scale = torch.empty((), device=DEVICE)
+    scale = (weight.float().abs().max() * SCALE).clone()
     store_weight(weight, rounded, scale)
-    assert scale.item() == (weight.float().abs().max() * SCALE).item()
     assert torch.equal(rounded.float(), (weight.float() / scale).to(torch.float8_e4m3fn).float())
