@@ -16,6 +16,7 @@ from chipmunk_fx.kernels.triton.launching import copyable
 from chipmunk_fx.ops.fp8 import DTYPE as FP8
 
 PARTS = ("primitives.cuh", "cluster.cuh", "products.cuh")
+SECOND = (*PARTS, "addition.cuh")
 
 
 class First(ctypes.Structure):
@@ -117,7 +118,7 @@ def source(settings: ProductSettings, file: str) -> str:
         [
             preamble(settings.element, **sizes),
             multiply("multiply", element, wide, left_in_registers=turned, inner_apart=not first),
-            *((Path(__file__).parent / name).read_text() for name in PARTS),
+            *((Path(__file__).parent / name).read_text() for name in (PARTS if first else SECOND)),
             activation_of(settings.activation, settings.element) if settings.activation else "",
             (Path(__file__).parent / file).read_text(),
         ]

@@ -8,8 +8,6 @@
 
 constexpr int DEPTH = SPAN / 2;      // listed neurons in one stage
 constexpr int BLOCK = DEPTH * LINE;  // bytes of those by 64 rows or columns
-constexpr int PIECES = COLUMNS / 4;  // of 4 values, in a row of the result
-constexpr int TIMES = PIECES / 2;    // a consumer adds 128 pieces at a time
 
 struct Problem {
     const char *change, *weights;  // [batch x groups, parts, steps] left operands of a stage, [neurons, width]; 2 bytes a value
@@ -18,11 +16,6 @@ struct Problem {
     char *result;                  // the same, 2 bytes a value
     int rows, width, groups, listed, parts, batches, tiles;
 };
-
-__device__ __forceinline__ i64 row_of(const Problem &p, const Place &at, int place) {
-    const int row = min(at.first + place, p.rows - 1);
-    return (i64)at.batch * p.rows + (p.order ? p.order[row] : row);
-}
 
 __device__ __forceinline__ void produce(const Problem &p, const Shared &shared) {
     constexpr int PASSES = DEPTH / 16;
@@ -62,59 +55,22 @@ __device__ __forceinline__ void produce(const Problem &p, const Shared &shared) 
     });
 }
 
-// What is left to do with a tile, a piece a lane at a time. What is put aside lies row by row, pairs of pieces swizzled by row.
-struct Addition {
-    const Problem &p;
-    u32 aside, table;      // of a consumer: the table has a row of the result for each of its own, or -1
-    int number, next;      // piece of the lane
-    int column;            // of the result, the tile's first
-    i64 at;                // of the result, or -1
-    const Kept kept;
+// A consumer has 64 rows of a tile.
+struct Part : Addition<Problem, 64, COLUMNS> {
+    using Addition::Addition;
 
-    __device__ __forceinline__ Addition(const Problem &p, const Shared &shared, int number)
-        : p(p), kept(shared), aside(shared.aside + number * ASIDE), table(shared.tables + number * 256), number(number) {}
-
-    __device__ __forceinline__ void begin(const float (&d)[COLUMNS / 2], const Place &place) {
+    __device__ __forceinline__ void begin(const float (&d)[COLUMNS / 2], const Place &tile, int number) {
         meet(number);  // nothing is left to do with what lies there
         const int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane % 16;
 #pragma unroll
-        for (int i = 0; i < PIECES / 2; i += 2) {
+        for (int i = 0; i < COLUMNS / 8; i += 2) {
             u32 x[4];
 #pragma unroll
             for (int j = 0; j < 4; j++) x[j] = pack(d[4 * i + 2 * j], d[4 * i + 2 * j + 1]);
-            put_blocks(aside + row * (COLUMNS * 2) + ((i + lane / 16) ^ row & 7) * 16, x);
+            put_blocks(place(row, i + lane / 16), x);
         }
-        const int mine = threadIdx.x % 128, first = number * 64 + mine;
-        if (mine < 64) put(table + mine * 4, (u32)(place.first + first < p.rows ? row_of(p, place, first) : -1));
-        next = mine;
-        column = place.column * COLUMNS;
+        Addition::begin(tile, tile.first + number * 64, tile.column * COLUMNS);
         meet(number);
-        fetch();
-    }
-
-    __device__ __forceinline__ void fetch() {
-        at = -1;
-        if (next >= 64 * PIECES) return;
-        const int row = (int)taken(table + next / PIECES * 4);
-        if (row < 0) return;
-        at = (i64)row * p.width + column + next % PIECES * 4;
-        kept.fetch(p.out + at);
-    }
-
-    __device__ __forceinline__ void add() const {
-        if (at < 0) return;
-        const int row = next / PIECES, piece = next % PIECES;
-        const u64 d = taken8(aside + row * (COLUMNS * 2) + (piece / 2 ^ row & 7) * 16 + piece % 2 * 8);
-        const uint4 old = kept.taken();
-        const float4 x = {__uint_as_float(old.x) + low((u32)d), __uint_as_float(old.y) + high((u32)d),
-                          __uint_as_float(old.z) + low((u32)(d >> 32)), __uint_as_float(old.w) + high((u32)(d >> 32))};
-        *(float4 *)(p.out + at) = x;
-        store(p.result + at * 2, uint2{pack(x.x, x.y), pack(x.z, x.w)});
-    }
-
-    __device__ __forceinline__ void run() {
-        add();
-        next += 128;
         fetch();
     }
 };
@@ -122,7 +78,7 @@ struct Addition {
 __device__ __forceinline__ void consume(const Problem &p, const Shared &shared) {
     const int number = __shfl_sync(~0u, (int)threadIdx.x / 128 - 1, 0), steps = (p.listed + DEPTH - 1) / DEPTH;
     Ring ring;
-    Addition addition(p, shared, number);
+    Part part(p, shared, number);
     int times = 0;  // there is nothing to do beside the first tile
     each_tile(p, [&](const Place &at) {
         float d[COLUMNS / 2];
@@ -132,12 +88,12 @@ __device__ __forceinline__ void consume(const Problem &p, const Shared &shared) 
                 multiply(d, described(left + number * BLOCK + i * 16 * LINE, BLOCK),
                          described(right + i * 16 * LINE, BLOCK), add || i > 0);
         };
-        const u32 last = multiply_all(d, steps, ring, shared, stage, times, [&] { addition.run(); });
+        const u32 last = multiply_all(d, steps, ring, shared, stage, times, [&] { part.run(); });
         finish(d, shared, last);
-        addition.begin(d, at);
-        times = TIMES;
+        part.begin(d, at, number);
+        times = Part::TIMES;
     });
-    for (int i = 0; i < TIMES; i++) addition.run();
+    for (int i = 0; i < Part::TIMES; i++) part.run();
 }
 
 extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 1) add_listed(const __grid_constant__ Problem p) {

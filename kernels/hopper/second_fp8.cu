@@ -7,9 +7,7 @@
 // The products want both operands along listed neurons, weights lie across them. So the result is turned: weights are the left
 // operand, which comes from registers, where bytes of four neurons are put together; changes are the right one.
 
-constexpr int DEPTH = SPAN;          // listed neurons in one stage
-constexpr int PIECES = 16;           // of 4 values, in a consumer's row of the result
-constexpr int TIMES = ROWS * PIECES / 128;
+constexpr int DEPTH = SPAN;  // listed neurons in one stage
 
 struct Problem {
     const char *change, *weights;  // [batch x groups, parts, steps] right operands of a stage, [neurons, width]
@@ -20,7 +18,7 @@ struct Problem {
     int rows, width, groups, listed, parts, batches, tiles;
 };
 
-// The column of a thread's 64 that begins a consumer's part, or the last ones again: what comes of them is not stored.
+// The first column of a consumer's part, or of the last 64 again: what comes of them is not stored.
 __device__ __forceinline__ int column_of(const Problem &p, const Place &at, int consumer) {
     return min(at.column * COLUMNS + consumer * 64, p.width - 64);
 }
@@ -64,64 +62,22 @@ __device__ __forceinline__ void produce(const Problem &p, const Shared &shared) 
     });
 }
 
-// What is left to do with a tile, a piece a lane at a time. What is put aside lies row by row, its 16 byte pieces swizzled by row.
-struct Addition {
-    const Problem &p;
-    u32 aside, table;      // of a consumer: the table has a row of the result for each of the tile's, or -1
-    int next;              // piece of the lane
-    int column;            // of the result, the consumer's first
-    i64 at;                // of the result, or -1
-    const Kept kept;
+// A consumer has 64 columns of a tile.
+struct Part : Addition<Problem, ROWS, 64> {
+    using Addition::Addition;
 
-    __device__ __forceinline__ Addition(const Problem &p, const Shared &shared, int number)
-        : p(p), kept(shared), aside(shared.aside + number * ASIDE), table(shared.tables + number * (ROWS * 4)) {}
-
-    __device__ __forceinline__ void begin(const float (&d)[ROWS / 2], const Place &place, int number) {
+    __device__ __forceinline__ void begin(const float (&d)[ROWS / 2], const Place &tile, int number) {
         meet(number);  // nothing is left to do with what lies there
         const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32, pair = lane / 4;
         const float scale = p.scales[0] * p.scales[1];
 #pragma unroll
         for (int i = 0; i < ROWS / 8; i++)
 #pragma unroll
-            for (int e = 0; e < 2; e++) {
-                const int row = lane % 4 * 2 + e;  // of eight
-                put(aside + (i * 8 + row) * LINE + ((warp * 2 + pair / 4) ^ row) * 16 + pair % 4 * 4,
+            for (int e = 0; e < 2; e++)
+                put(place(i * 8 + lane % 4 * 2 + e, warp * 2 + pair / 4) + pair % 4 * 4,
                     pack(d[4 * i + e] * scale, d[4 * i + 2 + e] * scale));
-            }
-        column = place.column * COLUMNS + number * 64;
-        for (int row = threadIdx.x % 128; row < ROWS; row += 128) {
-            const int of = place.first + row;
-            const bool there = of < p.rows && column < p.width;
-            put(table + row * 4, (u32)(there ? (p.order ? p.order[of] : of) + place.batch * p.rows : -1));
-        }
-        next = threadIdx.x % 128;
+        Addition::begin(tile, tile.first, tile.column * COLUMNS + number * 64);
         meet(number);
-        fetch();
-    }
-
-    __device__ __forceinline__ void fetch() {
-        at = -1;
-        if (next >= ROWS * PIECES) return;
-        const int row = (int)taken(table + next / PIECES * 4);
-        if (row < 0) return;
-        at = (i64)row * p.width + column + next % PIECES * 4;
-        kept.fetch(p.out + at);
-    }
-
-    __device__ __forceinline__ void add() const {
-        if (at < 0) return;
-        const int row = next / PIECES, piece = next % PIECES;
-        const u64 d = taken8(aside + row * LINE + (piece / 2 ^ row & 7) * 16 + piece % 2 * 8);
-        const uint4 old = kept.taken();
-        const float4 x = {__uint_as_float(old.x) + low((u32)d), __uint_as_float(old.y) + high((u32)d),
-                          __uint_as_float(old.z) + low((u32)(d >> 32)), __uint_as_float(old.w) + high((u32)(d >> 32))};
-        *(float4 *)(p.out + at) = x;
-        store(p.result + at * 2, uint2{pack(x.x, x.y), pack(x.z, x.w)});
-    }
-
-    __device__ __forceinline__ void run() {
-        add();
-        next += 128;
         fetch();
     }
 };
@@ -151,7 +107,7 @@ __device__ __forceinline__ void consume(const Problem &p, const Shared &shared) 
     const int number = __shfl_sync(~0u, (int)threadIdx.x / 128 - 1, 0), steps = (p.listed + DEPTH - 1) / DEPTH;
     const Weights weights(number);
     Ring ring;
-    Addition addition(p, shared, number);
+    Part part(p, shared, number);
     int times = 0;  // there is nothing to do beside the first tile
     each_tile(p, [&](const Place &at) {
         float d[ROWS / 2];
@@ -180,14 +136,14 @@ __device__ __forceinline__ void consume(const Problem &p, const Shared &shared) 
                 last = ring.slot;
                 ring.advance();
 #pragma unroll 1
-                for (due += times; due >= steps; due -= steps) addition.run();
+                for (due += times; due >= steps; due -= steps) part.run();
             }
         products_wait(d);
         give_back(shared, last);
-        addition.begin(d, at, number);
-        times = TIMES;
+        part.begin(d, at, number);
+        times = Part::TIMES;
     });
-    for (int i = 0; i < TIMES; i++) addition.run();
+    for (int i = 0; i < Part::TIMES; i++) part.run();
 }
 
 extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 1) add_listed(const __grid_constant__ Problem p) {
