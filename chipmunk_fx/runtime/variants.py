@@ -37,8 +37,9 @@ def inductor_patches(config: Config) -> dict[str, Any]:
 
 
 def records_graphs(config: Config) -> bool:
-    """Whether Inductor records CUDA graphs."""
-    return config.lowering != "eager" and bool(inductor_patches(config).get("triton.cudagraphs"))
+    """Whether Inductor records CUDA graphs: as the options say or, where they say nothing, as its own settings do."""
+    default = torch._inductor.config.triton.cudagraphs
+    return config.lowering != "eager" and bool(inductor_patches(config).get("triton.cudagraphs", default))
 
 
 def lower(module: fx.GraphModule, inputs: Sequence[Any], config: Config, **patches: Any) -> Callable[..., Any]:
