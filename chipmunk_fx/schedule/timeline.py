@@ -42,7 +42,8 @@ class Observation:
 
 @dataclass(frozen=True)
 class Position:
-    """Where a call lies. `step` and `branch` count from 0 within `generation`; `begins` marks the first call of one.
+    """Where a call lies. `step` and `branch` count from 0 within `generation`; `begins` marks the first call of one, or the
+    first that shows it.
 
     `decided` is False where the inputs do not tell, for the `reason` given: such a call has to be dense, and its step
     and branch are a guess for the report.
@@ -85,7 +86,7 @@ class Timeline:
         begins = run is None or self._restarts(run, seen)
         if run is None or begins:
             self._generation += 1
-            run = self._run = _Run()
+            run = self._run = self._anew(run, seen)
             self._continues(run, seen)
         timestep = _collapsed(seen.timestep or ())
         if branch is not None:
@@ -117,6 +118,22 @@ class Timeline:
         has its own: texts of guidance differ in length."""
         branch = None if seen.timestep is not None else seen.text or run.calls % (self._branches or 1)
         return run.shapes.setdefault(branch, seen.shape) == seen.shape
+
+    def _anew(self, over: _Run | None, seen: Observation) -> _Run:
+        """The generation that begins where `over` ends. Of counted calls, one of a later branch may be the first to have
+        another shape: those before it have gone on with the generation that was over, and are counted to the new one.
+        """
+        if over is None or over.timestep is not None or seen.timestep is not None or seen.text is not None:
+            return _Run()
+        branches = self._branches or 1
+        first, calls = 0, over.calls % branches
+        if over.late and over.calls - over.late < branches:
+            # Now an earlier branch has another shape, too: the generation before had ended within a step, and `over` had
+            # begun with its first branch.
+            first, calls = over.late, over.calls - over.late
+        passed = [(branch, over.shapes.get((first + branch) % branches)) for branch in range(calls)]
+        shapes = {branch: shape for branch, shape in passed if shape is not None}
+        return _Run(shapes, calls=calls, late=0 if first else calls)
 
     def _turns_back(self, run: _Run, timestep: tuple[float, ...], related: bool | None) -> bool:
         """Whether the timestep moves against the direction of time, which is learned on the way."""
@@ -176,6 +193,7 @@ class _Run:
     timestep: tuple[float, ...] | None = None
     step: int = 0
     calls: int = 0
+    late: int = 0  # calls before the one that showed that the generation had begun
     opening: bool = True  # only one timestep so far
     # A branch is a text and how often it came before in the same step; numbered in order of first call.
     keys: dict[tuple[Hashable, int], int] = field(default_factory=dict)
