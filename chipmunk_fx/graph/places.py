@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from chipmunk_fx.graph.calls import CASTS, SAME, arguments
 from chipmunk_fx.graph.sizes import Size, hint, hints, is_data_dependent
-from chipmunk_fx.graph.walk import LINEAR, PROJECTIONS, rank, shape
+from chipmunk_fx.graph.walk import LINEAR, PROJECTIONS, is_pointwise, rank, shape
 
 aten = torch.ops.aten
 
@@ -208,7 +208,7 @@ def _carry(node: fx.Node, held: Mapping[fx.Node, Any]) -> Any:
         return source[..., :1].expand(hints(shape(node)))
     if node.target in PROJECTIONS:
         return _convolved(node, held[node.args[0]])  # pyright: ignore[reportArgumentType]
-    if not (node.target in _ROW_BY_ROW or torch.Tag.pointwise in getattr(node.target, "tags", ())):
+    if not (node.target in _ROW_BY_ROW or is_pointwise(node)):
         return None
     sizes = hints(shape(node))
     return next((held[n] for n in node.all_input_nodes if n in held and _shape(held[n]) == sizes), None)
