@@ -142,7 +142,7 @@ class Timeline:
             # begun with its first branch.
             first, calls = over.late, over.calls - over.late
         passed = [(branch, over.shapes.get((first + branch) % branches)) for branch in range(calls)]
-        shapes = {branch: shape for branch, shape in passed if shape is not None}
+        shapes: dict[Hashable, Hashable] = {branch: shape for branch, shape in passed if shape is not None}
         return _Run(shapes, calls=calls, late=0 if first else calls)
 
     def _turns_back(self, run: _Run, timestep: tuple[float, ...], related: bool | None) -> bool:
