@@ -152,9 +152,11 @@ def _analyse(graph_module: fx.GraphModule, inputs: Sequence[Any], config: Config
         if error.key != "tokens.grid" or not registry.has_session(inputs, config):
             raise
         _log.warning(
-            "tokens.grid is for other sizes than those of this call, whose grid is told from the graph: %s", error
+            "tokens.grid is for other sizes than those of this call, whose grid and text are told from the graph: %s",
+            error,
         )
-        return analyse(graph_module, inputs, replace(config, tokens=replace(config.tokens, grid="auto")))
+        # The count of text tokens goes with the grid: one of the two alone would explain no length.
+        return analyse(graph_module, inputs, replace(config, tokens=replace(config.tokens, grid="auto", text="auto")))
 
 
 def _dense(graph: Graph, values: Sequence[Any], notices: Notices) -> Any:

@@ -202,7 +202,7 @@ def _raster(ids: torch.Tensor) -> Grid | None:
     index = torch.zeros_like(moving[0][1])
     for size, ranks in moving:
         index = index * size + ranks
-    if len(index) != prod(sizes) or not torch.equal(index, torch.arange(len(index))):
+    if len(index) != prod(sizes) or not torch.equal(index, torch.arange(len(index), device=index.device)):
         return None
     t, h, w = [1] * (3 - len(sizes)) + sizes
     return t, h, w

@@ -12,7 +12,18 @@ from torch import fx
 from chipmunk_fx.graph.calls import dtype
 from chipmunk_fx.graph.capture import Capture
 from chipmunk_fx.graph.sizes import hints
-from chipmunk_fx.graph.walk import LINEAR, PROJECTIONS, VIEWS, ancestors, placeholders, rank, reaches, shape
+from chipmunk_fx.graph.walk import (
+    LINEAR,
+    NORMS,
+    PROJECTIONS,
+    VIEWS,
+    ancestors,
+    is_pointwise,
+    placeholders,
+    rank,
+    reaches,
+    shape,
+)
 
 aten = torch.ops.aten
 
@@ -24,6 +35,7 @@ _EMBEDDING = (
 )
 _SCALED = (*VIEWS, aten.mul.Tensor)
 _SUMS = (aten.add.Tensor, aten.add_.Tensor)
+_JOINS = (aten.cat.default, aten.stack.default, aten.pad.default, aten.constant_pad_nd.default)
 _LOOKUPS = (aten.embedding.default, aten.index.Tensor, aten.index_select.default)
 _TIME_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "noise_level")
 _NOT_TIME = ("guidance", "size", "meta", "ratio", "resolution", "fps")
@@ -99,21 +111,29 @@ def _text(capture: Capture, rest: Sequence[int], nodes: Sequence[fx.Node], laten
 
 
 def _is_looked_up(node: fx.Node) -> bool:
-    """Whether the input says what to take of a table; a mask says what to keep."""
+    """Whether the input, or what is reckoned of it, says what to take of a table; a mask says what to keep."""
 
     def takes(source: fx.Node, user: fx.Node) -> bool:
         return user.target in _LOOKUPS and user.args[0] is not source and dtype(source) != torch.bool
 
-    return reaches(node, (*VIEWS, aten.clamp.default, aten.mul.Tensor, aten.sub.Tensor), takes)
+    def reckons(source: fx.Node, user: fx.Node) -> bool:
+        return is_pointwise(user) and dtype(user) != torch.bool
+
+    return reaches(node, VIEWS, takes, also=reckons)
 
 
 def _is_projected(node: fx.Node) -> bool:
-    """Whether the input, one vector a sample, goes to a linear as it is or joined to others."""
+    """Whether the input, one vector a sample or the text of one sample, goes to a linear: as it is, joined to others, or by
+    norms and activations."""
 
     def projects(source: fx.Node, user: fx.Node) -> bool:
         return user.target in LINEAR and user.args[0] is source
 
-    return rank(node) == 2 and reaches(node, (*VIEWS, aten.cat.default), projects)
+    def keeps(source: fx.Node, user: fx.Node) -> bool:
+        # What is spread over something larger (a mask, a strength) is no vector of its own.
+        return is_pointwise(user) and hints(shape(user)) == hints(shape(source))
+
+    return rank(node) == 2 and reaches(node, (*VIEWS, *_JOINS, *NORMS), projects, also=keeps)
 
 
 def _is_residual(node: fx.Node, latents: fx.Node) -> bool:

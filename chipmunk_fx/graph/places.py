@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from chipmunk_fx.graph.calls import CASTS, SAME, arguments
 from chipmunk_fx.graph.sizes import Size, hint, hints, is_data_dependent
-from chipmunk_fx.graph.walk import LINEAR, PROJECTIONS, rank, shape
+from chipmunk_fx.graph.walk import LINEAR, PROJECTIONS, is_pointwise, rank, shape
 
 aten = torch.ops.aten
 
@@ -64,7 +64,7 @@ _LAST = 3  # projections, from the last on, that may be the one to pixels
 def entering(graph: fx.Graph, latents: fx.Node, fits: Callable[[int], bool], raster: Raster) -> Told | None:
     """The grid of the first sequence that the latents are projected to, of a length that `fits`."""
     sizes = hints(shape(latents))
-    flat = torch.arange(prod(sizes), dtype=torch.float64).reshape(sizes)
+    flat = torch.arange(prod(sizes), dtype=torch.float64, device="cpu").reshape(sizes)
     projected: set[fx.Node] = set()
     tries = _TRIES
     for node, held in _carried(graph, {latents: flat}):
@@ -94,9 +94,11 @@ def leaving(graph: fx.Graph, fits: Callable[[int], bool], raster: Raster) -> Tol
         if is_data_dependent(shape(node)):
             continue
         *_, rows, width = hints(shape(node))
-        start = torch.arange(rows, dtype=torch.float64)[:, None].expand(*hints(shape(node))[:-2], rows, width)
+        start = torch.arange(rows, dtype=torch.float64, device="cpu")[:, None].expand(
+            *hints(shape(node))[:-2], rows, width
+        )
         held = dict(_carried(graph, {node: start})).get(pictures[0])
-        tokens = held.long().unique() if isinstance(held, Tensor) else torch.empty(0)
+        tokens = held.long().unique() if isinstance(held, Tensor) else torch.empty(0, device="cpu")
         if not _is_run(tokens) or tokens[0] < 0 or not fits(len(tokens)):
             continue
         first = _first_places(held, rows)[tokens]
@@ -107,8 +109,8 @@ def leaving(graph: fx.Graph, fits: Callable[[int], bool], raster: Raster) -> Tol
 
 def _first_places(held: Tensor, rows: int) -> Tensor:
     """The first place in `held` of each of the numbers below `rows`."""
-    values, first = held.flatten().long(), torch.full((rows,), NOWHERE)
-    return first.scatter_reduce(0, values, torch.arange(len(values)), "amin", include_self=False)
+    values, first = held.flatten().long(), torch.full((rows,), NOWHERE, device="cpu")
+    return first.scatter_reduce(0, values, torch.arange(len(values), device="cpu"), "amin", include_self=False)
 
 
 def _is_run(numbers: Tensor) -> bool:
@@ -206,7 +208,7 @@ def _carry(node: fx.Node, held: Mapping[fx.Node, Any]) -> Any:
         return source[..., :1].expand(hints(shape(node)))
     if node.target in PROJECTIONS:
         return _convolved(node, held[node.args[0]])  # pyright: ignore[reportArgumentType]
-    if not (node.target in _ROW_BY_ROW or torch.Tag.pointwise in getattr(node.target, "tags", ())):
+    if not (node.target in _ROW_BY_ROW or is_pointwise(node)):
         return None
     sizes = hints(shape(node))
     return next((held[n] for n in node.all_input_nodes if n in held and _shape(held[n]) == sizes), None)
@@ -219,7 +221,7 @@ def _convolved(node: fx.Node, source: Tensor) -> Tensor:
     source = source[:, :1]
     for axis, width in enumerate(kernel):
         step, pad = (given[name][axis % len(given[name])] for name in ("stride", "padding"))
-        index = torch.arange(sizes[2 + axis]) * step - pad + (width - 1) // 2
+        index = torch.arange(sizes[2 + axis], device="cpu") * step - pad + (width - 1) // 2
         source = source.index_select(2 + axis, index.clamp(0, source.shape[2 + axis] - 1))
     return source.expand(sizes)
 
@@ -227,7 +229,7 @@ def _convolved(node: fx.Node, source: Tensor) -> Tensor:
 def _other(node: fx.Node) -> Any:
     """What an argument that comes from elsewhere stands for: a size, or a tensor that has no place."""
     if isinstance(node.meta.get("val"), Tensor):
-        return torch.full((), float(NOWHERE), dtype=torch.float64).expand(hints(shape(node)))
+        return torch.full((), float(NOWHERE), dtype=torch.float64, device="cpu").expand(hints(shape(node)))
     return _known(node)
 
 

@@ -12,7 +12,7 @@ from chipmunk_fx.graph.calls import arguments
 aten = torch.ops.aten
 
 LINEAR = (aten.linear.default,)
-_NORMS = (aten.layer_norm.default, aten.rms_norm.default, aten.group_norm.default)
+NORMS = (aten.layer_norm.default, aten.rms_norm.default, aten.group_norm.default)
 PROJECTIONS = (*LINEAR, aten.convolution.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 VIEWS = (
     *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unflatten.int, aten.flatten.using_ints),
@@ -21,6 +21,16 @@ VIEWS = (
     *(aten.alias.default, aten.detach.default, aten.contiguous.default, aten.clone.default, aten.dropout.default),
     *(aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.to.device, aten.type_as.default),
 )
+
+
+# pointwise, though PyTorch does not say so
+_UNTAGGED = (
+    *(aten.where.ScalarSelf, aten.where.ScalarOther, aten.where.Scalar, aten.masked_fill.Tensor, aten.rsub.Tensor),
+    *(aten.floor_divide.default, aten.floor_divide.Scalar),
+)
+
+Edge = Callable[[fx.Node, fx.Node], bool]
+"""What is asked of a node and one of its users."""
 
 
 def strip(value: fx.Node, through: Iterable[object] = VIEWS) -> fx.Node:
@@ -62,7 +72,7 @@ def roots(value: fx.Node) -> frozenset[fx.Node]:
 
 def origins(value: fx.Node) -> frozenset[fx.Node]:
     """The streams behind `roots`: norms and further projections, with or without norms between them, stripped, too."""
-    through = (*VIEWS, *PROJECTIONS, *_NORMS)
+    through = (*VIEWS, *PROJECTIONS, *NORMS)
     return frozenset(stream for root in roots(value) for stream in _joined(strip(root, through), through))
 
 
@@ -95,15 +105,15 @@ def behind(graph: fx.Graph, values: Iterable[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def reaches(start: fx.Node, through: Iterable[object], goal: Callable[[fx.Node, fx.Node], bool]) -> bool:
-    """Whether a walk forward from `start` over ops in `through` finds an edge (node, user) for which `goal` holds."""
+def reaches(start: fx.Node, through: Iterable[object], goal: Edge, also: Edge = lambda node, user: False) -> bool:
+    """Whether a walk forward from `start` over ops in `through`, and edges for which `also` holds, finds one for `goal`."""
     through, seen, queue = tuple(through), {start}, [start]
     while queue:
         node = queue.pop()
         for user in node.users:
             if goal(node, user):
                 return True
-            if user not in seen and user.target in through:
+            if user not in seen and (user.target in through or also(node, user)):
                 seen.add(user)
                 queue.append(user)
     return False
@@ -155,6 +165,11 @@ def writers(nodes: Iterable[fx.Node]) -> list[fx.Node]:
                 seen.add(user)
                 queue.append(user)
     return writers
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    """Whether each value of the result comes of one of each operand."""
+    return node.target in _UNTAGGED or torch.Tag.pointwise in getattr(node.target, "tags", ())
 
 
 def rank(node: fx.Node) -> int:

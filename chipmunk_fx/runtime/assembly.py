@@ -106,7 +106,8 @@ class Assembly:
     def _known(self) -> torch.Tensor:
         if self.track.known is None:
             with torch.inference_mode(False):
-                self.track.known = torch.zeros(1, dtype=torch.bool)
+                # Said of every such tensor: torch.set_default_device may name another.
+                self.track.known = torch.zeros(1, dtype=torch.bool, device="cpu")
         return self.track.known
 
     def _lanes(self) -> torch.Tensor:

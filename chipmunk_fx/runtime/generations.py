@@ -102,11 +102,11 @@ class Prepared:
 @dataclass
 class Clock:
     """`tensor`: what kernels are told of a step, int64 [2] on the device: the step, and whether MLPs choose new neurons.
-    `places`: of these two in it; `told`: what it holds."""
+    `places`: of these two in it; `told`: what it holds, None where that is not known."""
 
     tensor: torch.Tensor
     places: tuple[torch.Tensor, ...]
-    told: tuple[int, int] = (0, 0)
+    told: tuple[int, int] | None = (0, 0)
 
     @classmethod
     def on(cls, device: torch.device) -> Clock:
@@ -116,9 +116,10 @@ class Clock:
 
     def tell(self, step: int, renew: bool) -> None:
         """By kernels that fill: a copy from the host would wait for all that the device has to do."""
-        now = (step, int(renew))
-        for place, before, value in zip(self.places, self.told, now, strict=True):
-            if value != before:
+        now, before = (step, int(renew)), self.told
+        self.told = None  # whoever interrupts between the fills leaves nothing that can be relied on
+        for index, (place, value) in enumerate(zip(self.places, now, strict=True)):
+            if before is None or value != before[index]:
                 place.fill_(value)
         self.told = now
 
@@ -145,6 +146,12 @@ class Track:
     last_call: int = 0
     begun: int = 0  # larger for the generation that began later, over all sessions
     shape: Hashable = None  # of the latents
+
+    def end(self, numbers: Sequence[int]) -> tuple[Branch, ...]:
+        """These branches are over. Returns them, whose buffers nobody needs."""
+        if numbers:
+            self.prepared = {}  # which knows branches by address
+        return tuple(self.branches.pop(number) for number in numbers if number in self.branches)
 
     def begin(self, shape: Hashable) -> tuple[Branch, ...]:
         """A generation of this shape begins: nothing cached is valid. Returns the branches whose buffers cannot serve it."""

@@ -89,11 +89,11 @@ def understand(masks: Sequence[torch.Tensor], lengths: Mapping[Any, int]) -> Kno
 def _padding(device: torch.Tensor, host: torch.Tensor) -> Padding:
     first, last = host.int().argmax(1), host.shape[1] - host.int().flip(1).argmax(1)
     start, stop = int(first[0]), int(last[0])
-    run = torch.zeros(host.shape[1], dtype=torch.bool)
+    run = torch.zeros(host.shape[1], dtype=torch.bool, device="cpu")
     run[start:stop] = True
     whole = torch.equal(host, run.expand_as(host))
     with torch.inference_mode(False):  # may be read outside of it later
-        span = torch.tensor([start, stop] if whole else [-1, -1])
+        span = torch.tensor([start, stop] if whole else [-1, -1], device="cpu")
         return Padding(device.clone(), host.clone(), span, int(host.sum(1).max()))
 
 

@@ -64,7 +64,8 @@ def fingerprint(tensor: torch.Tensor) -> tuple[tuple[int, ...], int]:
 
 
 def _numbers(value: Any) -> torch.Tensor:
-    times = torch.as_tensor(value).detach().reshape(-1)
+    # Not as_tensor: it moves tensors to the device that torch.set_default_device names.
+    times = (value if isinstance(value, torch.Tensor) else torch.tensor(value, device="cpu")).detach().reshape(-1)
     if len(times) <= _TIMES:
         return times
     times = times.to(torch.float64)

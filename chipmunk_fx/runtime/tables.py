@@ -1,4 +1,4 @@
-"""Tables of a sequence: in which order its rows are grouped, and which columns are always selected.
+"""Tables of a sequence, made on the CPU: in which order its rows are grouped, and which columns are always selected.
 
 Rows that share a column list should want the same columns, so neighbours in a group are neighbours in the picture: 8x8
 patches made of 4x4 ones, or 4x6x8 voxels in video (method.md, "Order of tokens").
@@ -47,8 +47,8 @@ class Tables:
 def row_order(layout: Layout, raster: bool) -> torch.Tensor:
     """All rows, image tokens in patch or voxel order first, then text: int64 [image + text]."""
     orders = [_patch_order(grid) + start for grid, start in pictures(layout)]
-    image = torch.arange(layout.image) if raster else torch.cat(orders)
-    text = torch.arange(layout.text)
+    image = torch.arange(layout.image, device="cpu") if raster else torch.cat(orders)
+    text = torch.arange(layout.text, device="cpu")
     if layout.side == "first":
         return torch.cat([image + layout.text, text])
     return torch.cat([image, text + layout.image])
@@ -61,12 +61,12 @@ def pictures(layout: Layout) -> list[tuple[Grid, int]]:
 
 
 def raster_rows(rows: int) -> torch.Tensor:
-    return torch.arange(rows)
+    return torch.arange(rows, device="cpu")
 
 
 def text_columns(layout: Layout | None, columns: int) -> torch.Tensor:
     """bool [1, columns], true for text."""
-    always = torch.zeros(1, columns, dtype=torch.bool)
+    always = torch.zeros(1, columns, dtype=torch.bool, device="cpu")
     if layout is not None and layout.text:
         start = 0 if layout.side == "first" else layout.image
         always[:, start : start + layout.text] = True
@@ -78,7 +78,7 @@ def local_columns(
 ) -> torch.Tensor:
     """bool [G, columns]: what lies near each group, by `local_window` (along the order) and `local_voxels` (in the grid)."""
     groups = ceil(len(order) / rows)
-    near = torch.zeros(groups, columns, dtype=torch.bool)
+    near = torch.zeros(groups, columns, dtype=torch.bool, device="cpu")
     if columns != len(order):  # keys of another sequence have no place in this one's order
         return near
     reach = int(config.local_window * columns / 2)
@@ -116,7 +116,7 @@ def _patch_order(grid: Grid) -> torch.Tensor:
     Lines of the outermost patches run there and back, so that a group that takes the last of one and the first of the next
     has neighbours.
     """
-    t, h, w = (c.reshape(-1) for c in torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij"))
+    t, h, w = (c.reshape(-1) for c in torch.meshgrid(*(torch.arange(n, device="cpu") for n in grid), indexing="ij"))
     coordinates = [t, h, w]
     key = torch.zeros_like(t)
     span = list(grid)
@@ -139,11 +139,11 @@ def _cube(rows: torch.Tensor, layout: Layout, edge: int) -> torch.Tensor:
     offset = layout.text if layout.side == "first" else 0
     inside = rows[(rows >= offset) & (rows < offset + layout.image)] - offset
     if len(inside) == 0:
-        return torch.zeros(0, dtype=torch.int64)
+        return torch.zeros(0, dtype=torch.int64, device="cpu")
     row = inside[len(inside) // 2]
     grid, start = next(picture for picture in reversed(pictures(layout)) if picture[1] <= row)
     size = (VOXELS if grid[0] > 1 else PATCHES)[0]
-    middle, voxels = (_voxel(index, grid, size) for index in (row - start, torch.arange(prod(grid))))
+    middle, voxels = (_voxel(index, grid, size) for index in (row - start, torch.arange(prod(grid), device="cpu")))
     close = torch.stack([(v - m).abs() <= edge // 2 for v, m in zip(voxels, middle, strict=True)]).all(0)
     return close.nonzero().squeeze(1) + start + offset
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._guards import tracing
+from torch._inductor import config as inductor
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 
@@ -37,8 +38,9 @@ def inductor_patches(config: Config) -> dict[str, Any]:
 
 
 def records_graphs(config: Config) -> bool:
-    """Whether Inductor records CUDA graphs."""
-    return config.lowering != "eager" and bool(inductor_patches(config).get("triton.cudagraphs"))
+    """Whether Inductor records CUDA graphs: as the options say or, where they say nothing, as its own settings do."""
+    said = inductor_patches(config).get("triton.cudagraphs", inductor.triton.cudagraphs)
+    return config.lowering != "eager" and bool(said)
 
 
 def lower(module: fx.GraphModule, inputs: Sequence[Any], config: Config, **patches: Any) -> Callable[..., Any]:

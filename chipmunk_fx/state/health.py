@@ -15,7 +15,7 @@ class Health:
         with torch.inference_mode(False):
             self.flag = torch.zeros(1, dtype=torch.bool, device=device)
             on_device = device.type == "cuda"
-            self.seen = torch.zeros(1, dtype=torch.bool, pin_memory=True) if on_device else self.flag
+            self.seen = torch.zeros(1, dtype=torch.bool, device="cpu", pin_memory=True) if on_device else self.flag
 
     def send(self) -> None:
         if self.seen is not self.flag:

@@ -24,7 +24,7 @@ def pinned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
         flat = torch.frombuffer(view, dtype=dtype, count=count)
         if _register(flat.data_ptr(), view, memory, device):
             return flat.view(shape)
-    return torch.zeros(shape, dtype=dtype, pin_memory=True)
+    return torch.zeros(shape, dtype=dtype, device="cpu", pin_memory=True)
 
 
 def _pages(size: int) -> mmap.mmap:

@@ -121,13 +121,13 @@ class Store:
 
     def lanes(self, device: torch.device, count: int) -> torch.Tensor:
         """int64 [count or more, 3] on the CPU: a stream of `device` for each lane (chipmunk_fx.ops.transfer)."""
-        table, streams = self._lanes.get(device, (torch.zeros(0, 3, dtype=torch.int64), []))
+        table, streams = self._lanes.get(device, (torch.zeros(0, 3, dtype=torch.int64, device="cpu"), []))
         if len(table) < count:
             if device.type == "cuda":
                 streams = [*streams, *(torch.cuda.Stream(device) for _ in range(count - len(streams)))]
             rows = [(s.stream_id, s.device_index, s.device_type) for s in streams] or [(0, 0, 0)] * count
             with torch.inference_mode(False):
-                table = torch.tensor(rows)
+                table = torch.tensor(rows, device="cpu")
             self._lanes[device] = table, streams
         return table
 

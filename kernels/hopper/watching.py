@@ -8,6 +8,7 @@ from torch import Tensor
 
 from chipmunk_fx.kernels.hopper import nvrtc
 from chipmunk_fx.kernels.hopper.tuning import WatchSettings
+from chipmunk_fx.kernels.triton.launching import on_device_of
 
 SETTINGS = WatchSettings()
 PIECE = 4  # values that a thread reads at once
@@ -31,8 +32,9 @@ def watch(cache: Tensor, broken: Tensor, columns: int) -> None:
     columns = min(columns, width)
     pieces = cache.numel() // width * columns // PIECE
     problem = Problem(cache.data_ptr(), broken.data_ptr(), pieces, columns // PIECE, width // PIECE)
-    kernel = nvrtc.kernel("watch", source, cache.device.index, SETTINGS, resident=SETTINGS.blocks)
-    kernel.launch(-(-pieces // SETTINGS.threads), problem, cache.device)
+    with on_device_of(cache):
+        kernel = nvrtc.kernel("watch", source, cache.device.index, SETTINGS, resident=SETTINGS.blocks)
+        kernel.launch(-(-pieces // SETTINGS.threads), problem, cache.device)
 
 
 def suits(cache: Tensor, columns: int) -> bool:

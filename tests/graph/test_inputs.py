@@ -140,6 +140,60 @@ def test_labels_and_pooled_texts_count_beside_a_picture_and_masks_and_strengths_
     assert seen.role("text")[0] == "picture" and set(seen.role("text")) == {"picture", "labels", "pooled"}
 
 
+class Beside(TinyDiT):
+    """A picture, and what one of `WAYS` makes of something else: a bias of channels, or tokens."""
+
+    def __init__(self, way) -> None:
+        super().__init__()
+        self.way, self.norm, self.table = way, nn.LayerNorm(16), nn.Embedding(1000, 16)
+
+    def forward(self, latents, timestep, other, picture):
+        latents = latents + F.conv2d(picture, self.embed.weight[:4, :, :1, :1])
+        made = self.way(self, other)
+        if made.dim() == 3:
+            return super().forward(latents, timestep, made)
+        return super().forward(latents + self.context(made)[:, :4, None, None], timestep)
+
+
+def padded(text: torch.Tensor) -> torch.Tensor:
+    return torch.cat([text, text.new_zeros(12 - len(text), 16)])
+
+
+POOLED, LABEL, TEXT = torch.randn(1, 16), torch.tensor([3]), words()[0]
+WAYS = {
+    "a list of texts, padded by cat": ([TEXT], lambda m, x: torch.stack([padded(u) for u in x])),
+    "a list of texts, padded": ([TEXT], lambda m, x: torch.stack([F.pad(u, (0, 0, 0, 12 - len(u))) for u in x])),
+    "a norm": (POOLED, lambda m, x: m.norm(x)),
+    "a norm written out": (POOLED, lambda m, x: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)),
+    "silu": (POOLED, lambda m, x: F.silu(x)),
+    "gelu, scaled": (POOLED, lambda m, x: F.gelu(x, approximate="tanh") * 2 + 1),
+    "a label shifted": (LABEL, lambda m, x: m.table(x + 1)),
+    "a label where there is one": (LABEL, lambda m, x: m.table(torch.where(x < 0, 999, x))),
+    "a label wrapped": (LABEL, lambda m, x: m.table(x % 10)),
+}
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_texts_and_labels_beside_a_picture_count_however_they_are_prepared(name: str):
+    other, way = WAYS[name]
+    seen = captured(Beside(way), noise(), torch.ones(1), other, noise(5))
+    assert seen.role("text")[0] == "picture" and len(seen.role("text")) == 2
+    assert seen.role("latents") == "latents"
+
+
+MASKS = {
+    "of a text": (torch.ones(1, 8), lambda m, x: torch.ones(1, 8, 16) * x[..., None]),
+    "that tells kinds of tokens apart": (torch.ones(1, 8).long(), lambda m, x: m.table((x == 3).long())),
+    "a strength": (torch.ones(1, 1), lambda m, x: torch.ones(1, 8, 16) * x),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_masks_and_strengths_beside_a_picture_do_not_count(name: str):
+    other, way = MASKS[name]
+    assert captured(Beside(way), noise(), torch.ones(1), other, noise(5)).role("text") == ("picture",)
+
+
 def test_residuals_of_a_control_network_are_no_text():
     samples = [torch.randn(1, 64, WIDTH) for _ in range(2)]
     seen = captured(Controlled(2), *calls([900])[0], samples)

@@ -9,6 +9,7 @@ import torch
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
 import chipmunk_fx
+from chipmunk_fx.config import Config
 from chipmunk_fx.runtime import registry, variants
 from chipmunk_fx.schedule.phase import Phase
 from tests.runtime.models import EXACT, TinyDiT, assert_same, calls, exactly, identical, run, words
@@ -140,6 +141,17 @@ def test_results_are_copied_where_graphs_are_recorded(mode: str, copied: bool, m
     monkeypatch.setattr(variants, "owned", lambda compiled, given: made.append(given) or compiled)
     run(exactly(TinyDiT(), lowering="inductor", inductor__mode=mode), calls(TIMES[:1]))
     assert bool(made) == copied
+
+
+@pytest.mark.parametrize("said", [False, True])
+def test_what_no_option_says_of_recording_inductors_own_settings_do(said: bool):
+    """TORCHINDUCTOR_CUDAGRAPHS=1, for one."""
+    options = [{}, {"inductor.max_autotune": True}, {"inductor.mode": "default"}]
+    with torch._inductor.config.patch({"triton.cudagraphs": said}):
+        assert all(variants.records_graphs(Config.from_options(given)) == said for given in options)
+        assert variants.records_graphs(Config.from_options({"inductor.mode": "reduce-overhead"}))
+        for given in ({"inductor.triton.cudagraphs": False}, {"lowering": "eager"}):
+            assert not variants.records_graphs(Config.from_options(given))
 
 
 def test_phases_have_graphs_of_their_own():

@@ -181,3 +181,24 @@ def test_a_clock_writes_what_has_changed_and_no_more():
         assert clock.tensor.tolist() == [step, renew]
         versions.append(clock.tensor._version)
     assert [after - before for before, after in zip(versions, versions[1:], strict=False)] == [1, 1, 0, 1, 2]
+
+
+class Interrupted:
+    """What is to be filled when the user presses Ctrl-C."""
+
+    def fill_(self, value: int) -> None:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_clock_that_was_interrupted_relies_on_nothing(at: int):
+    clock = Clock.on(torch.device("cpu"))
+    clock.tell(1, False)
+    places = clock.places
+    clock.places = (*places[:at], Interrupted(), *places[at + 1 :])  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(KeyboardInterrupt):
+        clock.tell(2, True)
+    clock.places = places
+    for step, renew in ((1, False), (2, True)):
+        clock.tell(step, renew)
+        assert clock.tensor.tolist() == [step, renew]

@@ -58,6 +58,18 @@ def test_branches_of_blocks_may_have_texts_of_other_lengths():
         assert chipmunk_fx.summary(model).phases == {0: PHASES[0], 1: PHASES[0]}
 
 
+def test_after_a_generation_that_was_cut_short_branches_keep_their_places():
+    """Where the other text has another length, it tells; only the call before it has used what was there."""
+    options = EXACT | TOLD | {"schedule.branches": 2}
+    model = blockwise(TinyDiT(depth=2), options)
+    run(model, calls(TIMES, [words(1), words(2, count=5)])[:4])
+    for seed in range(2):
+        steps = calls(TIMES, [words(3), words(4, count=7)], seed)
+        assert_same(run(model, steps), run(TinyDiT(depth=2), steps))
+        late = {0: ["refresh", "sparse"], 1: PHASES[0]}
+        assert chipmunk_fx.summary(model).phases == (late if seed == 0 else {0: PHASES[0], 1: PHASES[0]})
+
+
 def test_blocks_inside_a_generation_need_no_settings():
     model = blockwise(TinyDiT(depth=2), EXACT)
     with chipmunk_fx.generation(model, key="a"):

@@ -1,9 +1,12 @@
 """Other shapes, dtypes and modes in one process."""
 
+from typing import Any
+
 import pytest
 import torch
 
 import chipmunk_fx
+from chipmunk_fx.graph.geometry import Layout
 from chipmunk_fx.runtime import registry
 from tests.runtime.models import (
     EXACT,
@@ -49,6 +52,25 @@ def test_a_grid_that_was_given_is_for_sequences_of_its_length(caplog: pytest.Log
         assert_same(run(ours, steps), run(model, steps))
         assert chipmunk_fx.summary(ours).phases == PHASES
     assert "tokens.grid is for other sizes" in caplog.text
+
+
+@pytest.mark.parametrize(("side", "count"), [(24, 8), (16, 5), (24, 5)])
+def test_where_a_grid_that_was_given_does_not_fit_the_layout_is_that_of_the_graph(side: int, count: int):
+    """The count of text tokens that was given with it would explain no length."""
+    plain = compiled(TinyDiT())
+    given = compiled(TinyDiT(), tokens__grid=(1, 8, 8), tokens__text=("first", 8))
+    run(given, calls(TIMES[:1]))
+    chipmunk_fx.reset(given)
+    for ours in (plain, given):
+        run(ours, calls(TIMES[:1], [words(count=count)], side=side))
+    want = Layout(((1, side // 2, side // 2),), "first", count)
+    assert layouts(plain) == layouts(given) == {want}
+
+
+def layouts(model: Any) -> set[Layout | None]:
+    """By which the rows of the generation under way are ordered."""
+    (session,) = registry.sessions(model)
+    return {layout for *_, layout, _ in session.tracks[None].tables}
 
 
 def test_a_resolution_that_changes_within_a_generation_begins_another():

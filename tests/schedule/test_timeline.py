@@ -265,6 +265,41 @@ def test_each_branch_of_pieces_has_a_shape_of_its_own():
     assert run(Timeline(steps=9, branches=2), calls) == expected
 
 
+A, B, C, D = ((1, 64 + words, 8) for words in (8, 5, 7, 4))
+
+
+def pieces(timeline, *shapes):
+    return run(timeline, [see(None, None, shape=shape) for shape in shapes])
+
+
+def test_a_later_branch_of_another_shape_shows_that_a_generation_has_begun():
+    """The first was cut short after two steps; of the second, only the other text has another length."""
+    timeline = Timeline(steps=3, branches=2)
+    assert pieces(timeline, A, B, A, B, A) == [(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1), (0, 2, 0)]
+    assert pieces(timeline, C, A, C, A, C) == [(1, 0, 1), (1, 1, 0), (1, 1, 1), (1, 2, 0), (1, 2, 1)]
+    assert pieces(timeline, A, C) == [(2, 0, 0), (2, 0, 1)], "it ends where it should"
+
+
+def test_the_third_of_three_branches_may_show_it():
+    timeline = Timeline(steps=2, branches=3)
+    assert pieces(timeline, A, A, B, A, A)[-1] == (0, 1, 1)
+    assert pieces(timeline, C, A, A, C) == [(1, 0, 2), (1, 1, 0), (1, 1, 1), (1, 1, 2)]
+    assert pieces(timeline, A, A, C)[-1] == (2, 0, 2)
+
+
+def test_a_generation_after_one_that_was_cut_short_within_a_step():
+    """Its first call looks like one of a later branch, until an earlier branch has another shape, too."""
+    timeline = Timeline(steps=3, branches=2)
+    pieces(timeline, A, B, A)
+    assert pieces(timeline, C, D) == [(1, 0, 1), (2, 0, 1)]
+    assert pieces(timeline, C, D, C, D) == [(2, 1, 0), (2, 1, 1), (2, 2, 0), (2, 2, 1)]
+    assert pieces(timeline, C, D) == [(3, 0, 0), (3, 0, 1)]
+    timeline = Timeline(steps=2, branches=3)
+    pieces(timeline, A, A, B, A)
+    assert pieces(timeline, C, C, D) == [(1, 0, 1), (1, 0, 2), (2, 0, 2)]
+    assert pieces(timeline, C, C, D, C) == [(2, 1, 0), (2, 1, 1), (2, 1, 2), (3, 0, 0)]
+
+
 def test_steps_do_not_end_a_generation_that_has_timesteps():
     assert run(Timeline(steps=2), [see(t) for t in (900, 600, 600, 300, 300)])[-1] == (0, 4, 0)
 
@@ -351,7 +386,7 @@ def test_random_counts_are_reconstructed(steps, branches, count):
 _ANY = st.builds(
     see,
     st.one_of(st.none(), st.sampled_from([0.0, 250.0, 500.0, 1000.0])),
-    st.sampled_from([None, "a", "b", "c"]),
+    st.sampled_from([None, "a", "b", "c", *(("a", n) for n in range(4)), ("b", 3), ("b", 4), (1, 2, 3)]),
     st.sampled_from([None, noise(1), noise(2), (math.nan,) * SIZE]),
     st.sampled_from([(1, 2), (2, 2)]),
 )
@@ -364,7 +399,8 @@ def test_any_calls_give_positions_in_order(calls, steps, branches, bounded):
     for call in calls:
         position = timeline.advance(call)
         if last is None or position.begins:
-            assert position.begins and position.step == 0 and position.branch == 0
+            assert position.begins and position.step == 0
+            assert position.branch == 0 or (call.timestep is None and last is not None)
             assert position.generation == (0 if last is None else last.generation + 1)
         else:
             assert position.generation == last.generation
