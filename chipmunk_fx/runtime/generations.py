@@ -147,12 +147,6 @@ class Track:
     begun: int = 0  # larger for the generation that began later, over all sessions
     shape: Hashable = None  # of the latents
 
-    def end(self, numbers: Sequence[int]) -> tuple[Branch, ...]:
-        """These branches are over. Returns them, whose buffers nobody needs."""
-        if numbers:
-            self.prepared = {}  # which knows branches by address
-        return tuple(self.branches.pop(number) for number in numbers if number in self.branches)
-
     def begin(self, shape: Hashable) -> tuple[Branch, ...]:
         """A generation of this shape begins: nothing cached is valid. Returns the branches whose buffers cannot serve it."""
         self.records, self.fallbacks, self.grids, self.prepared = [], [], None, {}

@@ -208,8 +208,8 @@ class Session:
         track = self.tracks[key]
         seen = self.observer.observe(graph.plan.roles, values)
         position = track.timeline.advance(seen, scope.branch if scope else None)
-        gone = track.begin(seen.shape) if position.begins else track.end(position.over)
-        self.store.drop([branch.caches for branch in gone])
+        if position.begins:
+            self.store.drop([branch.caches for branch in track.begin(seen.shape)])
         self.calls += 1
         track.last_call, self.latest = self.calls, key
         return track, position

@@ -12,8 +12,6 @@ from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 
-from chipmunk_fx.schedule.parts import Parts, Rename
-
 # Latents of two calls that follow each other lie near each other: their relative distance is 0.35 after the first of
 # four steps of a flow model, 0.7 after the first of two, 0 between branches. Independent noise has sqrt(2) = 1.41. With
 # 64 values or more in a sample, chance does not carry either across 1. (Samplers that draw new noise at every one of
@@ -32,8 +30,8 @@ class Observation:
     """What one call shows: its inputs on the host.
 
     timestep: one number a sample of the batch, or None where the graph has no such input. text: anything equal for
-    equal text content and different otherwise, a tuple where it has several parts, None without text. shape: of the
-    latents. latents: some values of them (64 or more, spread over the tensor), None where they are not known.
+    equal text content and different otherwise, None without text. shape: of the latents. latents: some values of the
+    latents (64 or more, spread over the tensor), None where they are not known.
     """
 
     timestep: tuple[float, ...] | None = None
@@ -48,7 +46,7 @@ class Position:
     first that shows it.
 
     `decided` is False where the inputs do not tell, for the `reason` given: such a call has to be dense, and its step
-    and branch are a guess for the report. `over`: branches that go on as others from here on.
+    and branch are a guess for the report.
     """
 
     generation: int
@@ -57,7 +55,6 @@ class Position:
     begins: bool
     decided: bool
     reason: str | None = None
-    over: tuple[int, ...] = ()
 
 
 class Timeline:
@@ -76,7 +73,6 @@ class Timeline:
         self._direction = DOWN  # most models count their timesteps down
         self._learned = False  # a generation has confirmed the direction
         self._contradictions = 0  # generations in a row that began with a move against the direction
-        self._parts = Parts()
 
     def reset(self) -> None:
         self._run = None
@@ -84,21 +80,15 @@ class Timeline:
 
     def advance(self, seen: Observation, branch: int | None = None) -> Position:
         """The position of the next call. `branch` is for callers that name it: a step ends when one comes again."""
-        text = seen.text
-        seen = replace(seen, text=self._parts.told_by(text) if branch is None else f"branch {branch}")
+        if branch is not None:
+            seen = replace(seen, text=("branch", branch))
         run = self._run
         begins = run is None or self._restarts(run, seen)
         if run is None or begins:
             self._generation += 1
             run = self._run = self._anew(run, seen)
-            self._parts.begin()
             self._continues(run, seen)
         timestep = _collapsed(seen.timestep or ())
-        over: tuple[int, ...] = ()
-        if branch is None and seen.timestep is not None:
-            if rename := self._parts.note(text, moved=timestep != run.timestep):
-                over = run.rename(rename)
-            seen = replace(seen, text=self._parts.told_by(text))
         if branch is not None:
             self._place(run, seen, timestep, None)
             reason = None
@@ -107,7 +97,7 @@ class Timeline:
         else:
             branch, reason = self._place(run, seen, timestep, self._branches)
         run.remember(seen)
-        return Position(self._generation, run.step, branch, begins, reason is None, reason, over)
+        return Position(self._generation, run.step, branch, begins, reason is None, reason)
 
     def _restarts(self, run: _Run, seen: Observation) -> bool:
         """Whether the call begins a generation although `run` is under way."""
@@ -186,7 +176,7 @@ class Timeline:
             return 0, None
         key = (seen.text, run.round[seen.text])
         run.round[seen.text] += 1
-        number = run.number(key)
+        number = run.keys.setdefault(key, len(run.keys))
         if branches is None and seen.text is None and key[1] > 0:
             run.torn = run.torn or (
                 f"timestep {_mean(timestep):g} came twice and no text input tells the next step of a solver from "
@@ -207,27 +197,10 @@ class _Run:
     opening: bool = True  # only one timestep so far
     # A branch is a text and how often it came before in the same step; numbered in order of first call.
     keys: dict[tuple[Hashable, int], int] = field(default_factory=dict)
-    numbers: int = 0  # given to branches
     round: Counter[Hashable] = field(default_factory=Counter)  # calls of the step under way, by text
     latents: tuple[float, ...] | None = None
     samples: dict[Hashable, tuple[float, ...]] = field(default_factory=dict)  # the last latents that came with a text
     torn: str | None = None  # why the rest of the generation is undecidable
-
-    def number(self, key: tuple[Hashable, int]) -> int:
-        """Of a branch, a new one where there is none: texts that were taken for others have had theirs."""
-        if key not in self.keys:
-            self.keys[key] = self.numbers
-            self.numbers += 1
-        return self.keys[key]
-
-    def rename(self, rename: Rename) -> tuple[int, ...]:
-        """Other parts of texts tell branches from now on: of those that are one now, the first goes on. Returns the others."""
-        keys, self.keys = self.keys, {}
-        for (text, place), number in keys.items():
-            self.keys.setdefault((rename(text), place), number)
-        self.round = Counter({rename(text): calls for text, calls in self.round.items()})
-        self.samples = {rename(text): sample for text, sample in self.samples.items()}
-        return tuple(sorted({*keys.values()} - {*self.keys.values()}))
 
     def next_timestep(self, branches: int | None) -> None:
         told_by_place = None in self.round or any(place for _, place in self.keys)

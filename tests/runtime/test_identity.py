@@ -44,31 +44,6 @@ def test_guidance_that_stops_half_way_leaves_the_other_branch_alone():
     assert chipmunk_fx.summary(ours).phases == {0: STEPS, 1: STEPS[:2]}
 
 
-class Timed(TinyDiT):
-    """Is given a number of the step and a time embedding, made outside, beside its text."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Embedding(10, 16)
-
-    def forward(self, latents: Tensor, timestep: Tensor, text: Tensor, step: Tensor, time: Tensor) -> Tensor:
-        bias = self.context(self.table(step) + time)[:, :4, None, None]
-        return super().forward(latents + bias, timestep, text)
-
-
-def test_conditioning_that_is_new_at_every_step_opens_no_branches_for_long():
-    model = Timed()
-    ours = exactly(model)
-    texts, times = [words(1), words(2)], [torch.randn(1, 16) for _ in TIMES]
-    inputs = [(*call, torch.tensor([step // 2]), times[step // 2]) for step, call in enumerate(calls(TIMES, texts))]
-    late = ["refresh", "sparse", "sparse"]
-    for phases in ({0: late, 1: late, 2: ["refresh"], 3: ["refresh"]}, {0: STEPS, 1: STEPS}):
-        assert_same(run(ours, inputs), run(model, inputs))
-        assert chipmunk_fx.summary(ours).phases == phases
-        (session,) = registry.sessions(ours)
-        assert list(session.tracks[None].branches) == [0, 1]
-
-
 def test_one_weight_used_twice_in_a_forward_has_caches_for_each_use():
     shared, apart = TinyDiT(depth=2), TinyDiT(depth=2)
     shared.blocks[1] = shared.blocks[0]

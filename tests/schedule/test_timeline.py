@@ -386,7 +386,7 @@ def test_random_counts_are_reconstructed(steps, branches, count):
 _ANY = st.builds(
     see,
     st.one_of(st.none(), st.sampled_from([0.0, 250.0, 500.0, 1000.0])),
-    st.sampled_from([None, "a", "b", "c", *(("a", n) for n in range(4)), ("b", 3), ("b", 4), (1, 2, 3)]),
+    st.sampled_from([None, "a", "b", "c"]),
     st.sampled_from([None, noise(1), noise(2), (math.nan,) * SIZE]),
     st.sampled_from([(1, 2), (2, 2)]),
 )
