@@ -23,9 +23,8 @@ from tests.ops import oracle
 from tests.runtime.models import Call, TinyDiT, calls, compiled, identical, run, words
 
 TIMES = (900, 700, 500, 300)
-BYTES = (
-    128 * 32 + 3 * 4 - 3 * 128 * 32
-)  # more for a block: a first weight and three scales; the other has a byte for four
+# More for a block of two branches: a first weight, a byte for four of the other, and three scales of each branch.
+BYTES = 128 * 32 - 3 * 128 * 32 + 2 * 3 * 4
 WANTED = Config.from_options({"mlp.fp8": True, "gate": "off"})
 
 
@@ -80,6 +79,23 @@ def test_caches_on_the_host_change_no_bit():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("broken", [False, True])
+def test_refreshes_of_another_generation_change_no_bit(broken: bool):
+    """Its hidden values, by whose largest changes are scaled, are its own."""
+    model, steps = TinyDiT(depth=2), calls(TIMES)
+    alone = run(compiled(model, mlp__fp8=True), steps)
+    ours, other = compiled(model, mlp__fp8=True), calls(TIMES[:1], seed=7)
+    other = [(latents * (torch.nan if broken else 30), *rest) for latents, *rest in other]
+    done = []
+    for step in steps:
+        with chipmunk_fx.generation(ours, key="a"):
+            done += run(ours, [step])
+        with chipmunk_fx.generation(ours, key="b"):
+            run(ours, other)
+    assert identical(done, alone)
+
+
+@torch.no_grad()
 def test_inductor_writes_weights_in_fp8_in_place():
     """Its activations differ in the last bit, by which one in many is rounded to the number of e4m3 beside."""
     model, steps = TinyDiT(), calls(TIMES)
@@ -101,7 +117,7 @@ def test_weights_in_fp8_are_kept_once_and_counted():
     without, with_fp8 = summaries
     assert with_fp8.cache_bytes - without.cache_bytes == 2 * BYTES
     mlp = with_fp8.sites[1]
-    assert (mlp.caches["w1_fp8"], mlp.caches["by_neuron"], mlp.caches["scales"]) == (128 * 32, 128 * 32, 12)
+    assert (mlp.caches["w1_fp8"], mlp.caches["by_neuron"], mlp.caches["scales"]) == (128 * 32, 128 * 32, 2 * 12)
     assert mlp.reason == "products in fp8" and without.sites[1].reason == ""
 
 
