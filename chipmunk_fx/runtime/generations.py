@@ -12,11 +12,12 @@ import torch
 
 from chipmunk_fx.graph.geometry import Grid
 from chipmunk_fx.runtime.faults import Faults
+from chipmunk_fx.runtime.graphs import Graph
 from chipmunk_fx.runtime.known import Known
 from chipmunk_fx.runtime.tables import Tables
 from chipmunk_fx.schedule.phase import Phase
 from chipmunk_fx.schedule.policies import Drift, History
-from chipmunk_fx.schedule.timeline import Timeline
+from chipmunk_fx.schedule.timeline import Position, Timeline
 from chipmunk_fx.state.health import Health
 from chipmunk_fx.state.store import Home
 
@@ -42,6 +43,21 @@ class Record:
     phase: Phase
     graph: weakref.ref
     renewed: bool = True
+
+
+@dataclass(frozen=True)
+class Made:
+    """A call that was made as if it were at `position`: what came of it, or the problem; what its branch had `before` (its last
+    refresh, the last step computed); whether lists were renewed, and whether the graph was a rewritten one."""
+
+    position: Position
+    graph: Graph
+    phase: Phase
+    result: Any
+    problem: Exception | None
+    before: tuple[int | None, int | None]
+    renew: bool
+    rewritten: bool
 
 
 @dataclass(frozen=True)
@@ -76,6 +92,11 @@ class Branch:
         self.last_computed = step
 
     @property
+    def damaged(self) -> bool:
+        """Whether nan or inf is known to be in its caches."""
+        return self.health is not None and self.health.told
+
+    @property
     def history(self) -> History:
         return History(self.last_refresh, self.last_computed, self.drift)
 
@@ -101,8 +122,9 @@ class Prepared:
 
 @dataclass
 class Clock:
-    """`tensor`: what kernels are told of a step, int64 [2] on the device: the step, and whether MLPs choose new neurons.
-    `places`: of these two in it; `told`: what it holds, None where that is not known."""
+    """`tensor`: what kernels are told of a step, int64 [2] on the device: the step, and whether MLPs choose new neurons (at a
+    refresh: store weights, whatever is kept of them). `places`: of these two in it; `told`: what it holds, None where that is
+    not known."""
 
     tensor: torch.Tensor
     places: tuple[torch.Tensor, ...]
@@ -114,9 +136,9 @@ class Clock:
             tensor = torch.zeros(2, dtype=torch.int64, device=device)
             return cls(tensor, tensor.unbind())
 
-    def tell(self, step: int, renew: bool) -> None:
+    def tell(self, step: int, anew: bool) -> None:
         """By kernels that fill: a copy from the host would wait for all that the device has to do."""
-        now, before = (step, int(renew)), self.told
+        now, before = (step, int(anew)), self.told
         self.told = None  # whoever interrupts between the fills leaves nothing that can be relied on
         for index, (place, value) in enumerate(zip(self.places, now, strict=True)):
             if before is None or value != before[index]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import fx
 
 from chipmunk_fx.config import Config
@@ -41,6 +42,8 @@ class Graph:
         self.improves_dense = bool(plan.masks) or has_long_attention(capture.module.graph)
         kinds = {s.kind for s in plan.rewritten}
         self.keeps_lists = "attention" in kinds and not config.attention.renew_lists
+        # of MLPs; those that lie on the host pass through buffers that other sites use, too
+        self.keeps_weights = not any(s.kind == "mlp" and s.passage for s in plan.rewritten)
         self.settings = [s for kind, s in (("attention", config.attention), ("mlp", config.mlp)) if kind in kinds]
         self._without: dict[frozenset[int], Graph] = {}
         self._stranger: weakref.ref | None = None  # the session met last for the first time
@@ -84,6 +87,21 @@ class Graph:
     def writes_inputs(self) -> bool:
         """Whether a call changes one of its inputs, so that it cannot be done over."""
         return any(_written_input(node) for node in self.capture.module.graph.nodes)
+
+    @cached_property
+    def repeatable(self) -> bool:
+        """Whether a call can be done over: it changes no input, and draws no random numbers."""
+        return not self.writes_inputs and not any(_draws(node) for node in self.capture.module.graph.nodes)
+
+
+def _draws(node: fx.Node) -> bool:
+    """Whether it takes random numbers: not where it would drop values, but none in fact."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    arguments = node.target._schema.arguments  # pyright: ignore
+    given = {argument.name: argument.default_value for argument in arguments}
+    given |= {argument.name: value for argument, value in zip(arguments, node.args, strict=False)} | node.kwargs
+    return given.get("dropout_p", given.get("p")) != 0 and given.get("train") is not False
 
 
 def _written_input(node: fx.Node) -> bool:

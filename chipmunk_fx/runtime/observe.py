@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,31 +16,56 @@ _SAMPLE = 96  # values of the latents that are compared from call to call
 _TIMES = 64  # a batch of timesteps longer than this (one a token) is summed up
 
 
+@dataclass(frozen=True)
+class Sight:
+    """What a call shows: what is `told` at once, and numbers that the device may have yet to compute.
+
+    numbers: fp64 on the host, first the timesteps where `told` has none, so `many`, then the sample of the latents. arrived:
+    recorded behind their transfer; None where they are there.
+    """
+
+    told: Observation
+    numbers: torch.Tensor | None = None
+    many: int = 0
+    arrived: torch.cuda.Event | None = None
+
+    def whole(self) -> Observation:
+        """Waits until the device has told the rest."""
+        if self.numbers is None:
+            return self.told
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        values = tuple(self.numbers.tolist())
+        return replace(
+            self.told,
+            timestep=values[: self.many] if self.told.timestep is None else self.told.timestep,
+            latents=values[self.many :] or None,
+        )
+
+
 class Observer:
     """Remembers texts by object, so that their content is read once. One observer a session."""
 
     def __init__(self) -> None:
         self._texts: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> (version, fingerprint)
 
-    def observe(self, roles: Roles, values: Sequence[Any]) -> Observation:
-        """One device-to-host transfer for timestep and sample, one for each text not seen before.
+    def observe(self, roles: Roles, values: Sequence[Any]) -> Sight:
+        """Begins one device-to-host transfer for timestep and sample; reads each text that was not seen before.
 
         A piece of a model without a timestep is only counted: nothing is read from the device.
         """
         if not roles.timed:
-            return Observation(shape=_piece_signature(roles, values))
+            return Sight(Observation(shape=_piece_signature(roles, values)))
         times = _numbers(roles.constant.value if roles.constant else values[roles.timestep])  # pyright: ignore
         text = tuple(self._text(values[index]) for index in roles.text) or None
-        if roles.latents is None:
-            return Observation(tuple(times.tolist()), text)
-        latents = values[roles.latents]
-        sample = _sample(latents)
-        if latents.device.type == "cpu":
-            told, seen = times.tolist(), sample.tolist()
-        else:  # once for both
-            host = torch.cat([times.to(latents.device, torch.float64), sample.to(torch.float64)]).tolist()
-            told, seen = host[: len(times)], host[len(times) :]
-        return Observation(tuple(told), text, _signature(latents), tuple(seen))
+        latents = None if roles.latents is None else values[roles.latents]
+        told = Observation(text=text, shape=None if latents is None else _signature(latents))
+        parts = [] if latents is None else [_sample(latents)]
+        if times.device.type == "cpu":
+            told = replace(told, timestep=tuple(times.tolist()))
+        else:
+            parts = [times, *parts]
+        return _transfer(told, parts, len(times)) if parts else Sight(told)
 
     def _text(self, tensor: torch.Tensor) -> Hashable:
         version = None if tensor.is_inference() else tensor._version
@@ -49,6 +75,20 @@ class Observer:
         print_ = fingerprint(tensor)
         self._texts[tensor] = (version, print_)
         return print_
+
+
+def _transfer(told: Observation, parts: Sequence[torch.Tensor], times: int) -> Sight:
+    """`parts`: of the timesteps, where `told` has none, and of the latents. Nothing that CUDA devices do is waited for."""
+    device, many = parts[-1].device, times if told.timestep is None else 0
+    numbers = torch.cat([part.to(device, torch.float64) for part in parts])
+    if device.type != "cuda":
+        return Sight(told, numbers.to("cpu"), many)
+    # Said of every such tensor: torch.set_default_device may name another device.
+    host = torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu", pin_memory=True)
+    host.copy_(numbers, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(device))
+    return Sight(told, host, many, arrived)
 
 
 def fingerprint(tensor: torch.Tensor) -> tuple[tuple[int, ...], int]:

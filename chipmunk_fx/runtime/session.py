@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,62 +11,43 @@ import torch
 
 from chipmunk_fx.config import Config
 from chipmunk_fx.errors import FallbackError
-from chipmunk_fx.graph.plan import Site
 from chipmunk_fx.log import Notices, logger
 from chipmunk_fx.runtime.assembly import Assembly, SiteOutOfMemory, masks
 from chipmunk_fx.runtime.faults import Faults
-from chipmunk_fx.runtime.generations import BIRTHS, Branch, Fallback, Prepared, Record, Track
+from chipmunk_fx.runtime.generations import BIRTHS, Branch, Fallback, Made, Prepared, Record, Track
 from chipmunk_fx.runtime.graphs import Graph
+from chipmunk_fx.runtime.holdings import Holdings, OverBudget
 from chipmunk_fx.runtime.known import Known, Prober
-from chipmunk_fx.runtime.observe import Observer
+from chipmunk_fx.runtime.observe import Observer, Sight
 from chipmunk_fx.runtime.placement import giving_way
-from chipmunk_fx.runtime.registry import Unnamed, active_scope, held, others, thread_key
+from chipmunk_fx.runtime.registry import active_scope, others, thread_key
 from chipmunk_fx.schedule.phase import Phase
-from chipmunk_fx.schedule.policies import policy_from
+from chipmunk_fx.schedule.policies import History, policy_from
 from chipmunk_fx.schedule.timeline import Position, Timeline
-from chipmunk_fx.state.store import Account, Home, Place, Store, account
+from chipmunk_fx.state.store import Place
 
 _log = logger("runtime")
 _BROKEN = "nan or inf in a cache"
 
 
-class Session:
+class Session(Holdings):
     """Serves the calls of one model under one set of options; one call at a time."""
 
     def __init__(self, config: Config, limit: Callable[[Place], int], arrival: int, notices: Notices) -> None:
-        self.config, self.limit, self.arrival, self.notices = config, limit, arrival, notices
-        self.tag: Any = config
+        super().__init__(limit, config)
+        self.config, self.arrival, self.notices = config, arrival, notices
         self.born = next(BIRTHS)
-        self.lock = threading.RLock()
         self.observer = Observer()
         self.probers: weakref.WeakKeyDictionary[Graph, Prober] = weakref.WeakKeyDictionary()
         self.policy = policy_from(config.schedule)
         self.computing = policy_from(replace(config.schedule, skip_steps=None, skip_threshold=None))
-        self.tracks: dict[Any, Track] = {}
-        self.store = Store()
         self.faults = Faults()
-        self.shared_bytes: dict[int, dict[str, int]] = {}  # by site index and slot name
-        self.held = Account()  # of all caches, read by other sessions
         self.calls = 0
-        self.latest: Any = None
 
     def call(self, graph: Graph, values: Sequence[Any]) -> Any:
         with self.lock:
             self.store.follow(values[graph.owner].device)
             return self._serve(graph, values)
-
-    def release(self) -> bool:
-        """Free all caches, for settings that need the memory; false where there are none, or a call is under way."""
-        if not self.lock.acquire(blocking=False):
-            return False
-        try:
-            had = self.account().total > 0
-            self._free(self.tracks.values())
-            self.store.forget()
-            self.held = self.account()
-            return had
-        finally:
-            self.lock.release()
 
     def example_state(self, graph: Graph, values: Sequence[Any]) -> list[torch.Tensor]:
         """State of the right shapes for compiling `graph`, kept by no one."""
@@ -79,29 +59,67 @@ class Session:
             for track in self.tracks.values():
                 track.timeline.reset()
 
-    def account(self) -> Account:
-        """Of all caches; the buffers that those on the host pass through are not among them."""
-        return account(self._homes())
-
     def _serve(self, graph: Graph, values: Sequence[Any]) -> Any:
-        track, position = self._locate(graph, values)
-        branch = track.branches.setdefault(position.branch, Branch())
+        track, named = self._track(values, graph)
         known = self._known(graph, values)
-        self._look_for_damage(track, branch, position)
-        if track.dropped:
-            self._fall_back(track, position, _DROPPED, Phase.REFRESH)
-            track.dropped = False
+        sight = self.observer.observe(graph.plan.roles, values)
+        early = self._ahead(graph, track, sight, named, values, known)
+        position = self._locate(track, sight, named)
+        branch = track.branches.setdefault(position.branch, Branch())
+        made = self._confirmed(early, track, branch, position)
+        if made is None:
+            self._look_for_damage(track, branch, position)
+            if track.dropped:
+                self._fall_back(track, position, _DROPPED, Phase.REFRESH)
+                track.dropped = False
+            made = self._make(graph, track, branch, position, values, known)
+        if made.problem is not None:
+            return self._rescue(made.graph, track, position, values, made.problem)
+        return self._passed(track, branch, made, known)
+
+    def _ahead(
+        self, graph: Graph, track: Track, sight: Sight, named: int | None, values: Sequence[Any], known: Known
+    ) -> Made | None:
+        """The call as what it is expected to be, begun before the device has told what it is; None where it is no usual one.
+
+        The host would else wait for all that the device has to do, and the device then for the host.
+        """
+        if sight.arrived is None or not graph.repeatable:
+            return None
+        position = track.timeline.expect(sight.told, named)
+        branch = track.branches.get(position.branch) if position else None
+        if position is None or branch is None or not self._is_usual(graph, track, branch, values, known):
+            return None
+        return self._make(graph, track, branch, position, values, known)
+
+    def _confirmed(self, early: Made | None, track: Track, branch: Branch, position: Position) -> Made | None:
+        """What was made ahead, if the call is what it was taken for. If not, what it wrote is lost with its branch's caches."""
+        if early is None:
+            return None
+        if early.position != position:
+            if not position.begins:
+                track.timeline.surprise()
+            return None
+        if not branch.damaged:
+            return early
+        branch.last_refresh, branch.last_computed = early.before
+        return None
+
+    def _is_usual(self, graph: Graph, track: Track, branch: Branch, values: Sequence[Any], known: Known) -> bool:
+        """Whether the next call of `branch` has all that it needs and nothing is there to be said of it."""
+        if branch.history == History() or branch.damaged or track.dropped or (graph.rewrites and known.problem):
+            return False
+        able = track.faults.able(self.faults.able(graph, values), values)
+        return self.faults.of(able) is None and self._prepared(able, track, branch, values, known) is not None
+
+    def _make(
+        self, graph: Graph, track: Track, branch: Branch, position: Position, values: Sequence[Any], known: Known
+    ) -> Made:
         graph, phase, state, renew = self._ready(graph, track, branch, position, values, known)
         before = branch.last_refresh, branch.last_computed
         branch.last_refresh = branch.last_computed = None  # an exception leaves the branch without valid caches
         result, problem = self._run(graph, phase, values, state, renew)
-        if problem is not None:
-            del state
-            return self._rescue(graph, track, position, values, problem)
-        branch.last_refresh, branch.last_computed = before
-        stored = state is not None and graph.skips and graph.plan.stores(phase)
-        self._passed(track, branch, phase, position, known, graph, stored=stored, renewed=renew)
-        return result
+        return Made(position, graph, phase, result, problem, before, renew, rewritten=state is not None)
 
     def _run(
         self, graph: Graph, phase: Phase, values: Sequence[Any], state: list[torch.Tensor] | None, renew: bool
@@ -142,7 +160,7 @@ class Session:
                 return able, phase, None if problem else _masks(able, values, known), True
             try:
                 return able, *self._cached(able, track, branch, position, phase, values, known)
-            except _OverBudget as over:
+            except OverBudget as over:
                 if self._give_way(able, track, position, values, over):
                     continue
                 self.store.drop([branch.caches])
@@ -166,8 +184,9 @@ class Session:
         if fresh and phase in (Phase.SPARSE, Phase.SKIP):
             phase = Phase.REFRESH if graph.rewrites else Phase.DENSE
         if track.clock is not None:
-            renew = phase is Phase.REFRESH or branch.sparse_steps % self.config.mlp.list_lifetime == 0
-            track.clock.tell(position.step, renew)
+            first = branch.last_refresh is None or not graph.keeps_weights
+            anew = first if phase is Phase.REFRESH else branch.sparse_steps % self.config.mlp.list_lifetime == 0
+            track.clock.tell(position.step, anew)
         renew = phase is not Phase.REFRESH or not listed or not graph.keeps_lists
         if track.known is not None:
             track.known.fill_(listed)
@@ -177,9 +196,7 @@ class Session:
         self, graph: Graph, track: Track, branch: Branch, values: Sequence[Any], known: Known
     ) -> tuple[list[torch.Tensor], bool]:
         """The tensors after a call's own inputs, and whether all caches were there already."""
-        key = (weakref.ref(graph), id(branch), tuple([values[i].shape for i in graph.free]))
-        prepared = track.prepared.get(key)
-        if prepared is not None and prepared.serves(values, known):
+        if (prepared := self._prepared(graph, track, branch, values, known)) is not None:
             return prepared.state, True
         layer = self.arrival if graph.is_piece else None
         assembly = Assembly(
@@ -188,8 +205,14 @@ class Session:
         state = assembly.state()
         self.held = self.account()
         owners = tuple((index, weakref.ref(values[index])) for index in graph.owners)
-        track.prepared[key] = Prepared(owners, known, state)
+        track.prepared[_call_key(graph, branch, values)] = Prepared(owners, known, state)
         return state, assembly.whole
+
+    def _prepared(
+        self, graph: Graph, track: Track, branch: Branch, values: Sequence[Any], known: Known
+    ) -> Prepared | None:
+        prepared = track.prepared.get(_call_key(graph, branch, values))
+        return prepared if prepared is not None and prepared.serves(values, known) else None
 
     def _known(self, graph: Graph, values: Sequence[Any]) -> Known:
         if graph.plan.probe is None:
@@ -198,29 +221,24 @@ class Session:
             self.probers[graph] = Prober(graph.plan.probe)
         return self.probers[graph].ask(values)
 
-    def _locate(self, graph: Graph, values: Sequence[Any]) -> tuple[Track, Position]:
+    def _track(self, values: Sequence[Any], graph: Graph) -> tuple[Track, int | None]:
+        """The generations that the call is one of, and its branch where the caller names it."""
         scope = active_scope(values[graph.owner])
         key = scope.key if scope else thread_key()
         if key not in self.tracks:
             schedule = self.config.schedule
             timeline = Timeline(schedule.steps, schedule.branches, bounded=scope is not None)
             self.tracks[key] = Track(timeline, **self._inherited())
-        track = self.tracks[key]
-        seen = self.observer.observe(graph.plan.roles, values)
-        position = track.timeline.advance(seen, scope.branch if scope else None)
+        self.calls += 1
+        self.tracks[key].last_call, self.latest = self.calls, key
+        return self.tracks[key], scope.branch if scope else None
+
+    def _locate(self, track: Track, sight: Sight, named: int | None) -> Position:
+        seen = sight.whole()
+        position = track.timeline.advance(seen, named)
         if position.begins:
             self.store.drop([branch.caches for branch in track.begin(seen.shape)])
-        self.calls += 1
-        track.last_call, self.latest = self.calls, key
-        return track, position
-
-    def _inherited(self) -> dict[str, Any]:
-        """Buffers of a generation that nobody can enter again, kept until now for its summary; others are freed."""
-        over = [key for key in self.tracks if isinstance(key, Unnamed) and key.over]
-        gone = [self.tracks.pop(key) for key in over]
-        self._free(gone[:-1])
-        self.held = self.account()
-        return {"branches": gone[-1].branches, "shape": gone[-1].shape} if gone else {}
+        return position
 
     def _phase(self, graph: Graph, track: Track, branch: Branch, position: Position, known: Known) -> Phase:
         if graph.is_piece and any(settings.is_dense(self.arrival) for settings in graph.settings):
@@ -253,20 +271,21 @@ class Session:
         self.notices.once(_log, f"{doing}: {reason}", key=reason)
         return phase
 
-    def _passed(
-        self, track: Track, branch: Branch, phase: Phase, position: Position, known: Known, graph: Graph, *,
-        stored: bool, renewed: bool,
-    ) -> None:  # fmt: skip
+    def _passed(self, track: Track, branch: Branch, made: Made, known: Known) -> Any:
+        """The result of a call that is what it was made as."""
+        step, phase = made.position.step, made.phase
+        branch.last_refresh, branch.last_computed = made.before
         if phase is Phase.REFRESH:
-            branch.last_refresh, branch.known = position.step, known
+            branch.last_refresh, branch.known = step, known
         if phase is not Phase.SKIP:
             branch.sparse_steps = branch.sparse_steps + 1 if phase is Phase.SPARSE else 0
-            if stored:
-                branch.computed(position.step)
+            if made.rewritten and made.graph.skips and made.graph.plan.stores(phase):
+                branch.computed(step)
             if branch.health is not None:
                 branch.health.send()
-        track.records.append(Record(position.step, position.branch, phase, weakref.ref(graph), renewed))
-        _log.debug("step %d branch %d: %s", position.step, position.branch, phase)
+        track.records.append(Record(step, made.position.branch, phase, weakref.ref(made.graph), made.renew))
+        _log.debug("step %d branch %d: %s", step, made.position.branch, phase)
+        return made.result
 
     def _exempt(self, track: Track, position: Position, values: Sequence[Any], error: SiteOutOfMemory) -> None:
         """The site stays dense from now on, unless idle generations or other settings had memory to give."""
@@ -277,7 +296,7 @@ class Session:
         self._forsake(self.faults, owner, site, str(error))
 
     def _give_way(
-        self, graph: Graph, track: Track, position: Position, values: Sequence[Any], over: _OverBudget
+        self, graph: Graph, track: Track, position: Position, values: Sequence[Any], over: OverBudget
     ) -> bool:
         """One site on the device stays dense for this generation; false where none is to be had alone, or
         none would be left: whole calls that run dense leave padding out."""
@@ -290,45 +309,9 @@ class Session:
         self._forsake(track.faults, values[site.owner], site, f"memory budget: {over}")
         return True
 
-    def _forsake(self, faults: Faults, owner: torch.Tensor, site: Site, reason: str) -> None:
-        """The site stays dense as long as `faults` last, and its caches go."""
-        faults.exempt(owner, site, reason)
-        for home in self._homes():
-            home.get(owner, {}).pop(site.ordinal, None)
-        for each in self.tracks.values():
-            each.prepared.clear()
-            for branch in each.branches.values():
-                branch.held.pop(site.index, None)
-        self.shared_bytes.pop(site.index, None)
-        self.held = self.account()
 
-    def _make_room(self, need: int, place: Place) -> None:
-        """Drop the caches of the generations that were called longest ago until `need` bytes fit the budget."""
-        self.held = self.account()
-        limit = self.limit(place)
-        while (total := need + held(self.tag).at(place)) > limit:
-            if not self._free_idle():
-                name = "what is free of host memory" if place.on_host else "memory.budget_gb"
-                raise _OverBudget(total, f"{name} ({limit / 1e9:.3g} GB)", place.on_host)
-
-    def _free_idle(self) -> bool:
-        """Free the generation that was called longest ago, of those that are not under way; false where there is none."""
-        idle = [t for k, t in self.tracks.items() if k != self.latest and t.branches]
-        if idle:
-            oldest = min(idle, key=lambda track: track.last_call)
-            self._free([oldest])
-            oldest.dropped = True
-        return bool(idle)
-
-    def _free(self, tracks: Iterable[Track]) -> None:
-        for track in tracks:
-            self.store.drop([branch.caches for branch in track.branches.values()])
-            track.branches.clear()
-            track.prepared.clear()
-        self.held = self.account()
-
-    def _homes(self) -> list[Home]:
-        return [self.store.shared, *(b.caches for t in self.tracks.values() for b in t.branches.values())]
+def _call_key(graph: Graph, branch: Branch, values: Sequence[Any]) -> Any:
+    return weakref.ref(graph), id(branch), tuple([values[i].shape for i in graph.free])
 
 
 def _masks(graph: Graph, values: Sequence[Any], known: Known) -> list[torch.Tensor] | None:
@@ -338,11 +321,3 @@ def _masks(graph: Graph, values: Sequence[Any], known: Known) -> list[torch.Tens
 
 _DROPPED = "its caches were dropped for those of another generation (memory.budget_gb)"
 _NOTHING = Known()
-
-
-class _OverBudget(Exception):
-    """A branch's caches do not fit the memory budget."""
-
-    def __init__(self, total: int, limit: str, on_host: bool) -> None:
-        super().__init__(f"caches of {total / 1e9:.3g} GB exceed {limit}")
-        self.limit, self.on_host = limit, on_host

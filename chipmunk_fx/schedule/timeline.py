@@ -7,6 +7,7 @@ a generation or is left undecided: both cost a dense pass, neither gives a wrong
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Hashable
@@ -73,10 +74,35 @@ class Timeline:
         self._direction = DOWN  # most models count their timesteps down
         self._learned = False  # a generation has confirmed the direction
         self._contradictions = 0  # generations in a row that began with a move against the direction
+        self._longest = 0  # steps of a generation that is over
 
     def reset(self) -> None:
-        self._run = None
+        self._end()
         self._contradictions = 0
+
+    def expect(self, told: Observation, branch: int | None = None) -> Position | None:
+        """Where the next call lies if it goes on with the generation; None where that is no more than a guess.
+
+        told: what is known of the call, latents not among it, and its timestep only if need be.
+        """
+        run, bound = self._run, self._steps or self._longest
+        if run is None or run.opening or run.surprised or run.timestep is None:
+            return None
+        if branch is not None:
+            told = replace(told, text=("branch", branch))
+        if told.timestep is None:
+            moves = run.is_over(told.text, self._branches if branch is None else None)
+            told = replace(told, timestep=(_mean(run.timestep) + self._direction,) if moves else run.timestep)
+        ahead = copy.copy(self)
+        ahead._run = run.copy()
+        position = ahead.advance(replace(told, latents=run.latents), branch)
+        over = 0 < bound <= position.step
+        return None if over or position.begins or not position.decided else position
+
+    def surprise(self) -> None:
+        """A call was not what was expected: nothing more is for the rest of its generation."""
+        if self._run is not None:
+            self._run.surprised = True
 
     def advance(self, seen: Observation, branch: int | None = None) -> Position:
         """The position of the next call. `branch` is for callers that name it: a step ends when one comes again."""
@@ -85,6 +111,7 @@ class Timeline:
         run = self._run
         begins = run is None or self._restarts(run, seen)
         if run is None or begins:
+            self._end()
             self._generation += 1
             run = self._run = self._anew(run, seen)
             self._continues(run, seen)
@@ -98,6 +125,11 @@ class Timeline:
             branch, reason = self._place(run, seen, timestep, self._branches)
         run.remember(seen)
         return Position(self._generation, run.step, branch, begins, reason is None, reason)
+
+    def _end(self) -> None:
+        """The generation under way is over."""
+        if self._run is not None:
+            self._longest, self._run = max(self._longest, self._run.step + 1), None
 
     def _restarts(self, run: _Run, seen: Observation) -> bool:
         """Whether the call begins a generation although `run` is under way."""
@@ -201,6 +233,18 @@ class _Run:
     latents: tuple[float, ...] | None = None
     samples: dict[Hashable, tuple[float, ...]] = field(default_factory=dict)  # the last latents that came with a text
     torn: str | None = None  # why the rest of the generation is undecidable
+    surprised: bool = False  # a call was not what was expected
+
+    def copy(self) -> _Run:
+        own = {name: copy.copy(getattr(self, name)) for name in ("shapes", "keys", "round", "samples")}
+        return replace(self, **own)
+
+    def is_over(self, text: Hashable, branches: int | None) -> bool:
+        """Whether the step under way has had all of its calls, if the next one has this text."""
+        earlier = self.round[text]
+        if branches is None:
+            return earlier > 0
+        return self.round.total() >= branches or (text is not None and (text, earlier) not in self.keys)
 
     def next_timestep(self, branches: int | None) -> None:
         told_by_place = None in self.round or any(place for _, place in self.keys)

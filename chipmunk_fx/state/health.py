@@ -21,9 +21,14 @@ class Health:
         if self.seen is not self.flag:
             self.seen.copy_(self.flag, non_blocking=True)
 
+    @property
+    def told(self) -> bool:
+        """Whether the host knows of nan or inf."""
+        return bool(self.seen.item())
+
     def broken(self) -> bool:
         """Whether something was found since the last time this was true."""
-        if not self.seen.item():
+        if not self.told:
             return False
         self.flag.zero_()
         self.seen.zero_()

@@ -52,7 +52,7 @@ def test_masks_timesteps_and_lanes_are_told_on_the_host():
     with torch.device("meta"):
         (padding,) = known.understand([mask], {}).paddings
         assert padding.span.tolist() == [0, 7]
-        assert Observer().observe(seen.roles, seen.inputs).timestep == (900.0,)
+        assert Observer().observe(seen.roles, seen.inputs).whole().timestep == (900.0,)
         assert Store().lanes(torch.device("cpu"), 2).device.type == "cpu"
 
 

@@ -202,3 +202,17 @@ def test_a_clock_that_was_interrupted_relies_on_nothing(at: int):
     for step, renew in ((1, False), (2, True)):
         clock.tell(step, renew)
         assert clock.tensor.tolist() == [step, renew]
+
+
+@pytest.mark.parametrize("offload", ["none", "all"])
+def test_a_refresh_is_told_whether_there_has_been_one_before(offload: str):
+    """And that it stores weights where these pass through buffers that other sites use, too."""
+    model = compiled(TinyDiT(2), schedule__refresh_every=2, mlp__list_lifetime=3, memory__offload=offload)
+    told = []
+    for _ in range(2):
+        for call in calls(TIMES + (100,)):
+            run(model, [call])
+            told.append(registry.sessions(model)[0].tracks[None].clock.told)  # pyright: ignore[reportOptionalMemberAccess]
+        chipmunk_fx.reset(model)
+    again = int(offload == "all")
+    assert told == [(0, 1), (1, 1), (2, again), (3, 1), (4, again)] * 2

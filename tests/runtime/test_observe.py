@@ -16,7 +16,7 @@ ROLES = Roles(timestep=0, latents=1, text=(2,), ids=())
 def seen(timestep=None, latents=None, text=None, roles=ROLES, observer=None) -> Any:
     values = [torch.tensor([900.0]) if timestep is None else timestep]
     values += [noise() if latents is None else latents, words() if text is None else text]
-    return (observer or Observer()).observe(roles, values)
+    return (observer or Observer()).observe(roles, values).whole()
 
 
 def test_a_timestep_is_a_number_a_sample():
