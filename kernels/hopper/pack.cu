@@ -21,12 +21,13 @@ constexpr float SMALL = 0x1p-100f, LIFT = 0x1p64f;
 static_assert(BLOCK % ROWS == 0 && ROWS <= 32 && WARPS <= 32 && SPAN == 64, "rows at once lie in one block");
 
 struct Problem {
-    const char *x;          // [batch, rows, width] of 2 bytes a value
-    i64 x_batch, x_row;     // bytes from one to the next
+    const uint4 *x;         // [batch, rows, width] of 2 bytes a value
+    i64 x_batch;            // words of 16 bytes from one to the next
     const int *order;       // [rows] or null
     char *values;           // [batch x groups, parts, steps, BLOCK, SPAN bytes]
     unsigned short *means;  // [batch x groups, width]
     float *scales;          // [batch, rows] in the order of groups; in fp8
+    u32 x_row;              // words from one to the next: of an entry 32 bits tell them
     int rows, width, groups, parts, steps, tiles;
 };
 
@@ -43,15 +44,20 @@ struct alignas(16) Scale {
     }
 
     __device__ __forceinline__ float under(float x) const {
-        x *= lift;
         const float y = x * inverse;
         return fmaf(fmaf(-y, divisor, x), inverse, y);
     }
 
-    __device__ __forceinline__ u32 under(u32 two) const { return pack8(under(low(two)), under(high(two))); }
-
     __device__ __forceinline__ uint2 under(const uint4 &x) const {
-        return make_uint2(under(x.x) | under(x.y) << 16, under(x.z) | under(x.w) << 16);
+        float y[VALUES] = {low(x.x), high(x.x), low(x.y), high(x.y), low(x.z), high(x.z), low(x.w), high(x.w)};
+        if (__builtin_expect(lift != 1, 0)) {
+#pragma unroll
+            for (int i = 0; i < VALUES; i++) y[i] *= lift;
+        }
+        u32 z[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) z[i] = pack8(under(y[2 * i]), under(y[2 * i + 1]));
+        return make_uint2(z[0] | z[1] << 16, z[2] | z[3] << 16);
     }
 };
 
@@ -64,7 +70,7 @@ struct Shared {
 };
 
 struct Group {
-    const char *x;  // of its batch entry
+    const uint4 *x;  // of its batch entry
     char *values;
     float *scales;
     int first, height;  // in the order of groups; rows, fewer in a last group
@@ -78,9 +84,10 @@ struct Group {
         scales = p.scales + (i64)batch * p.rows + first;
     }
 
-    __device__ __forceinline__ int row(const Problem &p, int place) const {
+    // Where the row at `place` begins in x, in words of 16 bytes.
+    __device__ __forceinline__ u32 row(const Problem &p, int place) const {
         if (place >= height) return 0;
-        return p.order ? __ldg(p.order + first + place) : first + place;
+        return (p.order ? __ldg(p.order + first + place) : first + place) * p.x_row;
     }
 };
 
@@ -88,15 +95,15 @@ using Held = uint4[ROWS][PASSES];
 
 __device__ __forceinline__ int piece_of(int pass) { return pass * THREADS + threadIdx.x; }
 
-// rows: of x, one a lane; live: how many there are, the others are 0
-__device__ __forceinline__ void read(Held &x, const Problem &p, const Group &group, int rows, int live) {
+// rows: where they begin, one a lane; live: how many there are, the others are 0
+__device__ __forceinline__ void read(Held &x, const Problem &p, const Group &group, u32 rows, int live) {
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
-        const char *row = group.x + __shfl_sync(ALL, rows, r) * p.x_row;
+        const uint4 *row = group.x + __shfl_sync(ALL, rows, r);
 #pragma unroll
         for (int i = 0; i < PASSES; i++) {
             const bool there = r < live && piece_of(i) * VALUES < p.width;
-            x[r][i] = there ? __ldg((const uint4 *)row + piece_of(i)) : make_uint4(0, 0, 0, 0);
+            x[r][i] = there ? __ldg(row + piece_of(i)) : make_uint4(0, 0, 0, 0);
         }
     }
 }
@@ -146,18 +153,21 @@ __device__ __forceinline__ void find_scales(const Held &x, Shared &shared, float
 
 // place: of the first row in its group
 __device__ __forceinline__ void write(const Held &x, const Problem &p, const Group &group, Shared &shared, int place, int live) {
-    char *block = group.values + (i64)(place / BLOCK) * p.steps * (BLOCK * SPAN);
+    char *block = group.values + (i64)(place / BLOCK) * p.steps * (BLOCK * SPAN) + place % BLOCK * SPAN;
 #pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-        if (r >= live) break;
-        const int line = place % BLOCK + r, swizzle = (line >> 1 & 3) * 16;
+    for (int i = 0; i < PASSES; i++) {
+        char *line = block + (i64)(piece_of(i) / ACROSS) * (BLOCK * SPAN);
+        const int inner = piece_of(i) % ACROSS * PIECE, lines = piece_of(i) * VALUES < p.width ? live : 0;
 #pragma unroll
-        for (int i = 0; i < PASSES; i++) {
-            if (piece_of(i) * VALUES >= p.width) break;
-            const int inner = piece_of(i) % ACROSS * PIECE;
-            char *to = block + (i64)(piece_of(i) / ACROSS) * (BLOCK * SPAN) + line * SPAN + (inner ^ swizzle);
-            if constexpr (FP8) *(uint2 *)to = shared.scale(r).under(x[r][i]);
-            else *(uint4 *)to = x[r][i];
+        for (int r = 0; r < ROWS; r++) {
+            const int swizzle = ((ROWS % 8 ? place : 0) + r >> 1 & 3) * 16;  // place is a multiple of ROWS
+            char *to = line + (inner ^ swizzle) + r * SPAN;
+            if constexpr (FP8) {
+                const uint2 packed = shared.scale(r).under(x[r][i]);
+                if (r < lines) *(uint2 *)to = packed;
+            } else if (r < lines) {
+                *(uint4 *)to = x[r][i];
+            }
         }
     }
 }
@@ -166,7 +176,7 @@ __device__ __forceinline__ void write(const Held &x, const Problem &p, const Gro
 __device__ __forceinline__ void write_means(
     const float (&sums)[PASSES][VALUES], const Problem &p, int list, int height, Shared &shared
 ) {
-    constexpr int SHARE = CHUNK / CLUSTER;
+    constexpr int SHARE = (CHUNK + CLUSTER - 1) / CLUSTER;
     const int first = rank_in_cluster() * SHARE;
 #pragma unroll
     for (int i = 0; i < PASSES; i++) {
@@ -176,10 +186,10 @@ __device__ __forceinline__ void write_means(
         meet_in_cluster();
 #pragma unroll
         for (int j = threadIdx.x; j < SHARE; j += THREADS) {
+            const int place = min(first + j, CHUNK - 1), column = i * CHUNK + place;
             float sum = 0;
 #pragma unroll
-            for (u32 rank = 0; rank < CLUSTER; rank++) sum += taken_from(rank, shared.sums + first + j);
-            const int column = i * CHUNK + first + j;
+            for (u32 rank = 0; rank < CLUSTER; rank++) sum += taken_from(rank, shared.sums + place);
             if (column < p.width) p.means[(i64)list * p.width + column] = (unsigned short)pack(sum / height, 0.0f);
         }
         meet_in_cluster();  // before sums are overwritten, or the block is gone
@@ -190,7 +200,8 @@ __device__ __forceinline__ void pack_group(const Problem &p, int list, Shared &s
     const Group group(p, list);
     const int turn = CLUSTER * ROWS, lane = threadIdx.x % ROWS;
     float sums[PASSES][VALUES] = {};
-    int place = rank_in_cluster() * ROWS, rows = group.row(p, place + lane);
+    int place = rank_in_cluster() * ROWS;
+    u32 rows = group.row(p, place + lane);
 #pragma unroll 1
     for (; place < group.height; place += turn) {
         const int live = group.height - place;

@@ -1,7 +1,7 @@
 """Rows of x as the products of a sparse MLP step want them, in the order of groups: how pack.cu is compiled and launched."""
 
 import ctypes
-from ctypes import c_int, c_longlong, c_void_p
+from ctypes import c_int, c_longlong, c_uint, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from chipmunk_fx.kernels.triton.launching import copyable
 from chipmunk_fx.ops.fp8 import DTYPE
 
 PARTS = ("cluster.cuh", "pack.cu")
+WORD = 8  # values of x that a thread reads at once
 
 
 class Problem(ctypes.Structure):
@@ -22,8 +23,9 @@ class Problem(ctypes.Structure):
 
     _fields_ = [
         ("x", c_void_p),
-        *((name, c_longlong) for name in ("x_batch", "x_row")),
+        ("x_batch", c_longlong),
         *((name, c_void_p) for name in ("order", "values", "means", "scales")),
+        ("x_row", c_uint),
         *((name, c_int) for name in ("rows", "width", "groups", "parts", "steps", "tiles")),
     ]
 
@@ -57,9 +59,8 @@ def pool(x: Tensor, order: Tensor | None, group_rows: int, fp8: bool) -> tuple[T
     means = torch.empty(batch, groups, width, dtype=x.dtype, device=x.device)
     scales = torch.empty(batch, rows, dtype=torch.float32, device=x.device) if fp8 else None
     problem = Problem(
-        x.data_ptr(), *(stride * x.itemsize for stride in x.stride()[:2]), None if order is None else order.data_ptr(),
-        values.data_ptr(), means.data_ptr(), None if scales is None else scales.data_ptr(), rows, width, groups, parts,
-        steps, batch * groups,
+        x.data_ptr(), x.stride(0) // WORD, None if order is None else order.data_ptr(), values.data_ptr(), means.data_ptr(),
+        None if scales is None else scales.data_ptr(), x.stride(1) // WORD, rows, width, groups, parts, steps, batch * groups,
     )  # fmt: skip
     kernel = nvrtc.kernel(
         "pack_rows", source, x.device.index, settings, cluster=settings.cluster, resident=settings.resident

@@ -165,7 +165,7 @@ def pack_settings(
     passes = -(-pieces // threads)
     rows = 1 << max(held // passes, 1).bit_length() - 1
     threads = -(-pieces // (32 * passes)) * 32
-    registers = (4 * rows + 8) * passes + 32
+    registers = (4 * rows + 8) * passes + 40
     resident = min(max(65536 // (threads * registers), 1), 2048 // threads)
     return PackSettings(element, fp8, block_rows(group_rows), threads, passes, rows, resident, cluster)
 

@@ -32,8 +32,8 @@ extern "C" int unequal(u32 first, u32 last) {
         const float product = __uint_as_float(largest << 16) * (1 / 448.0f), divisor = product == 0 ? 1 : product;
         const Scale scale(divisor);
         for (u32 bits = largest - min(largest, 24u << 7); bits <= largest; bits++) {
-            const float x = __uint_as_float(bits << 16);
-            count += rounded8(scale.under(x)) != rounded8(x / divisor);
+            const u32 quotient = rounded8(__uint_as_float(bits << 16) / divisor);
+            count += (scale.under(make_uint4(bits, 0, 0, 0)).x & 255) != quotient;
         }
     }
     return count;
