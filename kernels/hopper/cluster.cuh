@@ -29,9 +29,13 @@ __device__ __forceinline__ void barrier_arrive_at(u32 barrier, u32 rank) {
         "mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(barrier), "r"(rank) : "memory");
 }
 
-// All threads of the cluster meet.
+// All threads of the cluster meet; between arriving and waiting each may do something else.
+__device__ __forceinline__ void arrive_in_cluster() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
 __device__ __forceinline__ void meet_in_cluster() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+    arrive_in_cluster();
+    wait_for_cluster();
 }
 
 // What block `rank` of the cluster has in its shared memory where this one has *mine.

@@ -172,26 +172,35 @@ __device__ __forceinline__ void write(const Held &x, const Problem &p, const Gro
     }
 }
 
-// A pass after the other: each block adds up what all have of its share of the columns.
+// To all blocks of the cluster: sums of a pass's columns.
+__device__ __forceinline__ void show(const float (&sums)[VALUES], Shared &shared) {
+    float4 *mine = (float4 *)shared.sums + threadIdx.x * 2;
+    mine[0] = make_float4(sums[0], sums[1], sums[2], sums[3]);
+    mine[1] = make_float4(sums[4], sums[5], sums[6], sums[7]);
+    __syncwarp();  // lanes arrive as one
+    arrive_in_cluster();
+}
+
+// Each block adds up what all of them show of its share of the columns; those of the first pass are shown already.
 __device__ __forceinline__ void write_means(
     const float (&sums)[PASSES][VALUES], const Problem &p, int list, int height, Shared &shared
 ) {
     constexpr int SHARE = (CHUNK + CLUSTER - 1) / CLUSTER;
-    const int first = rank_in_cluster() * SHARE;
+    unsigned short *means = p.means + (i64)list * p.width;
 #pragma unroll
     for (int i = 0; i < PASSES; i++) {
-        float4 *mine = (float4 *)shared.sums + threadIdx.x * 2;
-        mine[0] = make_float4(sums[i][0], sums[i][1], sums[i][2], sums[i][3]);
-        mine[1] = make_float4(sums[i][4], sums[i][5], sums[i][6], sums[i][7]);
-        meet_in_cluster();
+        if (i > 0) show(sums[i], shared);
+        wait_for_cluster();
 #pragma unroll
-        for (int j = threadIdx.x; j < SHARE; j += THREADS) {
-            const int place = min(first + j, CHUNK - 1), column = i * CHUNK + place;
+        for (int j = 0; j < SHARE; j += THREADS) {
+            const int mine = j + threadIdx.x, place = rank_in_cluster() * SHARE + mine, column = i * CHUNK + place;
+            if (mine >= SHARE || place >= CHUNK || column >= p.width) continue;
             float sum = 0;
 #pragma unroll
             for (u32 rank = 0; rank < CLUSTER; rank++) sum += taken_from(rank, shared.sums + place);
-            if (column < p.width) p.means[(i64)list * p.width + column] = (unsigned short)pack(sum / height, 0.0f);
+            means[column] = (unsigned short)pack(sum / height, 0.0f);
         }
+        __syncwarp();
         meet_in_cluster();  // before sums are overwritten, or the block is gone
     }
 }
@@ -202,16 +211,20 @@ __device__ __forceinline__ void pack_group(const Problem &p, int list, Shared &s
     float sums[PASSES][VALUES] = {};
     int place = rank_in_cluster() * ROWS;
     u32 rows = group.row(p, place + lane);
+    bool last;
 #pragma unroll 1
-    for (; place < group.height; place += turn) {
+    do {  // at least once, though a block may have no row of a short group
         const int live = group.height - place;
         Held x;
         read(x, p, group, rows, live);
+        last = live <= turn;
         rows = group.row(p, place + turn + lane);  // of the next turn: it comes beside x
         add(sums, x);
+        if (last) show(sums[0], shared);  // before the last rows are written: to arrive waits for what has been
         if constexpr (FP8) find_scales(x, shared, group.scales + place, live);
         write(x, p, group, shared, place, live);
-    }
+        place += turn;
+    } while (!last);
     write_means(sums, p, list, group.height, shared);
 }
 

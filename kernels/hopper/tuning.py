@@ -166,7 +166,7 @@ def pack_settings(
     rows = 1 << max(held // passes, 1).bit_length() - 1
     threads = -(-pieces // (32 * passes)) * 32
     registers = (4 * rows + 8) * passes + 40
-    resident = min(max(65536 // (threads * registers), 1), 2048 // threads)
+    resident = min(max(65536 // (-(-threads // 128) * 128 * registers), 1), 4)  # registers are given to four warps at once
     return PackSettings(element, fp8, block_rows(group_rows), threads, passes, rows, resident, cluster)
 
 

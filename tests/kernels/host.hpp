@@ -34,7 +34,8 @@ struct Meeting {
 struct Index { int x; };
 struct Thread {
     Index index, block;
-    int times = 0;  // it has exchanged something with its warp
+    int times = 0;   // it has exchanged something with its warp
+    int before = 0;  // its cluster had met so often when it arrived
     ucontext_t context;
     std::vector<char> stack;
     bool done = false;
@@ -51,18 +52,28 @@ static std::vector<std::vector<char>> memories;  // shared, of each block
 #define threadIdx (current->index)
 #define blockIdx (current->block)
 
-static inline void meet(Meeting &all) {
+static inline int arrive(Meeting &all) {
     const int before = all.times;
     if (++all.arrived == all.expected) all.arrived = 0, all.times++;
+    return before;
+}
+
+static inline void wait(const Meeting &all, int before) {
     while (all.times == before) {
         current->done = false;
         swapcontext(&current->context, &scheduler);
     }
 }
 
+static inline void meet(Meeting &all) { wait(all, arrive(all)); }
+
 static inline u32 rank_in_cluster() { return blockIdx.x % CLUSTER; }
+static inline void arrive_in_cluster() { current->before = arrive(cluster); }
+static inline void wait_for_cluster() { wait(cluster, current->before); }
 static inline void meet_in_cluster() { meet(cluster); }
 static inline void __syncthreads() { meet(blocks[rank_in_cluster()]); }
+
+static inline void __syncwarp() {}
 
 static inline float taken_from(u32 rank, const float *mine) {
     const size_t place = (const char *)mine - memories[rank_in_cluster()].data();
