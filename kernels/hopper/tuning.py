@@ -157,15 +157,15 @@ class PackSettings:
 def pack_settings(
     element: str, width: int, group_rows: int, fp8: bool, *, held: int = 8, threads: int = 512, cluster: int = 8
 ) -> PackSettings:
-    """held: words of 16 bytes of x that a thread has in registers; threads: of a block at most, which has whole rows.
+    """held: words of 16 bytes of x that a thread has in registers; threads: of a block at most, which takes whole rows.
 
-    Means do not depend on fp8, since rows are added up in the same order.
+    Means do not depend on fp8: rows are added up in the same order.
     """
-    pieces = width // 8
+    pieces = width // 8  # words of a row
     passes = -(-pieces // threads)
     rows = 1 << max(held // passes, 1).bit_length() - 1
     threads = -(-pieces // (32 * passes)) * 32
-    registers = (4 * rows + 8) * passes + 40
+    registers = (4 * rows + 8) * passes + 40  # values, sums and all else
     resident = min(max(65536 // (-(-threads // 128) * 128 * registers), 1), 4)  # registers are given to four warps at once
     return PackSettings(element, fp8, block_rows(group_rows), threads, passes, rows, resident, cluster)
 
