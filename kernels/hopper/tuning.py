@@ -166,7 +166,8 @@ def pack_settings(
     rows = 1 << max(held // passes, 1).bit_length() - 1
     threads = -(-pieces // (32 * passes)) * 32
     registers = (4 * rows + 8) * passes + 40  # values, sums and all else
-    resident = min(max(65536 // (-(-threads // 128) * 128 * registers), 1), 4)  # registers are given to four warps at once
+    held_by_block = -(-threads // 128) * 128 * registers  # four warps at once get them
+    resident = min(max(65536 // held_by_block, 1), 4)
     return PackSettings(element, fp8, block_rows(group_rows), threads, passes, rows, resident, cluster)
 
 

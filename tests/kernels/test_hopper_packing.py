@@ -105,7 +105,9 @@ def test_rows_of_fp16():
 
 @needs_kernel
 @pytest.mark.parametrize("fp8", [False, True])
-@pytest.mark.parametrize(("held", "threads", "cluster"), [(8, 64, 8), (4, 32, 6), (16, 128, 3), (1, 32, 8), (32, 512, 2)])
+@pytest.mark.parametrize(
+    ("held", "threads", "cluster"), [(8, 64, 8), (4, 32, 6), (16, 128, 3), (1, 32, 8), (32, 512, 2)]
+)
 def test_other_settings_make_the_same(
     held: int, threads: int, cluster: int, fp8: bool, monkeypatch: pytest.MonkeyPatch
 ):
