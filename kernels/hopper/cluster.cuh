@@ -1,6 +1,8 @@
 // A cluster of thread blocks: one instruction, or a few, of PTX for sm_90a each.
 //   CLUSTER  blocks of one
 
+typedef unsigned int u32;
+
 // To all blocks of the cluster, by the copy engine: a multiple of 16 bytes, to the same place in each and counted at the
 // same barrier of each.
 __device__ __forceinline__ void copy_to_cluster(u32 to, const char *from, int bytes, u32 barrier) {
@@ -27,7 +29,21 @@ __device__ __forceinline__ void barrier_arrive_at(u32 barrier, u32 rank) {
         "mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(barrier), "r"(rank) : "memory");
 }
 
-// All threads of the cluster meet.
+// All threads of the cluster meet; between arriving and waiting each may do something else.
+__device__ __forceinline__ void arrive_in_cluster() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
 __device__ __forceinline__ void meet_in_cluster() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+    arrive_in_cluster();
+    wait_for_cluster();
+}
+
+// What block `rank` of the cluster has in its shared memory where this one has *mine.
+__device__ __forceinline__ float taken_from(u32 rank, const float *mine) {
+    float x;
+    asm volatile(
+        "{ .reg .u32 there;\n"
+        "mapa.shared::cluster.u32 there, %1, %2;\n"
+        "ld.shared::cluster.f32 %0, [there]; }" : "=f"(x) : "r"((u32)__cvta_generic_to_shared(mine)), "r"(rank) : "memory");
+    return x;
 }

@@ -12,11 +12,16 @@ def preamble(element: str, **constants: int | bool) -> str:
 
 
 # pack: two fp32 to the nearest, x in the low half; low and high: back. volatile, or packing moves ahead of a wait for
-# products that still read the registers it packs into.
+# products that still read the registers it packs into. pack8: two in e4m3, to the nearest or, too large, the largest.
 _PACK = """
 __device__ __forceinline__ unsigned int pack(float x, float y) {
     unsigned int z;
     asm volatile("cvt.rn.ELEMENTx2.f32 %0, %1, %2;" : "=r"(z) : "f"(y), "f"(x));
+    return z;
+}
+__device__ __forceinline__ unsigned int pack8(float x, float y) {
+    unsigned short z;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(z) : "f"(y), "f"(x));
     return z;
 }
 """

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from chipmunk_fx.kernels import devices
-from chipmunk_fx.kernels.hopper.tuning import Block, SelectSettings, WatchSettings
+from chipmunk_fx.kernels.hopper.tuning import Block, PackSettings, SelectSettings, WatchSettings
 from chipmunk_fx.log import logger
 
 ARCHITECTURE = "sm_90a"
@@ -114,8 +114,8 @@ def load(code: bytes, name: str, threads: int, shared: int, cluster: int = 1, re
 
 @cache
 def kernel(
-    name: str, source: Callable[..., str], device: int, settings: Block | SelectSettings | WatchSettings, *more: str,
-    cluster: int = 1, resident: int = 1,
+    name: str, source: Callable[..., str], device: int, settings: Block | SelectSettings | WatchSettings | PackSettings,
+    *more: str, cluster: int = 1, resident: int = 1,
 ) -> Kernel:  # fmt: skip
     """Function `name` of source(settings, *more): compiled once a process, loaded once a device. The rest: as of `Kernel`."""
     return load(_code(source, settings, *more), name, settings.threads, settings.shared, cluster, resident)

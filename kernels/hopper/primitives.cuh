@@ -176,13 +176,6 @@ __device__ __forceinline__ float quad_sum(float x) {
     return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-// Two fp32 in e4m3 to the nearest, x in the low byte; what is too large becomes the largest.
-__device__ __forceinline__ u32 pack8(float x, float y) {
-    unsigned short z;
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(z) : "f"(y), "f"(x));
-    return z;
-}
-
 // A ring of buffers: the place of the next item, and the parity of its barriers.
 struct Ring {
     u32 slot = 0, parity = 0;

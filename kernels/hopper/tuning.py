@@ -137,6 +137,40 @@ class WatchSettings:
     shared: int = 0
 
 
+@dataclass(frozen=True)
+class PackSettings:
+    """Of the packing of x, as at the top of pack.cu; the memory it shares is fixed. cluster: blocks that work on a group."""
+
+    element: str
+    fp8: bool
+    block: int
+    threads: int
+    passes: int
+    rows: int
+    resident: int
+    cluster: int
+    span: int = SPAN
+    shared: int = 0
+
+
+@cache
+def pack_settings(
+    element: str, width: int, group_rows: int, fp8: bool, *, held: int = 8, threads: int = 512, cluster: int = 8
+) -> PackSettings:
+    """held: words of 16 bytes of x that a thread has in registers; threads: of a block at most, which takes whole rows.
+
+    Means do not depend on fp8: rows are added up in the same order.
+    """
+    pieces = width // 8  # words of a row
+    passes = -(-pieces // threads)
+    rows = 1 << max(held // passes, 1).bit_length() - 1
+    threads = -(-pieces // (32 * passes)) * 32
+    registers = (4 * rows + 8) * passes + 40  # values, sums and all else
+    held_by_block = -(-threads // 128) * 128 * registers  # four warps at once get them
+    resident = min(max(65536 // held_by_block, 1), 4)
+    return PackSettings(element, fp8, block_rows(group_rows), threads, passes, rows, resident, cluster)
+
+
 @cache
 def neuron_settings(neurons: int) -> SelectSettings | None:
     """Of the selection of neurons: a block holds all of a group; None where there are too many."""

@@ -5,7 +5,5 @@ import torch
 
 from chipmunk_fx.kernels import devices, hopper
 
-on_hopper = pytest.mark.skipif(
-    not torch.cuda.is_available() or devices.capability(torch.device("cuda")) != hopper.CAPABILITY,
-    reason="needs a Hopper GPU",
-)
+HOPPER = torch.cuda.is_available() and devices.capability(torch.device("cuda")) == hopper.CAPABILITY
+on_hopper = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")

@@ -19,7 +19,6 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 import chipmunk_fx.kernels.triton as backend
-from chipmunk_fx.kernels.hopper.packing import pool
 from chipmunk_fx.kernels.triton import tuning
 from chipmunk_fx.kernels.triton.mlp import store_weights
 from chipmunk_fx.kernels.triton.pooling import store_activations
@@ -140,8 +139,6 @@ def launches(
             store_weights(w1, None, w2, first.unsqueeze(0), second, torch.zeros(3))
             h = torch.zeros(8, len(w1), dtype=dtype)
             store_activations(h, None, hidden[0], None, activation="gelu", group_rows=128, most=torch.zeros(()))
-            for fp8 in (False, True):
-                pool(torch.zeros(1, 256, 128, dtype=dtype), values["order"], 128, fp8)
     return iter(seen)
 
 

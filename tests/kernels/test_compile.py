@@ -23,7 +23,7 @@ KERNELS = {
     "_rotary",
     "_first_product",
 }
-HOPPER = {"sm_90": {"_pool", "_quantise", "_find_largest", "_store_weight"}}  # before the products of kernels/hopper
+HOPPER = {"sm_90": {"_find_largest", "_store_weight"}}  # before the products of kernels/hopper
 USUAL = ["sm_90", "gfx942"]
 ALL = [*USUAL, "sm_80", "sm_86", "sm_89", "sm_100", "sm_120"]
 

@@ -12,7 +12,7 @@ import torch
 import triton
 
 from chipmunk_fx.kernels import hopper
-from chipmunk_fx.kernels.hopper import columns, masses, mlp, nvrtc, selection, tuning, watching
+from chipmunk_fx.kernels.hopper import columns, masses, mlp, nvrtc, packing, selection, tuning, watching
 from chipmunk_fx.kernels.hopper.instructions import ACTIVATIONS
 from chipmunk_fx.kernels.hopper.tuning import RUN, ProductSettings, SelectSettings, Settings
 from chipmunk_fx.ops.activations import ACTIVATIONS as KNOWN
@@ -78,6 +78,19 @@ def test_selection_compiles_without_spilling(tmp_path: Path):
 def test_the_watch_compiles_without_spilling(tmp_path: Path):
     code = nvrtc.compiled(watching.source(watching.SETTINGS), "sm_90a")
     assert_in_registers(code, "watch", tmp_path)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("width", [512, 1536, 3072, 5120, 13824, 16384])
+@pytest.mark.parametrize("element", ["bf16", "f16"])
+def test_packing_compiles_without_spilling(element: str, width: int, fp8: bool, tmp_path: Path):
+    if fp8 and element == "f16":
+        pytest.skip("fp8 takes bf16 alone")
+    settings = tuning.pack_settings(element, width, 192, fp8)
+    assert settings.threads * settings.passes * 8 >= width and settings.threads % 32 == 0
+    assert settings.block % settings.rows == 0
+    assert_in_registers(nvrtc.compiled(packing.source(settings), "sm_90a"), "pack_rows", tmp_path)
 
 
 @needs_nvrtc
