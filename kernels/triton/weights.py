@@ -1,7 +1,7 @@
 """Weights of an MLP as its sparse steps read them, w2 neuron by neuron, kept until they change.
 
-Weights hardly ever change within a generation. To store them takes as long as 4 to 14 % of a dense MLP, to compare samples
-of them with what is kept next to nothing. All is decided on the device.
+Weights hardly ever change within a generation: samples of them are compared with what is kept, and tell whether all are stored
+again. That is decided on the device.
 """
 
 import torch
