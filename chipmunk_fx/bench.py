@@ -166,12 +166,13 @@ def measure(shapes: Iterable[Shape], dtype: torch.dtype, device: str, seconds: f
                 sizes = (1, shape.heads, shape.rows, shape.rows, shape.width, dtype)
                 kept = attention_slots(*sizes, group_rows=rows, columns=shape.columns, device=device)[2]
                 values["lists"] = torch.empty(kept.shape, dtype=kept.dtype, device=device)
-                _refresh_again(shape, values, rows, dtype)
+            _refresh_again(shape, values, rows, dtype)
             site = (shape.kind, shape.rows, shape.heads, shape.width, shape.neurons, shape.gated)
             if site not in dense:
                 dense[site] = min(_dense(shape, values, seconds))
             for phase in ("refresh", "sparse"):  # in this order: the refresh fills the caches
                 op = f"{shape.kind}_{phase}"
+                values["clock"][1] = int(op != "mlp_refresh" or shape.first)
                 if shape.kept and op != "mlp_refresh":
                     _keep_lists(op, values)
                 yield _row(shape, op, values, *dense[site], seconds)
@@ -179,7 +180,9 @@ def measure(shapes: Iterable[Shape], dtype: torch.dtype, device: str, seconds: f
 
 def _refresh_again(shape: Shape, values: dict[str, Any], group_rows: int, dtype: torch.dtype) -> None:
     """Has a refresh been before, if the one to be measured is not the first and makes use of that."""
-    device = values["q"].device
+    if shape.kind == "mlp" and not shape.first:
+        return _run("mlp_refresh", values)
+    device = values["clock"].device
     if shape.first or not refreshes_in_parts(device, dtype, shape.sizes, group_rows, shape.density):
         return
     values["lse"] = torch.empty_like(values["share"])

@@ -43,6 +43,7 @@ def mlp_refresh(
     hidden = the activations, neuron by neuron within a group; out = the result; mean = first product of each group's
     mean row; lists = the first K neurons (a sparse step that does not renew them stays defined); by_neuron = w2^T.
     Where w1_fp8 and scales are given, `mlp_sparse` makes its products in fp8: w1_fp8 = w1 and wu, by_neuron = w2^T in it.
+    Weights are written whatever clock[1] is; backends may keep those that are as before where it is 0.
 
     Arguments as in kernels/README.md. Returns out in x's dtype, [..., C2]; writes all from hidden on.
     """

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chipmunk_fx.kernels.triton.first import exchange_listed
-from chipmunk_fx.kernels.triton.fp8 import find_largest, store_weight
+from chipmunk_fx.kernels.triton.fp8 import store_scales
 from chipmunk_fx.kernels.triton.launching import inner_contiguous, on_device_of
 from chipmunk_fx.kernels.triton.means import first_product
-from chipmunk_fx.kernels.triton.pooling import group_means, store_activations, store_transposed
+from chipmunk_fx.kernels.triton.pooling import group_means, store_activations
 from chipmunk_fx.kernels.triton.second import add_listed
 from chipmunk_fx.kernels.triton.selection import select
-from chipmunk_fx.ops.fp8 import scale_for, scale_of_changes
+from chipmunk_fx.kernels.triton.weights import store_weights
 from chipmunk_fx.ops.selection import random_count
 
 
@@ -27,38 +27,20 @@ def refresh(
     """As `chipmunk_fx.ops.mlp.mlp_refresh`: dense products by the vendor's library, on rows in their own order."""
     with on_device_of(x):
         rows = inner_contiguous(_batches(x))
-        lists.copy_(torch.arange(lists.shape[-1], device=x.device).expand_as(lists))
-        store_weights(w1, wu, w2, w1_fp8, by_neuron, scales)
-        mean.copy_(first_product(group_means(rows, order, group_rows), w1, b1, wu, bu, activation))
+        most = None if scales is None else torch.zeros_like(scales)
+        store_weights(w1, wu, w2, w1_fp8, by_neuron, scales, most, clock)
+        largest = None if most is None else most[-1:]
         results = []
-        for entry, cached in zip(rows, hidden, strict=True):
+        for entry, *kept in zip(rows, hidden, mean, lists, strict=True):
             h = F.linear(entry, w1, b1)
             up = None if wu is None else F.linear(entry, wu, bu)
-            most = None if scales is None else scales[-1]
-            store_activations(h, up, cached, order, activation=activation, group_rows=group_rows, most=most)
+            store_activations(h, up, *kept, order, activation=activation, group_rows=group_rows, most=largest)
             results.append(F.linear(h, w2, b2))
-        if scales is not None:
-            scales[-1:] = scale_of_changes(scales[-1:])
+        if scales is not None and largest is not None:
+            store_scales(largest, scales[-1:], room=2)  # as `scale_of_changes`
         result = results[0].unsqueeze(0) if len(results) == 1 else torch.stack(results)
         out.copy_(result)
         return result.view(*x.shape[:-1], out.shape[-1])
-
-
-def store_weights(
-    w1: Tensor, wu: Tensor | None, w2: Tensor, w1_fp8: Tensor | None, by_neuron: Tensor, scales: Tensor | None
-) -> None:
-    """by_neuron = w2^T; where w1_fp8 and scales are given all in fp8, and the last scale 0."""
-    w2 = inner_contiguous(w2)
-    if w1_fp8 is None or scales is None:
-        return store_transposed(w2, by_neuron)
-    first = [inner_contiguous(weight) for weight in (w1, wu) if weight is not None]
-    scales.zero_()
-    for weight, scale in zip((*first, w2), scales, strict=False):
-        find_largest(weight, scale)
-    scales[:-1] = scale_for(scales[:-1])
-    for weight, kept, scale in zip(first, w1_fp8, scales, strict=False):
-        store_weight(weight, kept, scale)
-    store_transposed(w2, by_neuron, scales[-2])
 
 
 def sparse(

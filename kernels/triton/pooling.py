@@ -1,4 +1,6 @@
-"""What an MLP keeps of a refresh: means of groups, activations and weights neuron by neuron."""
+"""What an MLP keeps of rows: means of groups, and at a refresh their activations neuron by neuron."""
+
+import math
 
 import torch
 import triton
@@ -6,9 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from chipmunk_fx.kernels.triton.activations import activate
-from chipmunk_fx.kernels.triton.fp8 import in_fp8, keep_largest
+from chipmunk_fx.kernels.triton.fp8 import magnitude, raise_to
 from chipmunk_fx.kernels.triton.numeric import cast, in_order
-from chipmunk_fx.ops.fp8 import LARGEST
 
 
 def group_means(x: Tensor, order: Tensor | None, group_rows: int) -> Tensor:
@@ -42,59 +43,73 @@ def _group_means(
 
 
 def store_activations(
-    h: Tensor, up: Tensor | None, hidden: Tensor, order: Tensor | None, *, activation: str, group_rows: int,
-    most: Tensor | None = None,
+    h: Tensor, up: Tensor | None, hidden: Tensor, mean: Tensor, lists: Tensor, order: Tensor | None, *, activation: str,
+    group_rows: int, most: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """h = act(h) [* up] in place, and the same group by group and neuron by neuron: hidden [G, F, R], contiguous.
+    """h = act(h) [* up] in place, and what a refresh keeps of it, group by group and neuron by neuron, contiguous.
 
-    h, up [N, F], contiguous. order: int32 [N] or None. most: as of `find_largest`, of what h becomes.
+    hidden [G, F, R] = what h becomes; mean fp32 [G, F] = the mean of h over a group's rows, rounded as `first_product` is, with
+    `up` act of that times the mean of up; lists int32 [G, K] = 0, 1, .., K - 1. h, up [N, F], contiguous. order: int32 [N] or
+    None. most: as of `find_largest`, of what h becomes.
     """
     rows, neurons = h.shape
-    grid = (triton.cdiv(neurons, 64), triton.cdiv(rows, 64))
+    grid = (triton.cdiv(neurons, 64), triton.cdiv(rows, group_rows))
     _store_activations[grid](
-        h, up, hidden, order, most, rows, neurons, ACTIVATION=activation, GROUP=group_rows, ROWS=64, NEURONS=64
-    )
+        h, up, hidden, mean, lists, order, most, rows, neurons, lists.shape[-1],
+        ACTIVATION=activation, GROUP=group_rows, ROWS=math.gcd(group_rows, 32), NEURONS=64, STAGES=3,
+    )  # fmt: skip
 
 
 @triton.jit
 def _store_activations(
-    h, up, hidden, order, most, rows, neurons,
+    h, up, hidden, mean, lists, order, most, rows, neurons, columns,
     ACTIVATION: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, NEURONS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    place = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    """NEURONS neurons of a group, ROWS rows at a time."""
+    group = tl.program_id(1)
     neuron = tl.program_id(0) * NEURONS + tl.arange(0, NEURONS)
-    mask = (place < rows)[:, None] & (neuron < neurons)[None, :]
-    row = in_order(order, place, place < rows)
-    at = row[:, None] * neurons + neuron[None, :]
-    # rounded after each step, as the dense model does
-    value = cast(activate(tl.load(h + at, mask=mask, other=0.0).to(tl.float32), ACTIVATION), h.dtype.element_ty)
-    if up is not None:
-        other = tl.load(up + at, mask=mask, other=0.0).to(tl.float32)
-        value = cast(value.to(tl.float32) * other, h.dtype.element_ty)
+    kept = group.to(tl.int64) * neurons + neuron
+    height = tl.minimum(GROUP, rows - group * GROUP)
+    sums = tl.zeros([16, NEURONS], tl.float32)
+    up_sums = sums
+    largest = tl.zeros([16, NEURONS], tl.int32)
+    for first in tl.range(0, height, ROWS, num_stages=STAGES):
+        place = first + tl.arange(0, ROWS)
+        live = place < height
+        mask = live[:, None] & (neuron < neurons)[None, :]
+        at = in_order(order, group * GROUP + place, live)[:, None] * neurons + neuron[None, :]
+        value = tl.load(h + at, mask=mask, other=0.0).to(tl.float32)
+        sums += tl.sum(_in_sixteens(value), 0)
+        other = None if up is None else tl.load(up + at, mask=mask, other=0.0).to(tl.float32)
+        if up is not None:
+            up_sums += tl.sum(_in_sixteens(other), 0)
+        value = _hidden(value, other, h.dtype.element_ty, ACTIVATION)
+        if most is not None:
+            size = magnitude(tl.where(mask, value.to(tl.float32), 0.0))
+            largest = tl.maximum(largest, tl.max(_in_sixteens(size), 0))
+        tl.store(h + at, value, mask=mask)
+        tl.store(hidden + kept[:, None] * GROUP + place[None, :], tl.trans(value), mask=tl.trans(mask))
     if most is not None:
-        keep_largest(most, tl.where(mask, value.to(tl.float32), 0.0))
-    tl.store(h + at, value, mask=mask)
-    cached = hidden + ((place // GROUP).to(tl.int64) * neurons * GROUP + place % GROUP)[None, :]
-    tl.store(cached + neuron.to(tl.int64)[:, None] * GROUP, tl.trans(value), mask=tl.trans(mask))
-
-
-def store_transposed(weight: Tensor, by_neuron: Tensor, scale: Tensor | None = None) -> None:
-    """by_neuron [F, C2], contiguous = the transpose of weight [C2, F], whose lines may lie apart; with a scale [], over that, in
-    e4m3.
-
-    H200, 3072 by 12288: PyTorch's copy takes 0.26 ms, 0.036 would move the bytes.
-    """
-    width, neurons = weight.shape
-    grid = (triton.cdiv(neurons, 64), triton.cdiv(width, 64))
-    _store_transposed[grid](weight, by_neuron, scale, weight.stride(0), width, neurons, LARGEST=LARGEST, SIDE=64)
+        raise_to(most, tl.max(tl.max(largest, 1), 0))
+    pooled = cast(tl.sum(sums, 0) / height, h.dtype.element_ty)
+    if up is not None:
+        other = cast(tl.sum(up_sums, 0) / height, h.dtype.element_ty)
+        pooled = _hidden(pooled.to(tl.float32), other.to(tl.float32), h.dtype.element_ty, ACTIVATION)
+    tl.store(mean + kept, pooled.to(tl.float32), mask=neuron < neurons)
+    tl.store(lists + group.to(tl.int64) * columns + neuron, neuron, mask=neuron < columns)
 
 
 @triton.jit
-def _store_transposed(weight, by_neuron, scale, pitch, width, neurons, LARGEST: tl.constexpr, SIDE: tl.constexpr):
-    c = (tl.program_id(1) * SIDE + tl.arange(0, SIDE)).to(tl.int64)
-    neuron = (tl.program_id(0) * SIDE + tl.arange(0, SIDE)).to(tl.int64)
-    mask = (c < width)[:, None] & (neuron < neurons)[None, :]
-    value = tl.load(weight + c[:, None] * pitch + neuron[None, :], mask=mask, other=0.0)
-    if scale is not None:
-        value = in_fp8(value.to(tl.float32), tl.load(scale), by_neuron.dtype.element_ty, LARGEST)
-    tl.store(by_neuron + neuron[:, None] * width + c[None, :], tl.trans(value), mask=tl.trans(mask))
+def _hidden(h, up, dtype: tl.constexpr, ACTIVATION: tl.constexpr):
+    """act(h) [* up] of fp32, rounded after each step, as the dense model does."""
+    value = cast(activate(h, ACTIVATION), dtype)
+    if up is not None:
+        value = cast(value.to(tl.float32) * up, dtype)
+    return value
+
+
+@triton.jit
+def _in_sixteens(x):
+    """[n / 16, 16, m] of x [n, m]: a thread has all values along the first dimension, which is cheap to reduce."""
+    return tl.reshape(x, [x.shape[0] // 16, 16, x.shape[1]])

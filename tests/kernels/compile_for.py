@@ -20,8 +20,9 @@ from triton.runtime.jit import JITFunction
 
 import chipmunk_fx.kernels.triton as backend
 from chipmunk_fx.kernels.triton import tuning
-from chipmunk_fx.kernels.triton.mlp import store_weights
+from chipmunk_fx.kernels.triton.fp8 import store_scales
 from chipmunk_fx.kernels.triton.pooling import store_activations
+from chipmunk_fx.kernels.triton.weights import store_weights
 from chipmunk_fx.ops.cases import AttentionCase, MlpCase, arguments
 from chipmunk_fx.ops.packing import line_bytes
 
@@ -134,11 +135,13 @@ def launches(
             backend.pack_bits(lists, bits, case.keys)
             backend.unpack_bits(bits, lists, case.keys)
         elif hopper and dtype != torch.float32:
-            w1, w2, hidden = (values[name] for name in ("w1", "w2", "hidden"))
+            w1, w2, clock = (values[name] for name in ("w1", "w2", "clock"))
             first, second = (torch.empty(w.shape, dtype=torch.float8_e4m3fn) for w in (w1, w2.mT))
-            store_weights(w1, None, w2, first.unsqueeze(0), second, torch.zeros(3))
-            h = torch.zeros(8, len(w1), dtype=dtype)
-            store_activations(h, None, hidden[0], None, activation="gelu", group_rows=128, most=torch.zeros(()))
+            store_weights(w1, None, w2, first.unsqueeze(0), second, torch.zeros(3), torch.zeros(3), clock)
+            store_scales(torch.zeros(1), torch.zeros(1), room=2)
+            h = torch.zeros(256, len(w1), dtype=dtype)
+            kept = [values[name][0] for name in ("hidden", "mean", "lists")]
+            store_activations(h, None, *kept, None, activation="gelu", group_rows=128, most=torch.zeros(1))
     return iter(seen)
 
 

@@ -15,6 +15,7 @@ KERNELS = {
     "_group_means",
     "_store_activations",
     "_store_transposed",
+    "_find_changes",
     "_exchange_listed",
     "_add_listed",
     "_pack",
@@ -23,7 +24,8 @@ KERNELS = {
     "_rotary",
     "_first_product",
 }
-HOPPER = {"sm_90": {"_find_largest", "_store_weight"}}  # before the products of kernels/hopper
+# before the products of kernels/hopper
+HOPPER = {"sm_90": {"_find_largest", "_store_weight", "_store_scales"}}
 USUAL = ["sm_90", "gfx942"]
 ALL = [*USUAL, "sm_80", "sm_86", "sm_89", "sm_100", "sm_120"]
 
