@@ -152,9 +152,14 @@ class FirstProduct:
         return values if self.wu is None else values * F.linear(rows, self.wu, self.bu)
 
     def pooled(self, rows: Tensor) -> Tensor:
-        """What tells how far a neuron has moved, fp32 [G, F]: without an up branch the value before the activation."""
-        rows = rows.to(self.w1.dtype)
-        return (F.linear(rows, self.w1, self.b1) if self.wu is None else self.dense(rows)).float()
+        """What tells how far a neuron has moved, fp32 [G, F]: without an up branch the value before the activation.
+
+        Nothing is rounded to a narrow dtype: from one step to the next means move by little more than that would.
+        """
+        accurate = torch.promote_types(self.w1.dtype, torch.float32)
+        w1, b1, wu, bu = (t if t is None else t.to(accurate) for t in (self.w1, self.b1, self.wu, self.bu))
+        values = F.linear(rows.to(accurate), w1, b1)  # pyright: ignore[reportArgumentType]
+        return (values if wu is None else self.act(values) * F.linear(rows.to(accurate), wu, bu)).float()
 
     def sparse(self, rows: Tensor, chosen: Tensor) -> Tensor:
         """The neurons chosen [g, K] of rows [g, R, C], neuron by neuron: [g, K, R]."""

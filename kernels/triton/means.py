@@ -10,7 +10,6 @@ from chipmunk_fx.kernels.triton import tuning
 from chipmunk_fx.kernels.triton.activations import activate
 from chipmunk_fx.kernels.triton.first import linear
 from chipmunk_fx.kernels.triton.launching import inner_contiguous
-from chipmunk_fx.kernels.triton.numeric import cast
 from chipmunk_fx.ops.activations import activation as activation_named
 
 MOST = 64  # mean rows that one tile holds; the vendor's library multiplies more
@@ -20,7 +19,8 @@ def first_product(
     means: Tensor, w1: Tensor, b1: Tensor | None, wu: Tensor | None, bu: Tensor | None, activation: str,
     kept: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
-    """fp32 [B, G, F] of means [B, G, C], rounded to their dtype: w1 means + b1, or through the activation times the up branch.
+    """fp32 [B, G, F] of means [B, G, C]: w1 means + b1, or through the activation times the up branch. Up to MOST rows nothing is
+    rounded to their dtype.
 
     kept: clock and mean fp32 [B, G, F]; the result is that mean where clock[1] is 0, and the kernel reads no weight.
     """
@@ -57,15 +57,10 @@ def _first_product(
         if keeps:
             tl.store(out + place, tl.load(mean + place, mask=mask), mask=mask)
             return
-    dtype: tl.constexpr = means.dtype.element_ty
     neuron = tl.where(number < neurons, number, 0).to(tl.int64)
     c = tl.arange(0, DEPTH)
     lines = means + tl.where(row < rows, row, 0)[:, None] * width + c[None, :]
     value = linear(lines, w1, b1, w1_f, neuron, c, width, ROWS, NEURONS, DEPTH, EVEN)
-    value = cast(value, dtype).to(tl.float32)
     if wu is not None:
-        up = linear(lines, wu, bu, wu_f, neuron, c, width, ROWS, NEURONS, DEPTH, EVEN)
-        # rounded after each step, as plain PyTorch does
-        value = cast(activate(value, ACTIVATION), dtype).to(tl.float32) * cast(up, dtype).to(tl.float32)
-        value = cast(value, dtype).to(tl.float32)
+        value = activate(value, ACTIVATION) * linear(lines, wu, bu, wu_f, neuron, c, width, ROWS, NEURONS, DEPTH, EVEN)
     tl.store(out + place, value, mask=mask)

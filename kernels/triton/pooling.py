@@ -48,8 +48,8 @@ def store_activations(
 ) -> None:  # fmt: skip
     """h = act(h) [* up] in place, and what a refresh keeps of it, group by group and neuron by neuron, contiguous.
 
-    hidden [G, F, R] = what h becomes; mean fp32 [G, F] = the mean of h over a group's rows, rounded as `first_product` is, with
-    `up` act of that times the mean of up; lists int32 [G, K] = 0, 1, .., K - 1. h, up [N, F], contiguous. order: int32 [N] or
+    hidden [G, F, R] = what h becomes; mean fp32 [G, F] = the mean of h over a group's rows, with `up` act of that times the mean
+    of up; lists int32 [G, K] = 0, 1, .., K - 1. h, up [N, F], contiguous. order: int32 [N] or
     None. most: as of `find_largest`, of what h becomes.
     """
     rows, neurons = h.shape
@@ -92,11 +92,10 @@ def _store_activations(
         tl.store(hidden + kept[:, None] * GROUP + place[None, :], tl.trans(value), mask=tl.trans(mask))
     if most is not None:
         raise_to(most, tl.max(tl.max(largest, 1), 0))
-    pooled = cast(tl.sum(sums, 0) / height, h.dtype.element_ty)
+    pooled = tl.sum(sums, 0) / height
     if up is not None:
-        other = cast(tl.sum(up_sums, 0) / height, h.dtype.element_ty)
-        pooled = _hidden(pooled.to(tl.float32), other.to(tl.float32), h.dtype.element_ty, ACTIVATION)
-    tl.store(mean + kept, pooled.to(tl.float32), mask=neuron < neurons)
+        pooled = activate(pooled, ACTIVATION) * (tl.sum(up_sums, 0) / height)
+    tl.store(mean + kept, pooled, mask=neuron < neurons)
     tl.store(lists + group.to(tl.int64) * columns + neuron, neuron, mask=neuron < columns)
 
 
