@@ -22,7 +22,7 @@ from chipmunk_fx.runtime.observe import Observer, Sight
 from chipmunk_fx.runtime.placement import giving_way
 from chipmunk_fx.runtime.registry import active_scope, others, thread_key
 from chipmunk_fx.schedule.phase import Phase
-from chipmunk_fx.schedule.policies import History, policy_from
+from chipmunk_fx.schedule.policies import policy_from
 from chipmunk_fx.schedule.timeline import Position, Timeline
 from chipmunk_fx.state.store import Place
 
@@ -107,7 +107,8 @@ class Session(Holdings):
 
     def _is_usual(self, graph: Graph, track: Track, branch: Branch, values: Sequence[Any], known: Known) -> bool:
         """Whether the next call of `branch` has all that it needs and nothing is there to be said of it."""
-        if branch.history == History() or branch.damaged or track.dropped or (graph.rewrites and known.problem):
+        began = (branch.last_refresh, branch.last_computed) != (None, None)
+        if not began or branch.damaged or track.dropped or (graph.rewrites and known.problem):
             return False
         able = track.faults.able(self.faults.able(graph, values), values)
         return self.faults.of(able) is None and self._prepared(able, track, branch, values, known) is not None
