@@ -23,6 +23,9 @@ from chipmunk_fx.state.store import Home
 
 BIRTHS = itertools.count()
 
+Named = tuple[int, int]
+"""A site: the id of its Parameter object, whose caches are new where that is, and its ordinal."""
+
 
 @dataclass(frozen=True)
 class Fallback:
@@ -79,6 +82,8 @@ class Branch:
     apart: int | None = None  # steps between it and the one computed before
     changes: tuple[torch.Tensor, ...] = ()  # of the residual of each stream between the two, fp32 [1] on the device
     known: Known = Known()  # what was known of masks at that refresh
+    filled: frozenset[Named] = frozenset()  # sites that it wrote
+    stack: frozenset[Named] = frozenset()  # sites of the graph that left the residual
     sparse_steps: int = 0  # since the last refresh
     health: Health | None = None
 
@@ -86,10 +91,10 @@ class Branch:
         """Nothing cached is valid; buffers are kept for reuse."""
         self.last_refresh = self.last_computed = self.apart = None
 
-    def computed(self, step: int) -> None:
-        """`step` has left a residual that can serve again."""
+    def computed(self, step: int, stack: frozenset[Named]) -> None:
+        """`step` has left a residual that can serve again, in graphs with these sites."""
         self.apart = None if self.last_computed is None else step - self.last_computed
-        self.last_computed = step
+        self.last_computed, self.stack = step, stack
 
     @property
     def damaged(self) -> bool:
@@ -102,7 +107,7 @@ class Branch:
 
     @property
     def drift(self) -> Drift | None:
-        """Read from the device: where steps are told by the latents, the host has just waited for what wrote it."""
+        """Read from the device, which is waited for."""
         if self.last_computed is None or self.apart is None or not self.changes:
             return None
         return Drift(max(float(change) for change in self.changes), self.apart, self.last_computed)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-import torch
-from torch import fx
-
 from chipmunk_fx.config import Config
+from chipmunk_fx.graph import effects
 from chipmunk_fx.graph.capture import Capture
 from chipmunk_fx.graph.kept_attention import has_long_attention
 from chipmunk_fx.graph.plan import Plan
@@ -49,6 +47,11 @@ class Graph:
         self._stranger: weakref.ref | None = None  # the session met last for the first time
         self._lost = 0  # such sessions in a row whose parameters were gone before they came again
 
+    def named(self, values: Sequence[Any], rewritten: bool) -> frozenset[tuple[int, int]]:
+        """Its sites in this call, or those that are rewritten: Parameter object and ordinal."""
+        sites = self.plan.rewritten if rewritten else self.plan.sites
+        return frozenset((id(values[site.owner]), site.ordinal) for site in sites)
+
     def without(self, reasons: Mapping[int, str]) -> Graph:
         """The same with some sites (index -> reason) dense, in graphs of its own.
 
@@ -85,33 +88,10 @@ class Graph:
 
     @cached_property
     def writes_inputs(self) -> bool:
-        """Whether a call changes one of its inputs, so that it cannot be done over."""
-        return any(_written_input(node) for node in self.capture.module.graph.nodes)
+        """Whether a call changes one of its inputs, so that one that failed half-way cannot be done over."""
+        return effects.writes_inputs(self.capture.module.graph)
 
     @cached_property
     def repeatable(self) -> bool:
-        """Whether a call can be done over: it changes no input, and draws no random numbers."""
-        return not self.writes_inputs and not any(_draws(node) for node in self.capture.module.graph.nodes)
-
-
-def _draws(node: fx.Node) -> bool:
-    """Whether it takes random numbers: not where it would drop values, but none in fact."""
-    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
-        return False
-    arguments = node.target._schema.arguments  # pyright: ignore
-    given = {argument.name: argument.default_value for argument in arguments}
-    given |= {argument.name: value for argument, value in zip(arguments, node.args, strict=False)} | node.kwargs
-    return given.get("dropout_p", given.get("p")) != 0 and given.get("train") is not False
-
-
-def _written_input(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    if node.op != "call_function" or schema is None or not schema.is_mutable:
-        return False
-    written = node.args[0] if node.args else None
-    while isinstance(written, fx.Node) and written.op == "call_function":
-        aliases = getattr(getattr(written.target, "_schema", None), "arguments", ())
-        if not aliases or aliases[0].alias_info is None:
-            return False
-        written = written.args[0]
-    return isinstance(written, fx.Node) and written.op == "placeholder"
+        """Whether a call can be made twice in place of once."""
+        return effects.repeatable(self.capture.module.graph)

@@ -66,7 +66,7 @@ class Session(Holdings):
         early = self._ahead(graph, track, sight, named, values, known)
         position = self._locate(track, sight, named)
         branch = track.branches.setdefault(position.branch, Branch())
-        made = self._confirmed(early, track, branch, position)
+        made, early = self._confirmed(early, track, branch, position), None  # a result that is wrong takes no memory
         if made is None:
             self._look_for_damage(track, branch, position)
             if track.dropped:
@@ -75,7 +75,7 @@ class Session(Holdings):
             made = self._make(graph, track, branch, position, values, known)
         if made.problem is not None:
             return self._rescue(made.graph, track, position, values, made.problem)
-        return self._passed(track, branch, made, known)
+        return self._passed(track, branch, made, values, known)
 
     def _ahead(
         self, graph: Graph, track: Track, sight: Sight, named: int | None, values: Sequence[Any], known: Known
@@ -97,6 +97,9 @@ class Session(Holdings):
         if early is None:
             return None
         if early.position != position:
+            taken = track.branches.get(early.position.branch)
+            if taken is not None and taken.health is not None:
+                taken.health.clear()  # of what lies in caches that are lost
             if not position.begins:
                 track.timeline.surprise()
             return None
@@ -177,11 +180,14 @@ class Session(Holdings):
     ) -> tuple[Phase, list[torch.Tensor], bool]:  # fmt: skip
         """The phase that the caches allow, its tensors, and whether it chooses new lists."""
         state, whole = self._state(graph, track, branch, values, known)
-        if not whole:  # caches are new where a parameter was replaced
+        # caches are new where a parameter was replaced, and old where the last refresh was of a graph without their sites
+        whole = whole and (not graph.rewrites or graph.named(values, rewritten=True) <= branch.filled)
+        if not whole:
             branch.forget()
         # lists are of no use where other keys are padding
         listed = branch.last_refresh is not None and known.same(branch.known)
         fresh = not whole or (phase is Phase.SPARSE and not listed)
+        fresh = fresh or (phase is Phase.SKIP and graph.named(values, rewritten=False) != branch.stack)
         if fresh and phase in (Phase.SPARSE, Phase.SKIP):
             phase = Phase.REFRESH if graph.rewrites else Phase.DENSE
         if track.clock is not None:
@@ -261,8 +267,8 @@ class Session(Holdings):
     def _look_for_damage(self, track: Track, branch: Branch, position: Position) -> None:
         """Caches with nan or inf in them are made anew."""
         if branch.health is not None and branch.health.broken() and branch.last_refresh is not None:
-            self._fall_back(track, position, _BROKEN, Phase.REFRESH)
             branch.forget()
+            self._fall_back(track, position, _BROKEN, Phase.REFRESH)
 
     def _fall_back(self, track: Track, position: Position, reason: str, phase: Phase = Phase.DENSE) -> Phase:
         if self.config.strict:
@@ -272,16 +278,17 @@ class Session(Holdings):
         self.notices.once(_log, f"{doing}: {reason}", key=reason)
         return phase
 
-    def _passed(self, track: Track, branch: Branch, made: Made, known: Known) -> Any:
+    def _passed(self, track: Track, branch: Branch, made: Made, values: Sequence[Any], known: Known) -> Any:
         """The result of a call that is what it was made as."""
         step, phase = made.position.step, made.phase
         branch.last_refresh, branch.last_computed = made.before
         if phase is Phase.REFRESH:
             branch.last_refresh, branch.known = step, known
+            branch.filled = made.graph.named(values, rewritten=True)
         if phase is not Phase.SKIP:
             branch.sparse_steps = branch.sparse_steps + 1 if phase is Phase.SPARSE else 0
             if made.rewritten and made.graph.skips and made.graph.plan.stores(phase):
-                branch.computed(step)
+                branch.computed(step, made.graph.named(values, rewritten=False))
             if branch.health is not None:
                 branch.health.send()
         track.records.append(Record(step, made.position.branch, phase, weakref.ref(made.graph), made.renew))

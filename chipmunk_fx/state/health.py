@@ -28,8 +28,12 @@ class Health:
 
     def broken(self) -> bool:
         """Whether something was found since the last time this was true."""
-        if not self.told:
-            return False
+        found = self.told
+        if found:
+            self.clear()
+        return found
+
+    def clear(self) -> None:
+        """What was found lies in caches that are of no use any more."""
         self.flag.zero_()
         self.seen.zero_()
-        return True

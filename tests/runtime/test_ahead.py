@@ -12,6 +12,7 @@ import chipmunk_fx
 from chipmunk_fx.runtime import assembly, observe
 from chipmunk_fx.runtime.session import Session
 from chipmunk_fx.runtime.variants import Variants
+from chipmunk_fx.schedule.timeline import Timeline
 from chipmunk_fx.state.health import Health
 from tests.runtime.models import Call, TinyDiT, calls, compiled, exactly, identical, noise, run, words
 
@@ -192,6 +193,26 @@ def test_damage_is_found_before_a_call_is_over(late: list[bool], bad: float, mon
     assert identical([got[i] for i in (0, 1, 3, 4)], [want[i] for i in (0, 1, 3, 4)])
     assert chipmunk_fx.summary(ours).phases == phases
     assert [fallback.step for fallback in chipmunk_fx.summary(ours).fallbacks] == [3]
+
+
+def test_damage_of_a_call_that_was_another_is_forgotten(late: list[bool], monkeypatch: pytest.MonkeyPatch):
+    """The first branch's fourth call has no numbers, and is taken for one of the second branch."""
+    monkeypatch.setattr(assembly, "Health", Sent)
+    sequence = calls(TIMES * 2, [words(1), words(2)])
+    sequence = [(x, torch.tensor([900.0 - 100 * (i // 2)]), text) for i, (x, _, text) in enumerate(sequence)]
+    sequence[6] = (torch.full_like(sequence[6][0], torch.nan), *sequence[6][1:])
+    expecting, seen = Timeline.expect, []
+
+    def wrongly(self: Timeline, *told: Any) -> Any:
+        seen.append(expecting(self, *told))
+        return replace(seen[-1], branch=1) if len(seen) == 7 else seen[-1]
+
+    monkeypatch.setattr(Timeline, "expect", wrongly)
+    ours = compiled(TinyDiT(), schedule__refresh_every=20)
+    run(ours, sequence)
+    assert late.count(False) == 1
+    assert [(fallback.step, fallback.branch) for fallback in chipmunk_fx.summary(ours).fallbacks] == [(4, 0)]
+    assert chipmunk_fx.summary(ours).phases[1] == ["refresh", "sparse", "sparse", "refresh", *["sparse"] * 6]
 
 
 def test_a_graph_that_fails_ahead_runs_dense(late: list[bool], monkeypatch: pytest.MonkeyPatch):
