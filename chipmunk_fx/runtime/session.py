@@ -180,10 +180,10 @@ class Session(Holdings):
     ) -> tuple[Phase, list[torch.Tensor], bool]:  # fmt: skip
         """The phase that the caches allow, its tensors, and whether it chooses new lists."""
         state, whole = self._state(graph, track, branch, values, known)
-        # caches are new where a parameter was replaced, and old where the last refresh was of a graph without their sites
-        whole = whole and (not graph.rewrites or graph.named(values, rewritten=True) <= branch.filled)
-        if not whole:
+        if not whole:  # caches are new where a parameter was replaced
             branch.forget()
+        elif graph.rewrites and not graph.named(values, rewritten=True) <= branch.filled:
+            branch.last_refresh = None  # it was of a graph without some of the sites
         # lists are of no use where other keys are padding
         listed = branch.last_refresh is not None and known.same(branch.known)
         fresh = not whole or (phase is Phase.SPARSE and not listed)
