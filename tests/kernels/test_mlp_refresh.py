@@ -162,12 +162,14 @@ def test_means_need_no_product(dtype: torch.dtype, form: dict[str, Any], monkeyp
     """The mean of what the rows of a group give, short ones too, not rounded again; the first neurons are listed."""
     monkeypatch.setattr(mlp, "first_product", None)
     values = replace(CASE, **form).values(dtype, DEVICE)
-    values["x"] = values["x"] + 2 * torch.randn_like(values["x"][..., :1, :])  # what rows have in common, as tokens do
+    common = 2 * torch.randn(CASE.width, generator=torch.Generator().manual_seed(0))  # to all rows, as tokens have it
+    values["x"] = values["x"] + common.to(DEVICE, dtype)
     refresh(values, first=True)
     exact = oracle.group_means(oracle.wide(values))
     assert largest_error(values["mean"], exact) <= tolerance(oracle.group_means(values), exact)
     if dtype != torch.float32:
-        assert largest_error(values["mean"], exact) < largest_error(exact.to(dtype), exact)
+        errors = [(mean - exact).abs().mean() for mean in (values["mean"], exact.to(dtype))]
+        assert errors[0] < 0.8 * errors[1]
     listed = torch.arange(CASE.columns, dtype=torch.int32, device=DEVICE)
     assert torch.equal(values["lists"], listed.expand_as(values["lists"]))
 
