@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 from torch import fx
+
+from chipmunk_fx.graph.calls import arguments
+from chipmunk_fx.graph.walk import storage, written
 
 PURE = ("aten", "prims")  # namespaces whose operators say of themselves what they write and draw
 SILENT = ("batch_norm", "instance_norm")  # but for these, which keep running means without saying so
@@ -16,7 +15,8 @@ _MODULES = ("_operator", "math", "torch", "torch.amp.autocast_mode", "torch._C")
 
 def writes_inputs(graph: fx.Graph) -> bool:
     """Whether a call changes one of its inputs, or a constant of the graph."""
-    return any(_root(value).op in ("placeholder", "get_attr") for node in graph.nodes for value in _written(node))
+    kept = {storage(node) for node in graph.nodes if node.op in ("placeholder", "get_attr")}
+    return any(storage(value) in kept for node in graph.nodes for value in (*written(node), *_running(node)))
 
 
 def repeatable(graph: fx.Graph) -> bool:
@@ -38,47 +38,15 @@ def _draws(node: fx.Node) -> bool:
     """Whether it takes random numbers: not where it would drop values, but none in fact."""
     if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
         return False
-    given = {argument.name: value for argument, value in _arguments(node)}
+    given = arguments(node)
     return given.get("dropout_p", given.get("p")) != 0 and given.get("train") is not False
 
 
-def _arguments(node: fx.Node) -> Iterator[tuple[Any, Any]]:
-    """Each argument of the operator's schema, and what the node gives for it."""
-    schema = getattr(node.target, "_schema", None)
-    for place, argument in enumerate(schema.arguments if schema else ()):
-        given = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name, argument.default_value)
-        yield argument, given
-
-
-def _written(node: fx.Node) -> Iterator[fx.Node]:
-    """The values that a node changes in place."""
-    given = {argument.name: value for argument, value in _arguments(node)}
-    for argument, value in _arguments(node):
-        running = argument.name in ("running_mean", "running_var") and _is_training(node, given)
-        if running or (argument.alias_info is not None and argument.alias_info.is_write):
-            yield from _nodes(value)
-
-
-def _is_training(node: fx.Node, given: dict[str, Any]) -> bool:
-    named = any(name in str(node.target) for name in SILENT)
-    return named and given.get("training", given.get("use_input_stats", True)) is not False
-
-
-def _nodes(value: Any) -> list[fx.Node]:
-    """Those in an argument, which may be a list."""
-    values = value if isinstance(value, (list, tuple)) else [value]
-    return [one for one in values if isinstance(one, fx.Node)]
-
-
-def _root(node: fx.Node) -> fx.Node:
-    """What the value shares its memory with, of those that it is a view of."""
-    while node.op == "call_function":
-        viewed = node.args[:1] if node.target is operator.getitem else _viewed(node)
-        if not viewed:
-            return node
-        node = viewed[0]
-    return node
-
-
-def _viewed(node: fx.Node) -> list[fx.Node]:
-    return [one for argument, value in _arguments(node) if argument.alias_info is not None for one in _nodes(value)]
+def _running(node: fx.Node) -> list[fx.Node]:
+    """The running means that a norm renews."""
+    if node.op != "call_function" or not any(name in str(node.target) for name in SILENT):
+        return []
+    given = arguments(node)
+    renews = given.get("training", given.get("use_input_stats")) is not False
+    means = (given.get("running_mean"), given.get("running_var")) if renews else ()
+    return [mean for mean in means if isinstance(mean, fx.Node)]

@@ -12,7 +12,7 @@ import torch
 
 from chipmunk_fx.graph.geometry import Grid
 from chipmunk_fx.runtime.faults import Faults
-from chipmunk_fx.runtime.graphs import Graph
+from chipmunk_fx.runtime.graphs import Graph, Named
 from chipmunk_fx.runtime.known import Known
 from chipmunk_fx.runtime.tables import Tables
 from chipmunk_fx.schedule.phase import Phase
@@ -22,9 +22,6 @@ from chipmunk_fx.state.health import Health
 from chipmunk_fx.state.store import Home
 
 BIRTHS = itertools.count()
-
-Named = tuple[int, int]
-"""A site: the id of its Parameter object, whose caches are new where that is, and its ordinal."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,9 @@ from chipmunk_fx.graph.state import state_inputs
 from chipmunk_fx.runtime.variants import Variants
 from chipmunk_fx.schedule.phase import Phase
 
+Named = tuple[int, int]
+"""A site: the id of its Parameter object, whose caches are new where that is, and its ordinal."""
+
 _PASSED = 3  # sessions in a row that were lost after one call, before caches are no longer tried
 
 
@@ -47,8 +50,8 @@ class Graph:
         self._stranger: weakref.ref | None = None  # the session met last for the first time
         self._lost = 0  # such sessions in a row whose parameters were gone before they came again
 
-    def named(self, values: Sequence[Any], rewritten: bool) -> frozenset[tuple[int, int]]:
-        """Its sites in this call, or those that are rewritten: Parameter object and ordinal."""
+    def named(self, values: Sequence[Any], rewritten: bool) -> frozenset[Named]:
+        """Its sites in this call, or those that are rewritten."""
         sites = self.plan.rewritten if rewritten else self.plan.sites
         return frozenset((id(values[site.owner]), site.ordinal) for site in sites)
 

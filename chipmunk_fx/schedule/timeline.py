@@ -88,10 +88,8 @@ class Timeline:
         run, bound = self._run, self._steps or self._longest
         if run is None or run.opening or run.surprised or run.timestep is None:
             return None
-        if branch is not None:
-            told = replace(told, text=("branch", branch))
         if told.timestep is None:
-            moves = run.is_over(told.text, self._branches if branch is None else None)
+            moves = run.is_over(told.text, self._branches) if branch is None else run.is_over(("branch", branch), None)
             told = replace(told, timestep=(_mean(run.timestep) + self._direction,) if moves else run.timestep)
         ahead = copy.copy(self)
         ahead._run = run.copy()

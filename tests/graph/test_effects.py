@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from chipmunk_fx.graph.effects import repeatable, writes_inputs
-from tests.graph.capturing import traced
+from tests.graph.capturing import captured
 
 
 @torch.library.custom_op("effects::count", mutates_args={"kept"})
@@ -37,6 +37,7 @@ def in_a_list(x: Tensor, kept: Tensor) -> Tensor:
     return x + kept.sum()
 
 
+CONSTANT = torch.zeros(4)
 WRITING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "in place": lambda x, kept: x + kept.add_(1).sum(),
     "a view of a view": lambda x, kept: x + kept.view(2, 2)[0].t().mul_(2).sum(),
@@ -44,6 +45,7 @@ WRITING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "a chunk": chunked,
     "in a list": in_a_list,
     "as out": lambda x, kept: x + torch.add(x[0], 1.0, out=kept).sum(),
+    "a constant": lambda x, kept: x + CONSTANT.view(2, 2)[1].add_(1).sum(),
     "second argument": lambda x, kept: count(x * 1.0, kept),
     "running means": lambda x, kept: F.batch_norm(x, kept, kept.clone(), training=True),
 }
@@ -63,8 +65,20 @@ HARMLESS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+class Calling(nn.Module):
+    """A function of a picture and of something the model keeps."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+        self.register_buffer("kept", torch.rand(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.kept)
+
+
 def graph_of(function: Callable[[Tensor, Tensor], Tensor]) -> Any:
-    return traced(function, torch.randn(4, 4), torch.rand(4)).graph
+    return captured(Calling(function), torch.randn(4, 4)).capture.module.graph
 
 
 @pytest.mark.parametrize("name", WRITING)
