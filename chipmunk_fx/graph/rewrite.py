@@ -17,7 +17,15 @@ from chipmunk_fx.graph.kept_attention import keep_kernels
 from chipmunk_fx.graph.pattern import AttentionOperands, Kept, MlpOperands, Part
 from chipmunk_fx.graph.plan import Plan, Site
 from chipmunk_fx.graph.region import Region
-from chipmunk_fx.graph.state import MLP_SLOTS, MLP_WEIGHTS, OF_REFRESHES, WATCHED, StateInput, slot_names, state_inputs
+from chipmunk_fx.graph.state import (
+    MLP_SLOTS,
+    OF_MLP_REFRESHES,
+    OF_REFRESHES,
+    WATCHED,
+    StateInput,
+    slot_names,
+    state_inputs,
+)
 from chipmunk_fx.graph.walk import is_used, rank
 from chipmunk_fx.schedule.phase import Phase
 
@@ -322,7 +330,7 @@ class _Writer:
             may_keep &= site.kind == "attention"
             earlier = ("lists",) * may_keep + tuple(name for name in names if name in OF_REFRESHES)
             return earlier if reads else names
-        written = () if site.kind == "attention" else tuple(name for name in names if name not in MLP_WEIGHTS)
+        written = () if site.kind == "attention" else tuple(name for name in names if name not in OF_MLP_REFRESHES)
         return tuple(name for name in names if name not in OF_REFRESHES) if reads else written
 
 

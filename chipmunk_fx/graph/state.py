@@ -11,8 +11,9 @@ from chipmunk_fx.schedule.phase import Phase
 
 ATTENTION_SLOTS = ("rest", "share", "lists", "lse")
 OF_REFRESHES = ("lse",)  # which sparse steps do not read
-MLP_WEIGHTS = ("by_neuron", "w1_fp8", "scales")  # written by a refresh alone
-MLP_SLOTS = ("hidden", "out", "mean", "lists", *MLP_WEIGHTS)
+FP8_SLOTS = ("w1_fp8", "scales", "change_scale")
+OF_MLP_REFRESHES = ("by_neuron", *FP8_SLOTS)  # which no other step writes
+MLP_SLOTS = ("hidden", "out", "mean", "lists", *OF_MLP_REFRESHES)
 # What tells that a site's caches are broken, and how much of each row: a hidden value that is not finite is in all of `out`.
 WATCHED = {"attention": ("rest", 1 << 30), "mlp": ("out", 64)}
 
@@ -59,7 +60,7 @@ def slot_names(site: Site) -> tuple[str, ...]:
         return (
             ATTENTION_SLOTS if site.keeps_lse else tuple(name for name in ATTENTION_SLOTS if name not in OF_REFRESHES)
         )
-    return MLP_SLOTS if site.fp8 else tuple(name for name in MLP_SLOTS if name not in ("w1_fp8", "scales"))
+    return MLP_SLOTS if site.fp8 else tuple(name for name in MLP_SLOTS if name not in FP8_SLOTS)
 
 
 def _passage(plan: Plan) -> Iterator[StateInput]:

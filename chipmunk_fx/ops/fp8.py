@@ -23,9 +23,9 @@ def rounded(values: Tensor, scale: Tensor) -> Tensor:
 
 
 def store_weights(w1: Tensor, wu: Tensor | None, w2: Tensor, w1_fp8: Tensor, by_neuron: Tensor, scales: Tensor) -> None:
-    """Round the weights w1, wu [F, C] and w2 [C2, F] into w1_fp8 [P, F, C] and by_neuron [F, C2]; scales [P + 2] of each."""
+    """Round the weights w1, wu [F, C] and w2 [C2, F] into w1_fp8 [P, F, C] and by_neuron [F, C2]; scales [P + 1] of each."""
     parts = (w1,) if wu is None else (w1, wu)
-    for weight, kept, scale in zip((*parts, w2.mT), (*w1_fp8, by_neuron), scales, strict=False):
+    for weight, kept, scale in zip((*parts, w2.mT), (*w1_fp8, by_neuron), scales, strict=True):
         scale.copy_(scale_for(weight.abs().amax()))
         kept.copy_(rounded(weight, scale))
 
@@ -35,14 +35,14 @@ def scale_of_changes(largest: Tensor) -> Tensor:
     return scale_for(2 * largest)
 
 
-def added(change: Tensor, by_neuron: Tensor, scales: Tensor, chosen: Tensor) -> Tensor:
+def added(change: Tensor, by_neuron: Tensor, scale: Tensor, change_scale: Tensor, chosen: Tensor) -> Tensor:
     """What the changes [g, K, R] of the neurons chosen [g, K] add to the result, in their dtype: [g, R, C2].
 
-    by_neuron [F, C2] in e4m3; the last two scales are its own and that of changes.
+    by_neuron [F, C2] in e4m3 with its scale; change_scale [1]: of changes.
     """
     change = change + (change - change)  # inf, which rounding would take for the largest number, is nan
-    values = torch.bmm(rounded(change, scales[-1]).float().mT, _gathered(by_neuron, chosen))
-    return values.mul_(scales[-2] * scales[-1]).to(change.dtype)
+    values = torch.bmm(rounded(change, change_scale).float().mT, _gathered(by_neuron, chosen))
+    return values.mul_(scale * change_scale).to(change.dtype)
 
 
 def product(weight: Tensor, scale: Tensor, bias: Tensor | None, rows: Tensor, chosen: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ NAMESPACE = "chipmunk"
 _MLP = (
     "Tensor x, Tensor w1, Tensor? b1, Tensor? wu, Tensor? bu, Tensor w2, Tensor? b2, Tensor? order, Tensor clock, "
     "Tensor(a!) hidden, Tensor(b!) out, Tensor(c!) mean, Tensor(d!) lists, Tensor(e!) by_neuron, "
-    "Tensor(f!)? w1_fp8, Tensor(g!)? scales, *, str activation, int group_rows"
+    "Tensor(f!)? w1_fp8, Tensor(g!)? scales, Tensor(h!)? change_scale, *, str activation, int group_rows"
 )
 SCHEMAS = MappingProxyType(
     {

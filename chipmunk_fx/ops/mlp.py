@@ -34,6 +34,7 @@ def mlp_refresh(
     by_neuron: Tensor,
     w1_fp8: Tensor | None,
     scales: Tensor | None,
+    change_scale: Tensor | None,
     *,
     activation: str,
     group_rows: int,
@@ -42,7 +43,7 @@ def mlp_refresh(
 
     hidden = the activations, neuron by neuron within a group; out = the result; mean = first product of each group's
     mean row; lists = the first K neurons (a sparse step that does not renew them stays defined); by_neuron = w2^T.
-    Where w1_fp8 and scales are given, `mlp_sparse` makes its products in fp8: w1_fp8 = w1 and wu, by_neuron = w2^T in it.
+    Where the last three are given, `mlp_sparse` makes its products in fp8: w1_fp8 = w1 and wu, by_neuron = w2^T in it.
     Weights are written whatever clock[1] is; backends may keep those that are as before where it is 0.
 
     Arguments as in kernels/README.md. Returns out in x's dtype, [..., C2]; writes all from hidden on.
@@ -65,8 +66,8 @@ def mlp_refresh(
                 largest = torch.maximum(largest, values.abs().amax())
             hidden[b, span.groups, :, : span.height] = values.mT
             put(out[b], positions, span, F.linear(values, w2, b2))
-    if scales is not None and largest is not None:
-        scales[-1] = fp8.scale_of_changes(largest)
+    if change_scale is not None and largest is not None:
+        change_scale.copy_(fp8.scale_of_changes(largest))
     return _result(x, out)
 
 
@@ -87,6 +88,7 @@ def mlp_sparse(
     by_neuron: Tensor,
     w1_fp8: Tensor | None,
     scales: Tensor | None,
+    change_scale: Tensor | None,
     *,
     activation: str,
     group_rows: int,
@@ -101,13 +103,13 @@ def mlp_sparse(
         lists = the neurons of the largest |mean' - mean|, then random ones; mean of these takes its new value
     hidden' = act(...) of the listed neurons
     out   += (hidden' - hidden) by_neuron[list];  hidden of the listed neurons takes its new values
-    With all neurons listed that is a refresh. Where w1_fp8 and scales are given, both products are made in fp8.
+    With all neurons listed that is a refresh. Where the last three are given, both products are made in fp8.
 
     Arguments as in kernels/README.md. Returns out in x's dtype, [..., C2]; writes hidden, out, mean and lists.
     """
     if lists.shape[-1] == w1.shape[0]:
         # nothing to leave out, and adding to `out` step by step would only gather rounding errors
-        kept = (clock, hidden, out, mean, lists, by_neuron, w1_fp8, scales)
+        kept = (clock, hidden, out, mean, lists, by_neuron, w1_fp8, scales, change_scale)
         return mlp_refresh(x, w1, b1, wu, bu, w2, b2, order, *kept, activation=activation, group_rows=group_rows)
     first = FirstProduct(w1, b1, wu, bu, activation_named(activation), w1_fp8, scales)
     positions = None if order is None else order.long()
@@ -123,11 +125,11 @@ def mlp_sparse(
         for span in spans(rows.shape[0], group_rows, at_once):
             some = chosen[span.groups]
             change = exchange(hidden[b], span, some, first.sparse(take(rows, None, span), some))
-            if scales is None:
+            if scales is None or change_scale is None:
                 weights = by_neuron.index_select(0, some.reshape(-1)).view(*some.shape, -1)
                 _add(out[b], positions, span, torch.bmm(change.mT, weights))
             else:
-                _add(out[b], positions, span, fp8.added(change, by_neuron, scales, some))
+                _add(out[b], positions, span, fp8.added(change, by_neuron, scales[-1], change_scale, some))
     return _result(x, out)
 
 

@@ -94,7 +94,8 @@ def mlp_slots(
     return (
         *slots,
         Slot("w1_fp8", (weights, neurons, inner), FP8, shared=True),
-        Slot("scales", (weights + 2,), torch.float32),  # that of changes is a branch's own
+        Slot("scales", (weights + 1,), torch.float32, shared=True),
+        Slot("change_scale", (1,), torch.float32),
     )
 
 

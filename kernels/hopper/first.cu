@@ -23,7 +23,7 @@ struct Problem {
     char *hidden, *change;          // [batch x groups, neurons, group_rows]; packed for the second product. 2 bytes a value
     const float *means;             // [batch x groups, neurons]
     float *mean;
-    const float *row_scales, *scales;  // [batch, rows] in the order of groups, [1 or 2] and two more: of the changes the last
+    const float *row_scales, *scales, *change_scale;  // [batch, rows] in the order of groups; [1 or 2] of w1 and wu; [1]
     int rows, steps, neurons, groups, listed, parts, batches, tiles;
 };
 
@@ -222,7 +222,7 @@ struct Exchange {
 
     __device__ __forceinline__ void run() {
         float2 delta[4] = {};
-        if (id >= 0) renew(delta, FP8 ? 1 / p.scales[GATED + 2] : 1.0f);
+        if (id >= 0) renew(delta, FP8 ? 1 / *p.change_scale : 1.0f);
         if (FP8) leave_turned(delta);
         else leave(delta);
         time++;

@@ -25,10 +25,8 @@ class First(ctypes.Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("x", "w1", "wu")),
         *((name, c_longlong) for name in ("w1_row", "wu_row")),
-        *(
-            (name, c_void_p)
-            for name in ("b1", "bu", "lists", "hidden", "change", "means", "mean", "row_scales", "scales")
-        ),
+        *((name, c_void_p) for name in ("b1", "bu", "lists", "hidden", "change", "means", "mean")),
+        *((name, c_void_p) for name in ("row_scales", "scales", "change_scale")),
         *((name, c_int) for name in ("rows", "steps", "neurons", "groups", "listed", "parts", "batches", "tiles")),
     ]
 
@@ -46,13 +44,13 @@ class Second(ctypes.Structure):
 class SecondInFp8(ctypes.Structure):
     """The same; second_fp8.cu says what its fields mean."""
 
-    _fields_ = [*_POINTERS, ("scales", c_void_p), *_SIZES]
+    _fields_ = [*_POINTERS, ("scale", c_void_p), ("change_scale", c_void_p), *_SIZES]
 
 
 def products(
     rows: Rows, w1: Tensor, b1: Tensor | None, wu: Tensor | None, bu: Tensor | None, w1_fp8: Tensor | None,
-    scales: Tensor | None, order: Tensor | None, hidden: Tensor, lists: Tensor, mean: Tensor, means: Tensor,
-    by_neuron: Tensor, out: Tensor, result: Tensor, *, activation: str, group_rows: int,
+    scales: Tensor | None, change_scale: Tensor | None, order: Tensor | None, hidden: Tensor, lists: Tensor, mean: Tensor,
+    means: Tensor, by_neuron: Tensor, out: Tensor, result: Tensor, *, activation: str, group_rows: int,
 ) -> None:  # fmt: skip
     """As `chipmunk_fx.kernels.triton.mlp.products`, for what the backend takes; rows: as `pool` has them."""
     if w1_fp8 is None:
@@ -60,13 +58,15 @@ def products(
     else:
         weights = (w1_fp8[0], None if wu is None else w1_fp8[1])
     sizes = (out.shape[1], w1.shape[1])
-    change = _first(rows, *weights, b1, bu, scales, hidden, lists, mean, means, *sizes, activation, group_rows)
-    _second(change, by_neuron, scales, order, lists, out, result, group_rows)
+    in_fp8 = (scales, change_scale)
+    change = _first(rows, *weights, b1, bu, *in_fp8, hidden, lists, mean, means, *sizes, activation, group_rows)
+    _second(change, by_neuron, *in_fp8, order, lists, out, result, group_rows)
 
 
 def _first(
-    rows: Rows, w1: Tensor, wu: Tensor | None, b1: Tensor | None, bu: Tensor | None, scales: Tensor | None, hidden: Tensor,
-    lists: Tensor, mean: Tensor, means: Tensor, count: int, width: int, activation: str, group_rows: int,
+    rows: Rows, w1: Tensor, wu: Tensor | None, b1: Tensor | None, bu: Tensor | None, scales: Tensor | None,
+    change_scale: Tensor | None, hidden: Tensor, lists: Tensor, mean: Tensor, means: Tensor, count: int, width: int,
+    activation: str, group_rows: int,
 ) -> Tensor:  # fmt: skip
     """Writes hidden and mean; returns the changes as second.cu wants them. count: of rows; width: of one."""
     batch, groups, listed = lists.shape
@@ -81,15 +81,16 @@ def _first(
     problem = First(
         rows.values.data_ptr(), w1.data_ptr(), _pointer(wu), _pitch(w1), _pitch(wu), _pointer(b1), _pointer(bu),
         lists.data_ptr(), hidden.data_ptr(), change.data_ptr(), means.data_ptr(), mean.data_ptr(), _pointer(rows.scales),
-        _pointer(scales), count, rows.values.shape[2], w1.shape[0], groups, listed, change.shape[1], batch * groups, tiles,
+        _pointer(scales), _pointer(change_scale), count, rows.values.shape[2], w1.shape[0], groups, listed,
+        change.shape[1], batch * groups, tiles,
     )  # fmt: skip
     _launch("exchange_listed", settings, "first.cu", tiles, problem, hidden.device)
     return change
 
 
 def _second(
-    change: Tensor, by_neuron: Tensor, scales: Tensor | None, order: Tensor | None, lists: Tensor, out: Tensor, result: Tensor,
-    group_rows: int,
+    change: Tensor, by_neuron: Tensor, scales: Tensor | None, change_scale: Tensor | None, order: Tensor | None, lists: Tensor,
+    out: Tensor, result: Tensor, group_rows: int,
 ) -> None:  # fmt: skip
     """Adds to out, and writes result."""
     batch, groups, listed = lists.shape
@@ -103,7 +104,8 @@ def _second(
         change.data_ptr(), by_neuron.data_ptr(), _pointer(order), lists.data_ptr(), out.data_ptr(), result.data_ptr()
     )  # fmt: skip
     sizes = rows, width, groups, listed, group_rows // settings.rows, batch * groups, tiles
-    problem = SecondInFp8(*pointers, scales[-2:].data_ptr(), *sizes) if fp8 else Second(*pointers, *sizes)
+    scaled = () if scales is None else (scales[-1:].data_ptr(), _pointer(change_scale))
+    problem = (SecondInFp8 if scaled else Second)(*pointers, *scaled, *sizes)
     _launch("add_listed", settings, "second_fp8.cu" if fp8 else "second.cu", tiles, problem, out.device)
 
 

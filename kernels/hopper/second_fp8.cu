@@ -14,7 +14,7 @@ struct Problem {
     const int *order, *lists;      // [rows] or null, [batch x groups, listed]
     float *out;                    // [batch, rows, width]
     char *result;                  // the same, 2 bytes a value
-    const float *scales;           // of the weights and of the changes
+    const float *scale, *change_scale;
     int rows, width, groups, listed, parts, batches, tiles;
 };
 
@@ -69,7 +69,7 @@ struct Part : Addition<Problem, ROWS, 64> {
     __device__ __forceinline__ void begin(const float (&d)[ROWS / 2], const Place &tile, int number) {
         meet(number);  // nothing is left to do with what lies there
         const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32, pair = lane / 4;
-        const float scale = p.scales[0] * p.scales[1];
+        const float scale = *p.scale * *p.change_scale;
 #pragma unroll
         for (int i = 0; i < ROWS / 8; i++)
 #pragma unroll

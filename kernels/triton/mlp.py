@@ -22,12 +22,13 @@ from chipmunk_fx.ops.selection import random_count
 def refresh(
     *, x: Tensor, w1: Tensor, b1: Tensor | None, wu: Tensor | None, bu: Tensor | None, w2: Tensor, b2: Tensor | None,
     order: Tensor | None, clock: Tensor, hidden: Tensor, out: Tensor, mean: Tensor, lists: Tensor,
-    by_neuron: Tensor, w1_fp8: Tensor | None, scales: Tensor | None, activation: str, group_rows: int,
+    by_neuron: Tensor, w1_fp8: Tensor | None, scales: Tensor | None, change_scale: Tensor | None, activation: str,
+    group_rows: int,
 ) -> Tensor:  # fmt: skip
     """As `chipmunk_fx.ops.mlp.mlp_refresh`: dense products by the vendor's library, on rows in their own order."""
     with on_device_of(x):
         rows = inner_contiguous(_batches(x))
-        most = None if scales is None else torch.zeros_like(scales)
+        most = None if scales is None else scales.new_zeros(len(scales) + 1)  # of weights and of hidden values
         store_weights(w1, wu, w2, w1_fp8, by_neuron, scales, most, clock)
         largest = None if most is None else most[-1:]
         results = []
@@ -36,8 +37,8 @@ def refresh(
             up = None if wu is None else F.linear(entry, wu, bu)
             store_activations(h, up, *kept, order, activation=activation, group_rows=group_rows, most=largest)
             results.append(F.linear(h, w2, b2))
-        if scales is not None and largest is not None:
-            store_scales(largest, scales[-1:], room=2)  # as `scale_of_changes`
+        if change_scale is not None and largest is not None:
+            store_scales(largest, change_scale, room=2)  # as `scale_of_changes`
         result = results[0].unsqueeze(0) if len(results) == 1 else torch.stack(results)
         out.copy_(result)
         return result.view(*x.shape[:-1], out.shape[-1])
@@ -46,8 +47,8 @@ def refresh(
 def sparse(
     *, x: Tensor, w1: Tensor, b1: Tensor | None, wu: Tensor | None, bu: Tensor | None, w2: Tensor, b2: Tensor | None,
     order: Tensor | None, clock: Tensor, hidden: Tensor, out: Tensor, mean: Tensor, lists: Tensor,
-    by_neuron: Tensor, w1_fp8: Tensor | None, scales: Tensor | None, activation: str, group_rows: int,
-    random_density: float, seed: int, site: int,
+    by_neuron: Tensor, w1_fp8: Tensor | None, scales: Tensor | None, change_scale: Tensor | None, activation: str,
+    group_rows: int, random_density: float, seed: int, site: int,
     steps: tuple[Callable[..., tuple[Tensor, Any]], Callable[..., None], Callable[..., None]] | None = None,
 ) -> Tensor:  # fmt: skip
     """As `chipmunk_fx.ops.mlp.mlp_sparse`. steps: called in place of `pool`, `choose` and `products`."""
@@ -56,7 +57,8 @@ def sparse(
     if columns == neurons:
         return refresh(
             x=x, w1=w1, b1=b1, wu=wu, bu=bu, w2=w2, b2=b2, order=order, clock=clock, hidden=hidden, out=out, mean=mean,
-            lists=lists, by_neuron=by_neuron, w1_fp8=w1_fp8, scales=scales, activation=activation, group_rows=group_rows,
+            lists=lists, by_neuron=by_neuron, w1_fp8=w1_fp8, scales=scales, change_scale=change_scale, activation=activation,
+            group_rows=group_rows,
         )  # fmt: skip
     with on_device_of(x):
         rows = inner_contiguous(_batches(x))
@@ -70,8 +72,8 @@ def sparse(
         )  # fmt: skip
         result = torch.empty(*x.shape[:-1], out.shape[-1], dtype=x.dtype, device=x.device)
         multiplying(
-            prepared, w1, b1, wu, bu, w1_fp8, scales, order, hidden, lists, mean, means, by_neuron, out, result,
-            activation=activation, group_rows=group_rows,
+            prepared, w1, b1, wu, bu, w1_fp8, scales, change_scale, order, hidden, lists, mean, means, by_neuron, out,
+            result, activation=activation, group_rows=group_rows,
         )  # fmt: skip
         return result
 
@@ -86,13 +88,13 @@ choose = partial(select, renewed=True)
 
 def products(
     rows: Tensor, w1: Tensor, b1: Tensor | None, wu: Tensor | None, bu: Tensor | None, w1_fp8: Tensor | None,
-    scales: Tensor | None, order: Tensor | None, hidden: Tensor, lists: Tensor, mean: Tensor, means: Tensor,
-    by_neuron: Tensor, out: Tensor, result: Tensor, *, activation: str, group_rows: int,
+    scales: Tensor | None, change_scale: Tensor | None, order: Tensor | None, hidden: Tensor, lists: Tensor, mean: Tensor,
+    means: Tensor, by_neuron: Tensor, out: Tensor, result: Tensor, *, activation: str, group_rows: int,
 ) -> None:  # fmt: skip
     """Of the listed neurons: hidden and mean take their new values, out what these change; result = out in x's dtype.
 
     rows [B, N, C], w1, wu [F, C], b1, bu [F], each with neighbouring values of a row; hidden [B, G, F, R], lists [B, G, K],
-    mean and means [B, G, F], by_neuron [F, C2], out and result [B, N, C2]. w1_fp8, scales: not here.
+    mean and means [B, G, F], by_neuron [F, C2], out and result [B, N, C2]. w1_fp8 and both scales: not here.
     """
     change = hidden.new_empty(*lists.shape, group_rows)
     exchange_listed(

@@ -119,11 +119,11 @@ def added(values: dict[str, Any], change: Tensor, chosen: Tensor) -> Tensor:
 
 
 def added_in_fp8(values: dict[str, Any], change: Tensor, chosen: Tensor) -> Tensor:
-    """The same from `by_neuron` and changes in e4m3 under the last two scales, summed up in fp32 at least."""
+    """The same from `by_neuron` and changes in e4m3, summed up in fp32 at least."""
     accurate = torch.promote_types(change.dtype, torch.float32)
-    weight, scale = values["by_neuron"].to(accurate)[chosen], values["scales"][-1]
+    weight, scale = values["by_neuron"].to(accurate)[chosen], values["change_scale"]
     eight = (change.float() / scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn)
-    return (eight.to(accurate) @ weight * (values["scales"][-2] * scale)).to(change.dtype)
+    return (eight.to(accurate) @ weight * (values["scales"][-1] * scale)).to(change.dtype)
 
 
 def in_fp8(x: Tensor) -> tuple[Tensor, Tensor]:

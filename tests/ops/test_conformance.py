@@ -212,13 +212,13 @@ def test_mlp_refresh(implementation: str, dtype: torch.dtype, case: MlpCase):
 def assert_weights_in_fp8(values: dict[str, Any]) -> None:
     """Weights over 448th parts of the largest, rounded to the nearest of e4m3: half of 2^-3 of them, or of 2^-9."""
     names = ("w1", "w2") if values["wu"] is None else ("w1", "wu", "w2")
-    for name, kept, scale in zip(names, (*values["w1_fp8"], values["by_neuron"].mT), values["scales"], strict=False):
+    for name, kept, scale in zip(names, (*values["w1_fp8"], values["by_neuron"].mT), values["scales"], strict=True):
         weight, scale = values[name].double(), scale.double()
         assert scale.item() == pytest.approx(weight.abs().max().item() / 448, rel=1e-6)
         error = (kept.double() * scale - weight).abs()
         assert (error <= (weight.abs() / 16).clamp(min=scale / 1024) * (1 + 1e-5)).all()
     largest = values["hidden"].nan_to_num(0).abs().max().item()  # what no row belongs to is poisoned
-    assert values["scales"][-1].item() == pytest.approx(2 * largest / 448, rel=1e-6)
+    assert values["change_scale"].item() == pytest.approx(2 * largest / 448, rel=1e-6)
 
 
 def assert_hidden(values: dict[str, Any], exact: dict[str, Any]) -> None:

@@ -57,7 +57,7 @@ def test_by_hand(dtype: torch.dtype, form: dict[str, Any]):
     for weight in (before["w2"].mT, before["w1"], before["wu"])[: 3 if case.gated else 2]:
         scales.append((weight.float().abs().max() * (1 / 448)).double())
         weights.append(nearest(weight.float() / scales[-1].float()))
-    of_changes = before["scales"][-1]
+    of_changes = before["change_scale"]
     x = oracle.batches(before["x"])
     out, wide = before["out"].double(), oracle.wide(before)
     for b, g in ((b, g) for b in range(case.batch) for g in range(values["lists"].shape[1])):
@@ -99,6 +99,21 @@ def test_a_sparse_step_reads_what_a_refresh_kept():
     assert torch.equal(values["w1_fp8"].view(torch.uint8), kept[0]) and torch.equal(values["scales"], kept[1])
     assert torch.equal(values["lists"], without["lists"]) and torch.equal(values["mean"], without["mean"])
     assert not torch.equal(values["out"], without["out"])
+
+
+def test_a_branch_reads_weights_that_another_ones_refresh_has_stored():
+    """Weights and their scales are shared; weights became a quarter before the other branch had a refresh."""
+    values = CASE.values(torch.float32)
+    run(mlp_refresh, values)
+    for name in ("w1", "w2"):
+        values[name] = values[name] / 4
+    own = {name: torch.full_like(values[name], torch.nan) for name in ("hidden", "out", "mean", "change_scale")}
+    run(mlp_refresh, values | own | {"lists": values["lists"].clone()})
+    without = {name: value.clone() if isinstance(value, Tensor) else value for name, value in values.items()}
+    without |= {"by_neuron": values["w2"].mT.contiguous(), "w1_fp8": None, "scales": None, "change_scale": None}
+    with_fp8 = run(mlp_sparse, values)
+    error = (with_fp8 - run(mlp_sparse, without)).abs().max().item()
+    assert 0 < error < 0.1 * with_fp8.abs().max().item()
 
 
 def test_with_every_neuron_a_step_is_a_refresh():

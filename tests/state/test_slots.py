@@ -68,9 +68,9 @@ def test_mlp_slots_are_what_the_operators_take(case: MlpCase):
         group_rows=case.group_rows, columns=case.columns,
         fp8=(1 + case.gated, case.width) if case.fp8 else None,
     )  # fmt: skip
-    names = ["hidden", "out", "mean", "lists", "by_neuron", *(["w1_fp8", "scales"] if case.fp8 else [])]
+    names = ["hidden", "out", "mean", "lists", "by_neuron", *(["w1_fp8", "scales", "change_scale"] if case.fp8 else [])]
     assert [(s.name, s.shape, s.dtype) for s in slots] == described(values, *names)
-    assert {s.name for s in slots if s.shared} == {*names[4:]} - {"scales"}
+    assert {s.name for s in slots if s.shared} == {*names[4:]} - {"change_scale"}
 
 
 def described(values: dict, *names: str) -> list:
