@@ -15,6 +15,8 @@ from chipmunk_fx.schedule.phase import Phase
 from tests.runtime.models import EXACT, TinyDiT, assert_same, calls, exactly, identical, run, words
 
 TIMES = (900, 700, 500, 300)
+# Else kernels are chosen by timing, and sum in another order.
+SETTLED = torch._inductor.config.patch(deterministic=True)
 
 
 @dataclass(frozen=True)
@@ -90,16 +92,22 @@ def test_a_mode_changes_no_bit(mode: str):
     assert identical(run(exactly(model, lowering="inductor", inductor__mode=mode), calls(TIMES)), plain)
 
 
+def recompiled(model: TinyDiT, steps: Sequence[Sequence[torch.Tensor]], **options: Any) -> Any:
+    """Compiled a second time: torch.compile alone, too, may choose other kernels the first time than it keeps for later ones."""
+    run(exactly(model, lowering="inductor", **options), steps)
+    return exactly(model, lowering="inductor", **options)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="records CUDA graphs")
 @pytest.mark.parametrize("offload", ["none", "all"])
-@torch._inductor.config.patch(deterministic=True)  # else kernels are chosen by timing, and sum in another order
+@SETTLED
 def test_recorded_graphs_change_no_bit(offload: str):
     torch._dynamo.utils.counters.clear()
     model = TinyDiT(depth=3).cuda()
     steps = [tuple(t.cuda() for t in call) for call in calls(TIMES, [words(1), words(2)])]
-    plain = run(exactly(model, lowering="inductor", memory__offload=offload), steps)
-    ours = exactly(model, lowering="inductor", inductor__mode="reduce-overhead", memory__offload=offload)
+    plain = run(recompiled(model, steps, memory__offload=offload), steps)
+    ours = recompiled(model, steps, inductor__mode="reduce-overhead", memory__offload=offload)
     for _ in range(3):
         assert identical([run(ours, [call])[0] for call in steps], plain)  # of which no call has overwritten any
         assert chipmunk_fx.summary(ours).phases == dict.fromkeys(range(2), ["refresh", *["sparse"] * 3])
@@ -109,21 +117,22 @@ def test_recorded_graphs_change_no_bit(offload: str):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="records CUDA graphs")
-@torch._inductor.config.patch(deterministic=True)
+@SETTLED
 def test_blocks_compiled_one_by_one_record_graphs_of_their_own():
     """Every block is a call by itself, which must not take the place of what the one before has left."""
     model = TinyDiT(depth=3).cuda()
     steps = [tuple(t.cuda() for t in call) for call in calls(TIMES, [words(1), words(2)])]
     options = EXACT | {"lowering": "inductor", "schedule.steps": len(TIMES), "schedule.branches": 2}
     made = []
-    for more in ({}, {"inductor.mode": "reduce-overhead"}):
+    for more in 2 * ({}, {"inductor.mode": "reduce-overhead"}):  # as `recompiled`
         torch._dynamo.reset()
         for block in model.blocks:
             block.compile(backend="chipmunk", fullgraph=True, options=options | more)
         for _ in range(3):
             made.append([run(model, [call])[0] for call in steps])
             assert chipmunk_fx.summary(model).phases == dict.fromkeys(range(2), ["refresh", *["sparse"] * 3])
-    assert all(identical(each, made[0]) for each in made)
+    settled = made[6:]
+    assert len(settled) == 6 and all(identical(each, settled[0]) for each in settled)
 
 
 def test_results_are_the_callers_to_keep():
