@@ -66,7 +66,7 @@ class Way:
 class Figures:
     """`ms`: median of a step by phase, all calls of the step together. `total_s` of `steps` steps: "composed" of these,
     "measured", or "extrapolated" as these are. `density`: share of columns a sparse step computes, mean over the rewritten
-    sites of a kind."""
+    sites of a kind. `shared_gb`: of `cache_gb`, what is no site's: what blocks add, buffers."""
 
     way: str
     kernel: str
@@ -79,6 +79,7 @@ class Figures:
     sites: dict[str, str]
     density: dict[str, float]
     cache_gb: float
+    shared_gb: float = 0.0
     fallbacks: tuple[str, ...] = ()
 
 
@@ -172,7 +173,7 @@ def _measure(
     _forget(device)
     return Figures(
         way.name, kernel, medians, dict(counted), total, how, compiling, peak, seen.sites, seen.density, seen.cache_gb,
-        seen.fallbacks,
+        seen.shared_gb, seen.fallbacks,
     )  # fmt: skip
 
 
@@ -242,8 +243,8 @@ def extrapolated(figures: Sequence[Figures], blocks: int, whole: int, dense_laye
     for way in figures:
         ms = {phase: step(phase, value) for phase, value in way.ms.items()}
         total, share = _composed(ms, way.phases), (whole - dense_layers) / blocks
-        more = {"total_s": total, "total_is": "extrapolated", "peak_gb": None, "cache_gb": way.cache_gb * share}
-        made.append(replace(way, ms=ms, **more))
+        caches = way.shared_gb + (way.cache_gb - way.shared_gb) * share
+        made.append(replace(way, ms=ms, total_s=total, total_is="extrapolated", peak_gb=None, cache_gb=caches))
     return made
 
 
@@ -253,13 +254,14 @@ class _Seen:
     sites: dict[str, str]
     density: dict[str, float]
     cache_gb: float
+    shared_gb: float
     fallbacks: tuple[str, ...]
 
 
 def _seen(model: Any, way: Way) -> _Seen:
     """What the last generation did."""
     if way.backend != "chipmunk":
-        return _Seen([], {}, {}, 0.0, ())
+        return _Seen([], {}, {}, 0.0, 0.0, ())
     done = summary(model)
     sites, density = {}, {}
     for kind in ("attention", "mlp"):
@@ -268,7 +270,8 @@ def _seen(model: Any, way: Way) -> _Seen:
         sites[kind] = f"{len(sparse)} of {len(of_kind)}"
         density |= {kind: statistics.fmean(sparse)} if sparse else {}
     fallbacks = tuple(dict.fromkeys(fallback.reason for fallback in done.fallbacks))
-    return _Seen(done.phases.get(0, []), sites, density, done.cache_bytes / 1e9, fallbacks)
+    shared = done.cache_bytes - sum(site.cache_bytes for site in done.sites)
+    return _Seen(done.phases.get(0, []), sites, density, done.cache_bytes / 1e9, shared / 1e9, fallbacks)
 
 
 def _compiled(built: Built, backend: str | None, options: Mapping[str, Any], kernel: str) -> Any:

@@ -95,6 +95,7 @@ def test_densities_and_sites_are_those_of_the_run(figures: list[Figures]):
     assert 0.2 <= sparse.density["attention"] < 0.5 and "mlp" not in sparse.density and sparse.cache_gb > 0
     alone = next(way for way in figures if way.way == "skip alone")
     assert alone.sites["attention"] == "0 of 2" and not alone.density
+    assert sparse.shared_gb < sparse.cache_gb and alone.shared_gb == alone.cache_gb > 0
 
 
 def test_whole_generations_are_measured():
@@ -203,7 +204,7 @@ def test_a_whole_model_is_told_from_a_few_blocks():
     """Two of six blocks measured at 9 ms each dense, 3 sparse, 11 refreshing, beside 2 ms that are no blocks."""
 
     def figures(way: str, ms: dict[str, float], phases: dict[str, int]) -> Figures:
-        return Figures(way, "default", ms, phases, 0.0, "composed", 1.0, 5.0, {}, {}, 0.4)
+        return Figures(way, "default", ms, phases, 0.0, "composed", 1.0, 5.0, {}, {}, 0.5, 0.1)
 
     steps = {"refresh": 1, "sparse": 8, "skip": 1}
     found = [
@@ -215,7 +216,7 @@ def test_a_whole_model_is_told_from_a_few_blocks():
     assert dense.ms == {"dense": 2 + 6 * 9} and dense.total_s == pytest.approx(0.56)
     assert skipping.ms == {"refresh": 2 + 9 + 5 * 11, "sparse": 2 + 9 + 5 * 3, "skip": 2}
     assert skipping.total_s == pytest.approx((66 + 8 * 26 + 2) / 1e3) and skipping.total_is == "extrapolated"
-    assert skipping.cache_gb == pytest.approx(1.0) and skipping.peak_gb is None
+    assert skipping.cache_gb == pytest.approx(0.1 + 1.0) and skipping.peak_gb is None
     assert uncompiled.ms == {"dense": 2 + 6 * 5}
     with pytest.raises(BenchError, match="leave out --extrapolate"):
         extrapolated(found[:2], blocks=2, whole=6, dense_layers=1)
