@@ -57,7 +57,8 @@ class Constant:
 
 @dataclass(frozen=True)
 class Roles:
-    """Positions among the graph's inputs. `text` lists the conditioning by which branches are told apart.
+    """Positions among the graph's inputs. `text` lists the conditioning by which branches are told apart, `rest` what is left:
+    masks, flags, strengths.
 
     Where the latents are not known, no input is taken for text: it could be the latents, new at every call.
     `constant`: the timestep, where it is a number that this graph was made for.
@@ -68,6 +69,7 @@ class Roles:
     text: tuple[int, ...]
     ids: tuple[int, ...]
     constant: Constant | None = None
+    rest: tuple[int, ...] = ()
 
     @property
     def timed(self) -> bool:
@@ -92,7 +94,8 @@ def classify(capture: Capture) -> Roles:
     rest = [i for i in free if i != latents and i not in times and i not in ids and rank(nodes[i]) > 0]
     constant = _constant(capture) if embeds and timestep is None else None
     text = () if latents is None else _text(capture, rest, nodes, latents)
-    return Roles(timestep, latents, text, ids, constant)
+    taken = {timestep, latents, *text, *ids}
+    return Roles(timestep, latents, text, ids, constant, tuple(i for i in free if i not in taken))
 
 
 def _text(capture: Capture, rest: Sequence[int], nodes: Sequence[fx.Node], latents: int) -> tuple[int, ...]:

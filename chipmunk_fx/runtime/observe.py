@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,10 +10,11 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from chipmunk_fx.graph.inputs import Roles
-from chipmunk_fx.schedule.timeline import Observation
+from chipmunk_fx.schedule.run import Observation
 
 _SAMPLE = 96  # values of the latents that are compared from call to call
 _TIMES = 64  # a batch of timesteps longer than this (one a token) is summed up
+_KEPT = 1 << 20  # values of a tensor that is kept to be compared with that of a later call
 
 
 @dataclass(frozen=True)
@@ -49,17 +50,19 @@ class Observer:
     def __init__(self) -> None:
         self._texts: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> (version, fingerprint)
 
-    def observe(self, roles: Roles, values: Sequence[Any]) -> Sight:
+    def observe(self, roles: Roles, values: Sequence[Any], graph: Hashable = None) -> Sight:
         """Begins one device-to-host transfer for timestep and sample; reads each text that was not seen before.
 
-        A piece of a model without a timestep is only counted: nothing is read from the device.
+        A piece of a model without a timestep is only counted: nothing is read from the device. graph: which one the call is
+        of; flags that are Python's make graphs of their own.
         """
         if not roles.timed:
             return Sight(Observation(shape=_piece_signature(roles, values)))
         times = _numbers(roles.constant.value if roles.constant else values[roles.timestep])  # pyright: ignore
         text = tuple(self._text(values[index]) for index in roles.text) or None
         latents = None if roles.latents is None else values[roles.latents]
-        told = Observation(text=text, shape=None if latents is None else _signature(latents))
+        rest = self._rest(None if roles.constant else graph, [values[i] for i in roles.rest])
+        told = Observation(text=text, shape=None if latents is None else _signature(latents), rest=rest)
         parts = [] if latents is None else [_sample(latents)]
         if times.device.type == "cpu":
             told = replace(told, timestep=tuple(times.tolist()))
@@ -67,8 +70,17 @@ class Observer:
             parts = [times, *parts]
         return _transfer(told, parts, len(times)) if parts else Sight(told)
 
+    def _rest(self, graph: Hashable, tensors: Sequence[torch.Tensor]) -> Callable[[], Hashable]:
+        """Reads the content of `tensors` when it is called; what has changed by then is like nothing else."""
+        kept = [(tensor, _version(tensor)) for tensor in tensors if tensor.numel() <= _KEPT]
+
+        def read() -> Hashable:
+            return graph, tuple(self._text(t) if _version(t) == version else object() for t, version in kept)
+
+        return read
+
     def _text(self, tensor: torch.Tensor) -> Hashable:
-        version = None if tensor.is_inference() else tensor._version
+        version = _version(tensor)
         known = self._texts.get(tensor)
         if known is not None and version is not None and known[0] == version:
             return known[1]
@@ -89,6 +101,11 @@ def _transfer(told: Observation, parts: Sequence[torch.Tensor], times: int) -> S
     arrived = torch.cuda.Event()
     arrived.record(torch.cuda.current_stream(device))
     return Sight(told, host, many, arrived)
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    """None for inference tensors, which count no changes."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def fingerprint(tensor: torch.Tensor) -> tuple[tuple[int, ...], int]:

@@ -62,7 +62,7 @@ class Session(Holdings):
     def _serve(self, graph: Graph, values: Sequence[Any]) -> Any:
         track, named = self._track(values, graph)
         known = self._known(graph, values)
-        sight = self.observer.observe(graph.plan.roles, values)
+        sight = self.observer.observe(graph.plan.roles, values, weakref.ref(graph))
         early = self._ahead(graph, track, sight, named, values, known)
         position = self._locate(track, sight, named)
         branch = track.branches.setdefault(position.branch, Branch())
@@ -245,6 +245,8 @@ class Session(Holdings):
         position = track.timeline.advance(seen, named)
         if position.begins:
             self.store.drop([branch.caches for branch in track.begin(seen.shape)])
+        if position.remark:
+            self.notices.once(_log, position.remark, key=position.remark)
         return position
 
     def _phase(self, graph: Graph, track: Track, branch: Branch, position: Position, known: Known) -> Phase:

@@ -14,7 +14,8 @@ from chipmunk_fx.schedule.policies import (
     beyond,
     policy_from,
 )
-from chipmunk_fx.schedule.timeline import Observation, Position, Timeline
+from chipmunk_fx.schedule.run import Observation
+from chipmunk_fx.schedule.timeline import Position, Timeline
 
 __all__ = [
     "POLICIES",

@@ -8,16 +8,10 @@ a generation or is left undecided: both cost a dense pass, neither gives a wrong
 from __future__ import annotations
 
 import copy
-import math
-from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 
-# Latents of two calls that follow each other lie near each other: their relative distance is 0.35 after the first of
-# four steps of a flow model, 0.7 after the first of two, 0 between branches. Independent noise has sqrt(2) = 1.41. With
-# 64 values or more in a sample, chance does not carry either across 1. (Samplers that draw new noise at every one of
-# very few steps do cross it: each of their calls is a refresh.)
-UNRELATED = 1.0
+from chipmunk_fx.schedule.run import Observation, Run, collapsed
 
 # Guidance calls a model two to four times a step. A text that never comes twice would open a branch, with caches of its
 # own, at every call.
@@ -25,20 +19,15 @@ MOST_BRANCHES = 8
 
 DOWN = -1
 
-
-@dataclass(frozen=True)
-class Observation:
-    """What one call shows: its inputs on the host.
-
-    timestep: one number a sample of the batch, or None where the graph has no such input. text: anything equal for
-    equal text content and different otherwise, None without text. shape: of the latents. latents: some values of the
-    latents (64 or more, spread over the tensor), None where they are not known.
-    """
-
-    timestep: tuple[float, ...] | None = None
-    text: Hashable | None = None
-    shape: Hashable = None
-    latents: tuple[float, ...] | None = None
+OTHER_PICTURE = (
+    "latents bear no resemblance to those of the call before, though the timestep goes on: taken for the same picture. Where "
+    "pictures, tiles or windows take turns, call each inside chipmunk_fx.generation(model, key=...); after one that was broken "
+    "off, call chipmunk_fx.reset(model). Where a sampler draws new noise at every step, sparse steps have little to build on"
+)
+ALTERNATING = (
+    "latents of another shape at the timestep of the call before: calls of either shape begin a generation, and none of them is "
+    "sparse. Call those of one shape inside chipmunk_fx.generation(model, key=...) of their own"
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +36,7 @@ class Position:
     first that shows it.
 
     `decided` is False where the inputs do not tell, for the `reason` given: such a call has to be dense, and its step
-    and branch are a guess for the report.
+    and branch are a guess for the report. `remark`: what the caller should hear.
     """
 
     generation: int
@@ -56,6 +45,7 @@ class Position:
     begins: bool
     decided: bool
     reason: str | None = None
+    remark: str | None = field(default=None, compare=False)
 
 
 class Timeline:
@@ -70,7 +60,7 @@ class Timeline:
         self._branches = branches
         self._bounded = bounded
         self._generation = -1
-        self._run: _Run | None = None
+        self._run: Run | None = None
         self._direction = DOWN  # most models count their timesteps down
         self._learned = False  # a generation has confirmed the direction
         self._contradictions = 0  # generations in a row that began with a move against the direction
@@ -89,7 +79,8 @@ class Timeline:
         if run is None or run.opening or run.surprised or run.timestep is None:
             return None
         if told.timestep is None:
-            moves = run.is_over(told.text, self._branches) if branch is None else run.is_over(("branch", branch), None)
+            text = self._told_apart(run, told).text
+            moves = run.is_over(text, self._branches) if branch is None else run.is_over(("branch", branch), None)
             told = replace(told, timestep=(_mean(run.timestep) + self._direction,) if moves else run.timestep)
         ahead = copy.copy(self)
         ahead._run = run.copy()
@@ -105,15 +96,19 @@ class Timeline:
     def advance(self, seen: Observation, branch: int | None = None) -> Position:
         """The position of the next call. `branch` is for callers that name it: a step ends when one comes again."""
         if branch is not None:
-            seen = replace(seen, text=("branch", branch))
-        run = self._run
+            seen = replace(seen, text=("branch", branch), rest=None)
+        run, plain = self._run, seen
+        if run is not None:
+            seen = self._told_apart(run, seen)
         begins = run is None or self._restarts(run, seen)
+        remark = None if run is None else _remark(run, seen, begins)
         if run is None or begins:
+            seen = plain
             self._end()
             self._generation += 1
             run = self._run = self._anew(run, seen)
             self._continues(run, seen)
-        timestep = _collapsed(seen.timestep or ())
+        timestep = collapsed(seen.timestep or ())
         if branch is not None:
             self._place(run, seen, timestep, None)
             reason = None
@@ -122,14 +117,22 @@ class Timeline:
         else:
             branch, reason = self._place(run, seen, timestep, self._branches)
         run.remember(seen)
-        return Position(self._generation, run.step, branch, begins, reason is None, reason)
+        return Position(self._generation, run.step, branch, begins, reason is None, reason, remark)
+
+    def _told_apart(self, run: Run, seen: Observation) -> Observation:
+        """With all that it shows for its text, where branches are told apart by that: guidance by a mask or a flag."""
+        if seen.rest is None or self._branches == 1:
+            return seen
+        if not run.by_rest and run.differs(seen):
+            run.tell_by_rest()
+        return replace(seen, text=(seen.text, seen.rest())) if run.by_rest else seen
 
     def _end(self) -> None:
         """The generation under way is over."""
         if self._run is not None:
             self._longest, self._run = max(self._longest, self._run.step + 1), None
 
-    def _restarts(self, run: _Run, seen: Observation) -> bool:
+    def _restarts(self, run: Run, seen: Observation) -> bool:
         """Whether the call begins a generation although `run` is under way."""
         if not self._continues(run, seen):
             self._contradictions = 0
@@ -137,24 +140,24 @@ class Timeline:
         if seen.timestep is None or run.timestep is None:
             ended = self._steps is not None and run.calls >= self._steps * (self._branches or 1)
             return ended and not self._bounded
-        timestep, related = _collapsed(seen.timestep), run.related(seen)
+        timestep, related = collapsed(seen.timestep), run.related(seen)
         if timestep == run.timestep:
             # Only here can latents decide: a generation that ended after its first step looks like a solver's second call.
             return run.opening and related is False
         return self._turns_back(run, timestep, related)
 
-    def _continues(self, run: _Run, seen: Observation) -> bool:
+    def _continues(self, run: Run, seen: Observation) -> bool:
         """Whether the shape is that of the calls before. Where calls are counted it is the whole sequence's, and each branch
         has its own: texts of guidance differ in length."""
         branch = None if seen.timestep is not None else seen.text or run.calls % (self._branches or 1)
         return run.shapes.setdefault(branch, seen.shape) == seen.shape
 
-    def _anew(self, over: _Run | None, seen: Observation) -> _Run:
+    def _anew(self, over: Run | None, seen: Observation) -> Run:
         """The generation that begins where `over` ends. Of counted calls, one of a later branch may be the first to have
         another shape: those before it have gone on with the generation that was over, and are counted to the new one.
         """
         if over is None or over.timestep is not None or seen.timestep is not None or seen.text is not None:
-            return _Run()
+            return Run()
         branches = self._branches or 1
         first, calls = 0, over.calls % branches
         if over.late and over.calls - over.late < branches:
@@ -163,16 +166,19 @@ class Timeline:
             first, calls = over.late, over.calls - over.late
         passed = [(branch, over.shapes.get((first + branch) % branches)) for branch in range(calls)]
         shapes: dict[Hashable, Hashable] = {branch: shape for branch, shape in passed if shape is not None}
-        return _Run(shapes, calls=calls, late=0 if first else calls)
+        return Run(shapes, calls=calls, late=0 if first else calls)
 
-    def _turns_back(self, run: _Run, timestep: tuple[float, ...], related: bool | None) -> bool:
+    def _turns_back(self, run: Run, timestep: tuple[float, ...], related: bool | None) -> bool:
         """Whether the timestep moves against the direction of time, which is learned on the way."""
-        move = _sign(_mean(timestep) - _mean(run.timestep or timestep))
-        if move == 0:
+        moves = _moves(run.timestep or timestep, timestep)
+        if not moves:
             return False
-        if move == self._direction:
+        if moves == {self._direction}:
             self._learned, self._contradictions = True, 0
             return False
+        if len(moves) > 1:  # some samples of the batch are new pictures
+            return True
+        (move,) = moves
         # The first move of a generation may turn the direction round: at once if none was learned and the latents go
         # on, else after so many generations in a row that began against it; never on timesteps alone once learned.
         doubts = 2 * self._learned + (related is not True)
@@ -182,7 +188,7 @@ class Timeline:
         self._contradictions += 1
         return True
 
-    def _count(self, run: _Run) -> tuple[int, str | None]:
+    def _count(self, run: Run) -> tuple[int, str | None]:
         """Branch by position where there is no timestep: needs both settings, or generations that the caller marks."""
         run.step, branch = divmod(run.calls, self._branches or 1)
         if self._bounded or (self._steps and self._branches):
@@ -193,7 +199,7 @@ class Timeline:
         )
 
     def _place(
-        self, run: _Run, seen: Observation, timestep: tuple[float, ...], branches: int | None
+        self, run: Run, seen: Observation, timestep: tuple[float, ...], branches: int | None
     ) -> tuple[int, str | None]:
         """Branch by timestep and text; moves `run.step` on."""
         if timestep != run.timestep:
@@ -215,64 +221,7 @@ class Timeline:
         return number, run.torn or _too_many(number, branches)
 
 
-@dataclass
-class _Run:
-    """The generation under way."""
-
-    shapes: dict[Hashable, Hashable] = field(default_factory=dict)
-    timestep: tuple[float, ...] | None = None
-    step: int = 0
-    calls: int = 0
-    late: int = 0  # calls before the one that showed that the generation had begun
-    opening: bool = True  # only one timestep so far
-    # A branch is a text and how often it came before in the same step; numbered in order of first call.
-    keys: dict[tuple[Hashable, int], int] = field(default_factory=dict)
-    round: Counter[Hashable] = field(default_factory=Counter)  # calls of the step under way, by text
-    latents: tuple[float, ...] | None = None
-    samples: dict[Hashable, tuple[float, ...]] = field(default_factory=dict)  # the last latents that came with a text
-    torn: str | None = None  # why the rest of the generation is undecidable
-    surprised: bool = False  # a call was not what was expected
-
-    def copy(self) -> _Run:
-        own = {name: copy.copy(getattr(self, name)) for name in ("shapes", "keys", "round", "samples")}
-        return replace(self, **own)
-
-    def is_over(self, text: Hashable, branches: int | None) -> bool:
-        """Whether the step under way has had all of its calls, if the next one has this text."""
-        earlier = self.round[text]
-        if branches is None:
-            return earlier > 0
-        return self.round.total() >= branches or (text is not None and (text, earlier) not in self.keys)
-
-    def next_timestep(self, branches: int | None) -> None:
-        told_by_place = None in self.round or any(place for _, place in self.keys)
-        if branches is not None and branches > 1 and told_by_place and self.round.total() < branches:
-            # Whether the first or the last branch was left out cannot be seen, now or in the steps to come.
-            self.torn = self.torn or (
-                f"step {self.step} had {self.round.total()} of {branches} calls, and nothing tells the branches apart"
-            )
-        self.opening = False
-        self.next_step()
-
-    def next_step(self) -> None:
-        self.step += 1
-        self.round.clear()
-
-    def related(self, seen: Observation) -> bool | None:
-        """Whether the latents go on from the last call, or from the last one with this text; None where not known."""
-        if seen.latents is None or self.latents is None:
-            return None
-        earlier = (self.latents, self.samples.get(seen.text, self.latents))
-        return not all(_distance(seen.latents, sample) > UNRELATED for sample in earlier)
-
-    def remember(self, seen: Observation) -> None:
-        self.calls += 1
-        self.latents = seen.latents
-        if seen.latents is not None:
-            self.samples[seen.text] = seen.latents
-
-
-def _repeats(run: _Run, seen: Observation, branches: int | None) -> bool:
+def _repeats(run: Run, seen: Observation, branches: int | None) -> bool:
     """Whether a call at an unchanged timestep is the next step (of a second-order solver), not another branch."""
     earlier = run.round[seen.text]
     if earlier == 0:
@@ -296,21 +245,25 @@ def _too_many(number: int, branches: int | None) -> str | None:
     return None
 
 
-def _distance(a: tuple[float, ...], b: tuple[float, ...]) -> float:
-    """||a - b|| / max(||a||, ||b||); samples of different size belong to different generations."""
-    if len(a) != len(b):
-        return math.inf
-    size = max(math.hypot(*a), math.hypot(*b))
-    return math.dist(a, b) / size if size else 0.0
-
-
-def _collapsed(timestep: tuple[float, ...]) -> tuple[float, ...]:
-    """One number where all samples of the batch share it: a scalar and its expansion are the same timestep."""
-    return timestep[:1] if len(set(timestep)) == 1 else timestep
+def _remark(run: Run, seen: Observation, begins: bool) -> str | None:
+    """What is odd about a call after those of `run`."""
+    if not begins:
+        return OTHER_PICTURE if run.related(seen) is False else None
+    again = seen.timestep is not None and collapsed(seen.timestep) == run.timestep
+    return ALTERNATING if again and not run.opening and seen.shape not in run.shapes.values() else None
 
 
 def _mean(timestep: tuple[float, ...]) -> float:
     return sum(timestep) / len(timestep) if timestep else 0.0
+
+
+def _moves(before: tuple[float, ...], now: tuple[float, ...]) -> set[int]:
+    """The directions in which samples' timesteps go, -1 and 1; of batches that cannot be compared, their mean's."""
+    size = max(len(before), len(now))
+    before, now = (t * size if len(t) == 1 else t for t in (before, now))
+    if len(before) != len(now):
+        before, now = (_mean(before),), (_mean(now),)
+    return {_sign(b - a) for a, b in zip(before, now, strict=True)} - {0}
 
 
 def _sign(value: float) -> int:

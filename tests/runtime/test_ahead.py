@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import chipmunk_fx
+from chipmunk_fx.graph.inputs import Roles
 from chipmunk_fx.runtime import assembly, observe
 from chipmunk_fx.runtime.session import Session
 from chipmunk_fx.runtime.variants import Variants
@@ -69,6 +70,21 @@ def test_branches_of_guidance(late: list[bool], options: dict[str, Any]):
     ours = compiled(TinyDiT(), **options)
     assert identical(run(ours, sequence), want) and chipmunk_fx.summary(ours).phases == phases
     assert late == [True] * 7  # at the second step the first branch is not known to come again
+
+
+class Flagged(TinyDiT):
+    def forward(self, latents: Tensor, timestep: Tensor, text: Any = None, drop: bool = False) -> Tensor:
+        return super().forward(latents, timestep, 0 * text if drop else text)
+
+
+@torch.no_grad()
+def test_guidance_by_a_flag(late: list[bool]):
+    sequence: Any = [(*call, drop) for call in calls(TIMES) for drop in (False, True)]
+    want, phases = alone(Flagged(), sequence)
+    ours = compiled(Flagged())
+    assert identical(run(ours, sequence), want)
+    assert chipmunk_fx.summary(ours).phases == phases == {branch: ["refresh"] + ["sparse"] * 4 for branch in (0, 1)}
+    assert late == [True] * 7
 
 
 def test_guidance_that_pauses_and_comes_back(late: list[bool]):
@@ -267,8 +283,7 @@ def test_a_model_that_draws_random_numbers_is_never_called_twice(late: list[bool
 
 
 def test_numbers_arrive_in_one_piece():
-    roles: Any = type("Roles", (), {"timed": True, "timestep": 0, "latents": 1, "text": (), "constant": None})
-    sight = observe.Observer().observe(roles, [torch.tensor([900.0]), noise()])
+    sight = observe.Observer().observe(Roles(0, 1, (), ()), [torch.tensor([900.0]), noise()])
     assert sight.arrived is None and sight.told.timestep == (900.0,) and sight.told.latents is None
     assert sight.whole().latents is not None
 

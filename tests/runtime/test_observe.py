@@ -68,6 +68,22 @@ def test_the_content_of_a_text_is_read_once(monkeypatch: pytest.MonkeyPatch):
         assert seen(text=changing, observer=observer).text != first
 
 
+def test_masks_and_flags_are_read_when_they_are_asked_for():
+    roles, observer = Roles(0, 1, (2,), (), rest=(3,)), Observer()
+
+    def rest(mask: torch.Tensor, graph: object = None) -> Any:
+        values = [torch.tensor([900.0]), noise(), words(), mask]
+        return observer.observe(roles, values, graph).whole().rest
+
+    ones = torch.ones(1, 8)
+    assert rest(ones)() == rest(ones.clone())() != rest(torch.zeros(1, 8))()
+    assert rest(ones, "one graph")() != rest(ones, "another")()
+    before = rest(ones)
+    ones.zero_()
+    assert before() != rest(ones)() == rest(torch.zeros(1, 8))()
+    assert rest(torch.ones(1 << 20, 2))() == rest(torch.zeros(1 << 20, 2))()  # too large to be kept
+
+
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool]
 )

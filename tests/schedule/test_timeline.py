@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chipmunk_fx.schedule import Observation, Timeline
+from chipmunk_fx.schedule.timeline import ALTERNATING, OTHER_PICTURE
 
 SIZE = 64
 
@@ -337,6 +338,76 @@ def test_inputs_that_stand_still_are_steps():
     assert run(Timeline(), [see(500, latents=noise(1))] * 3) == [(0, 0, 0), (0, 1, 0), (0, 2, 0)]
     zeros = (0.0,) * SIZE
     assert run(Timeline(), [see(500, latents=zeros)] * 2) == [(0, 0, 0), (0, 1, 0)]
+
+
+def flagged(timestep, flag, latents, text="prompt"):
+    return Observation((float(timestep),), text, (1, 16, 8, 8), latents, rest=lambda: flag)
+
+
+def test_what_else_a_call_shows_is_read_only_where_all_that_is_read_is_alike():
+    def never():
+        raise AssertionError
+
+    timeline, start, end = Timeline(), noise(1), noise(2)
+    loop = [drift(start, end, i / 8) for i in range(4)]
+    calls = [
+        Observation((t,), "prompt", None, x, never) for t, x in zip((900.0, 600.0, 600.0, 300.0), loop, strict=True)
+    ]
+    assert run(timeline, calls) == [(0, step, 0) for step in range(4)]
+
+
+def test_branches_told_by_a_flag_alone():
+    timeline, start, end = Timeline(), noise(1), noise(2)
+    calls = []
+    for i, t in enumerate((900, 600, 300)):
+        x = drift(start, end, i / 4)
+        calls += [flagged(t, False, x, "a"), flagged(t, False, x, "b"), flagged(t, True, x, "a")]
+    told = [(0, step, branch) for step in range(3) for branch in range(3)]
+    assert run(timeline, calls) == told
+    assert run(timeline, calls) == [(1, step, branch) for _, step, branch in told]
+    assert run(timeline, calls[:3] + calls[5:]) == [
+        (2, 0, 0),
+        (2, 0, 1),
+        (2, 0, 2),
+        (2, 1, 2),
+        (2, 2, 0),
+        (2, 2, 1),
+        (2, 2, 2),
+    ]
+
+
+def test_with_one_branch_flags_are_not_looked_at():
+    calls = [flagged(900, flag, noise(1)) for flag in (False, True)]
+    assert run(Timeline(branches=1), calls) == [(0, 0, 0), (0, 1, 0)]
+
+
+def test_a_sample_of_a_batch_that_jumps_back_begins_a_generation():
+    calls = [
+        Observation(times, "prompt", None) for times in ((900.0, 400.0), (850.0, 350.0), (300.0, 800.0), (250.0, 750.0))
+    ]
+    assert run(Timeline(), calls) == [(0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 1, 0)]
+
+
+def test_a_sample_of_a_batch_may_stand_still():
+    calls = [Observation(times, "prompt", None) for times in ((900.0, 0.0), (600.0, 0.0), (300.0, 0.0), (0.0, 0.0))]
+    assert run(Timeline(), calls) == [(0, 0, 0), (0, 1, 0), (0, 2, 0), (0, 3, 0)]
+
+
+def test_latents_of_another_picture_are_marked():
+    timeline, x = Timeline(), noise(1)
+    marks = [
+        timeline.advance(see(t, latents=y)).remark == OTHER_PICTURE
+        for t, y in ((900, x), (600, x), (500, noise(2)), (400, noise(2)))
+    ]
+    assert marks == [False, False, True, False]
+    assert not timeline.advance(see(900, latents=noise(3))).remark
+
+
+def test_shapes_that_take_turns_are_marked():
+    timeline, small = Timeline(), (1, 16, 4, 4)
+    shapes = [(900, None), (600, None), (600, small), (300, None), (300, small), (900, None), (900, small)]
+    remarks = [timeline.advance(see(t, shape=shape)).remark for t, shape in shapes]
+    assert remarks == [None, None, ALTERNATING, None, None, None, None]
 
 
 @st.composite
