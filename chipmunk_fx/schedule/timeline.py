@@ -29,6 +29,11 @@ ALTERNATING = (
     "sparse. Call those of one shape inside chipmunk_fx.generation(model, key=...) of their own"
 )
 
+MOVING = (
+    "every call so far has had a text or condition of its own, and so has caches of its own, made anew: if that is one picture "
+    "whose conditioning moves from step to step, give schedule.branches=1"
+)
+
 
 @dataclass(frozen=True)
 class Position:
@@ -117,6 +122,8 @@ class Timeline:
         else:
             branch, reason = self._place(run, seen, timestep, self._branches)
         run.remember(seen)
+        if run.step == 2 and len(run.keys) == run.calls:
+            remark = MOVING
         return Position(self._generation, run.step, branch, begins, reason is None, reason, remark)
 
     def _told_apart(self, run: Run, seen: Observation) -> Observation:

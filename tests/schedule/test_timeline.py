@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chipmunk_fx.schedule import Observation, Timeline
-from chipmunk_fx.schedule.timeline import ALTERNATING, OTHER_PICTURE
+from chipmunk_fx.schedule.timeline import ALTERNATING, MOVING, OTHER_PICTURE
 
 SIZE = 64
 
@@ -401,6 +401,16 @@ def test_latents_of_another_picture_are_marked():
     ]
     assert marks == [False, False, True, False]
     assert not timeline.advance(see(900, latents=noise(3))).remark
+
+
+def test_conditioning_that_moves_is_marked_at_the_third_step():
+    remarks = [Timeline().advance(see(900, text)).remark for text in "abc"]
+    timeline = Timeline()
+    remarks += [timeline.advance(see(t, text)).remark for t, text in ((900, "a"), (600, "b"), (300, "c"), (200, "d"))]
+    assert remarks == [None] * 3 + [None, None, MOVING, None]
+    timeline, one = Timeline(), Timeline(branches=1)
+    assert not any(timeline.advance(see(t, text)).remark for t in (900, 600, 300) for text in "abc")
+    assert not any(one.advance(see(t, text)).remark for t, text in ((900, "a"), (600, "b"), (300, "c")))
 
 
 def test_shapes_that_take_turns_are_marked():
