@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from chipmunk_fx.backend import explain, generation, reset, summary
     from chipmunk_fx.config import Config
-    from chipmunk_fx.errors import ChipmunkError, ConfigError, FallbackError, NotCompiledError
+    from chipmunk_fx.errors import ArgumentError, ChipmunkError, ConfigError, FallbackError, NotCompiledError
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ArgumentError",
     "ChipmunkError",
     "Config",
     "ConfigError",
@@ -29,7 +30,7 @@ __all__ = [
 _HOMES = {
     "chipmunk_fx.backend": ("explain", "generation", "reset", "summary"),
     "chipmunk_fx.config": ("Config",),
-    "chipmunk_fx.errors": ("ChipmunkError", "ConfigError", "FallbackError", "NotCompiledError"),
+    "chipmunk_fx.errors": ("ArgumentError", "ChipmunkError", "ConfigError", "FallbackError", "NotCompiledError"),
 }
 
 

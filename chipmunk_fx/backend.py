@@ -18,7 +18,7 @@ from torch._inductor.compile_fx import compile_fx
 
 import chipmunk_fx.ops  # noqa: F401  (registers the ops and their kernels)
 from chipmunk_fx.config import Config
-from chipmunk_fx.errors import ChipmunkError, ConfigError, FallbackError
+from chipmunk_fx.errors import ArgumentError, ChipmunkError, ConfigError, FallbackError
 from chipmunk_fx.graph.capture import Capture, Uncapturable, capture
 from chipmunk_fx.graph.geometry import find_geometry, sequence_lengths
 from chipmunk_fx.graph.inputs import classify
@@ -83,14 +83,16 @@ def explain(model: nn.Module, *args: Any, config: Any = None, **kwargs: Any) -> 
     """Which sites of `model(*args, **kwargs)` would be rewritten, and why the others would not.
 
     `config`: None, a `Config`, a mapping of options, or the path of a YAML file. Compiles nothing; a model whose graph breaks
-    is run once. Raises `ConfigError`.
+    is run once. Raises `ConfigError`, and `ArgumentError` where `model` is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError.no_module("model", model, registry.parts(model))
     return explain_model(model, args, kwargs, _config_of(config), _inspect)
 
 
 def summary(model: nn.Module, key: Any = None) -> Summary:
     """What the generation begun last did, or the one named `key`. Raises `NotCompiledError`, and KeyError for `key`."""
-    return summarize(registry.sessions(model), key, named=key is not None)
+    return summarize(registry.sessions(model), key, named=key is not None, met=registry.is_met(model))
 
 
 def reset(model: nn.Module) -> None:
@@ -103,11 +105,26 @@ def reset(model: nn.Module) -> None:
 def generation(model: nn.Module, key: Any = None, branch: int | None = None) -> Iterator[None]:
     """Calls inside belong to the generation `key` (a new one where None), and to `branch` where given.
 
-    Entering again with the same key goes on with that generation. Raises `NotCompiledError`.
+    Entering again with the same key goes on with that generation. Raises `NotCompiledError`, and `ArgumentError` for a key
+    without a hash and a branch that is no number of one.
     """
+    if not _has_hash(key):
+        raise ArgumentError.of(
+            "key", key, "a hashable value, such as a string or a number, or None for a new generation"
+        )
+    if branch is not None and not (isinstance(branch, int) and branch >= 0):
+        raise ArgumentError.of("branch", branch, "an integer of at least 0, or None to have it told from the call")
     registry.sessions(model)
     with registry.scope(model, key, branch):
         yield
+
+
+def _has_hash(key: Any) -> bool:
+    try:
+        hash(key)
+    except TypeError:
+        return False
+    return True
 
 
 def _compile(graph_module: fx.GraphModule, inputs: Sequence[Any], config: Config) -> Callable[..., Any]:
@@ -198,9 +215,20 @@ def _unchanged(graph_module: fx.GraphModule, inputs: Sequence[Any], config: Conf
 
 
 def _plain(graph_module: fx.GraphModule, inputs: Sequence[Any], config: Config) -> Callable[..., Any]:
+    """Compiled as with Inductor alone; a call lets the registry know the model, so that it can be asked about."""
+    owner = next((i for i, value in enumerate(inputs) if isinstance(value, nn.Parameter)), None)
     if config.lowering == "eager":
-        return lower(graph_module, inputs, config)
-    return compile_fx(graph_module, list(inputs), config_patches=inductor_patches(config))  # pyright: ignore[reportReturnType]
+        run = lower(graph_module, inputs, config)
+    else:
+        run: Any = compile_fx(graph_module, list(inputs), config_patches=inductor_patches(config))
+    if owner is None:
+        return run
+
+    def call(*values: Any) -> Any:
+        registry.meet(values[owner])
+        return run(*values)
+
+    return call
 
 
 def _why_nothing(plan: Plan) -> str:

@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from typing import Any
 
 __all__ = [
+    "ArgumentError",
     "BenchError",
     "ChipmunkError",
     "ConfigError",
@@ -81,10 +82,31 @@ class NotCompiledError(ChipmunkError):
     def of(cls, model: object) -> NotCompiledError:
         """`model`: what was passed to summary, reset or generation."""
         return cls(
-            f"{type(model).__name__} holds nothing that was compiled with the backend 'chipmunk'. Allowed: the module "
-            "that torch.compile was called on, what it returned, or a parent of compiled blocks. Compile it first: "
-            'torch.compile(model, backend="chipmunk").'
+            f"{type(model).__name__} holds nothing that was compiled with the backend 'chipmunk'. Allowed: {_MODULES}. "
+            'Compile it first: torch.compile(model, backend="chipmunk"). Where a function that calls it was compiled, '
+            "call that function once."
         )
+
+    @classmethod
+    def no_module(cls, model: object, parts: Sequence[str]) -> NotCompiledError:
+        """`parts`: names of its attributes that are modules."""
+        return cls(
+            f"{type(model).__name__} is no module, and what was compiled is found through a module's parameters. "
+            f'Allowed: {_MODULES}. Pass {_instead(parts)}, compiled by torch.compile(..., backend="chipmunk").'
+        )
+
+
+class ArgumentError(ChipmunkError, TypeError, ValueError):
+    """An argument of one of the functions that look at a model is of a kind or a value that it cannot be."""
+
+    @classmethod
+    def of(cls, name: str, value: object, allowed: str) -> ArgumentError:
+        return cls(f"{name} = {_shown(value)} is not allowed. Allowed: {allowed}.")
+
+    @classmethod
+    def no_module(cls, name: str, value: object, parts: Sequence[str]) -> ArgumentError:
+        """`parts`: names of its attributes that are modules."""
+        return cls.of(name, value, f"a module, or what torch.compile returned for one. Pass {_instead(parts)}")
 
 
 class FallbackError(ChipmunkError):
@@ -106,6 +128,13 @@ def closest(name: str, names: Iterable[str], count: int = 3) -> list[str]:
     last = name.rpartition(".")[2]
     related = [known for known in names if known.rpartition(".")[2] == last and known not in spelled]
     return (spelled + related)[:count]
+
+
+_MODULES = "the module that torch.compile was called on, what it returned, or a parent of compiled blocks"
+
+
+def _instead(parts: Sequence[str]) -> str:
+    return f"one of its modules ({', '.join(parts)})" if parts else "the module itself"
 
 
 def _where(source: str | None) -> str:

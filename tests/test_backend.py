@@ -415,6 +415,18 @@ def test_explain_says_what_becomes_of_steps_without_a_timestep():
     assert "timestep: not found (calls are counted, by schedule.steps and schedule.branches" in str(report)
 
 
+def test_latents_in_a_list_are_told_from_text():
+    class Listed(TinyDiT):
+        def forward(self, latents, timestep, text):
+            return list(super().forward(torch.stack(latents), timestep, text))
+
+    steps = [([*latents], *others) for latents, *others in calls(TIMES, batch=2)]
+    assert "latents: latents.0, latents.1; text: text;" in str(chipmunk_fx.explain(Listed(), *steps[0]))
+    model = compiled(Listed())
+    run(model, steps)
+    assert chipmunk_fx.summary(model).phases == PHASES
+
+
 def test_explain_refuses_unknown_kinds():
     report = chipmunk_fx.explain(TinyDiT(), *CALL)
     for arguments in (("linear",), ("mlp", "sparse")):

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from chipmunk_fx import errors, log
-from chipmunk_fx.errors import ChipmunkError, ConfigError, FallbackError, NotCompiledError, closest
+from chipmunk_fx.errors import ArgumentError, ChipmunkError, ConfigError, FallbackError, NotCompiledError, closest
 
 
 def test_every_error_is_a_chipmunk_error():
@@ -56,6 +56,19 @@ def test_errors_survive_pickling():
 def test_not_compiled_names_the_class_and_the_remedy():
     text = str(NotCompiledError.of([]))
     assert text.startswith("list ") and 'backend="chipmunk"' in text
+
+
+def test_what_is_no_module_is_answered_with_what_to_pass():
+    for error in (NotCompiledError, ArgumentError):
+        arguments = ([],) if error is NotCompiledError else ("model", [])
+        assert "Pass the module itself" in str(error.no_module(*arguments, parts=[]))
+        assert "(transformer, vae)" in str(error.no_module(*arguments, parts=["transformer", "vae"]))
+
+
+def test_arguments_are_caught_as_types_and_as_values():
+    error = ArgumentError.of("branch", -1, "an integer")
+    assert isinstance(error, ChipmunkError) and isinstance(error, TypeError) and isinstance(error, ValueError)
+    assert str(error) == "branch = -1 is not allowed. Allowed: an integer."
 
 
 def test_fallback_names_the_site_and_the_reason():

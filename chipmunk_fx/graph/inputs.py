@@ -23,6 +23,7 @@ from chipmunk_fx.graph.walk import (
     rank,
     reaches,
     shape,
+    strip,
 )
 
 aten = torch.ops.aten
@@ -61,7 +62,7 @@ class Roles:
     masks, flags, strengths.
 
     Where the latents are not known, no input is taken for text: it could be the latents, new at every call.
-    `constant`: the timestep, where it is a number that this graph was made for.
+    `constant`: the timestep, where it is a number that this graph was made for. `beside`: of a list of latents, all others.
     """
 
     timestep: int | None
@@ -70,6 +71,7 @@ class Roles:
     ids: tuple[int, ...]
     constant: Constant | None = None
     rest: tuple[int, ...] = ()
+    beside: tuple[int, ...] = ()
 
     @property
     def timed(self) -> bool:
@@ -90,12 +92,30 @@ def classify(capture: Capture) -> Roles:
     timestep = _prefer(times, names | numbers, _TIME_NAMES, avoid=_NOT_TIME)
     ids = tuple(i for i in free if nodes[i] in rotary and nodes[i] not in timed)
     latents = _latents(capture, [i for i in free if i not in times and i not in ids], names)
+    beside = () if latents is None else _beside(capture, nodes, latents, [i for i in free if i not in (*times, *ids)])
     # Scalars are settings that Dynamo made tensors of (an epsilon), not text.
-    rest = [i for i in free if i != latents and i not in times and i not in ids and rank(nodes[i]) > 0]
+    others = [i for i in free if i not in (latents, *beside, *times, *ids) and rank(nodes[i]) > 0]
     constant = _constant(capture) if embeds and timestep is None else None
-    text = () if latents is None else _text(capture, rest, nodes, latents)
-    taken = {timestep, latents, *text, *ids}
-    return Roles(timestep, latents, text, ids, constant, tuple(i for i in free if i not in taken))
+    text = () if latents is None else _text(capture, others, nodes, latents)
+    taken = {timestep, latents, *beside, *text, *ids}
+    rest = tuple(i for i in free if i not in taken)
+    return Roles(timestep, latents, text, ids, constant, rest, beside)
+
+
+def _beside(capture: Capture, nodes: Sequence[fx.Node], latents: int, free: Sequence[int]) -> tuple[int, ...]:
+    """What stands in one list with the latents and is projected by the same weights.
+
+    A text among the `*args` of a model stands in one tuple with them, too, but has weights of its own.
+    """
+    holders = [_list_of(entry.name) for entry in capture.inputs]
+    listed = [i for i in free if i != latents and holders[latents] and holders[i] == holders[latents]]
+    if not listed:
+        return ()
+    projected = [n for n in capture.module.graph.nodes if n.target in PROJECTIONS]
+    entered = [(strip(n.args[1]), ancestors(n, lambda other: other.target in PROJECTIONS)) for n in projected]
+    own = {weight for weight, behind in entered if nodes[latents] in behind}
+    alike = {node for weight, behind in entered if weight in own for node in behind}
+    return tuple(i for i in listed if nodes[i] in alike)
 
 
 def _text(capture: Capture, rest: Sequence[int], nodes: Sequence[fx.Node], latents: int) -> tuple[int, ...]:
@@ -226,6 +246,12 @@ def _prefer(
 def _last_word(name: str) -> str:
     """`x` of `batch.x`, and of `x.0`, the first of a list."""
     return next((part for part in reversed(name.split(".")) if not part.isdigit()), name)
+
+
+def _list_of(name: str) -> str:
+    """`x` of `x.0`; nothing where the input is not one of a list."""
+    holder, _, place = name.rpartition(".")
+    return holder if place.isdigit() else ""
 
 
 def _word(word: str) -> Callable[[str], bool]:

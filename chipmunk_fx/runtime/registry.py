@@ -8,6 +8,7 @@ arrives intact at every call.
 from __future__ import annotations
 
 import contextvars
+import gc
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch._dynamo import OptimizedModule
 from torch.utils.weak import WeakIdKeyDictionary
 
 from chipmunk_fx.errors import NotCompiledError
@@ -33,7 +35,8 @@ class _Registry:
     """Sessions by parameter, and how many sessions in a row were new: the index of a block in its model's first pass."""
 
     def __init__(self) -> None:
-        self.by_parameter: WeakIdKeyDictionary = WeakIdKeyDictionary()  # Parameter -> list[Session]
+        # Parameter -> list[Session], which is empty where nothing was rewritten
+        self.by_parameter: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.row = 0
         self.notices = Notices()  # of the row: what concerns all pieces of a model is said once
         self.lock = threading.Lock()
@@ -51,6 +54,10 @@ class _Registry:
             known.append(session := make(self.row if piece else 0, self.notices))
             self.row += piece
             return session
+
+    def meet(self, owner: torch.Tensor) -> None:
+        with self.lock:
+            self.by_parameter.setdefault(owner, [])
 
     def others(self, owner: torch.Tensor, session: Session) -> list[Session]:
         with self.lock:
@@ -91,6 +98,11 @@ def session_of(owner: torch.Tensor, tag: Any, piece: bool, make: Make) -> Sessio
     return _REGISTRY.session_of(owner, tag, piece, make)
 
 
+def meet(owner: torch.Tensor) -> None:
+    """The model of the parameter `owner` was called in a graph of which nothing is rewritten."""
+    _REGISTRY.meet(owner)
+
+
 def has_session(values: Iterable[Any], tag: Any) -> bool:
     """Whether one of the `values` is a parameter with a session of this `tag`."""
     return _REGISTRY.has_session((v for v in values if isinstance(v, nn.Parameter)), tag)
@@ -113,10 +125,22 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def sessions(model: nn.Module) -> list[Session]:
     """All sessions that calls of `model` made, in order of their first call. Raises `NotCompiledError`."""
+    if not isinstance(model, nn.Module):
+        raise NotCompiledError.no_module(model, parts(model))
     found = {id(s): s for p in _tensors(model) for s in _REGISTRY.by_parameter.get(p, ())}
-    if not found and not compiled_with_us(model):
+    if not found and not is_met(model) and not compiled_with_us(model):
         raise NotCompiledError.of(model)
     return sorted(found.values(), key=lambda session: session.born)
+
+
+def is_met(model: nn.Module) -> bool:
+    """Whether calls of `model` have reached the backend."""
+    return any(tensor in _REGISTRY.by_parameter for tensor in _tensors(model))
+
+
+def parts(holder: object) -> list[str]:
+    """Names of what an object that is no module itself (a pipeline) holds as modules."""
+    return [name for name, value in getattr(holder, "__dict__", {}).items() if isinstance(value, nn.Module)]
 
 
 class Unnamed:
@@ -163,10 +187,20 @@ def thread_key() -> OfThread | None:
 
 def compiled_with_us(model: nn.Module) -> bool:
     """Whether the module, or one inside it, was given to torch.compile with this backend (called or not)."""
-    if is_ours(getattr(model, "dynamo_ctx", None)):
-        return True
-    calls = (getattr(m, "_compiled_call_impl", None) for m in unwrap(model).modules())
-    return any(_calls_us(call) for call in calls if call is not None)
+    modules = list(model.modules())
+    calls = (vars(m).get(name) for m in modules for name in ("_compiled_call_impl", "forward"))
+    return any(map(_wraps, modules)) or any(map(_calls_us, calls)) or any(map(_wraps, _wrappers(modules)))
+
+
+def _wraps(module: nn.Module) -> bool:
+    return is_ours(vars(module).get("dynamo_ctx"))
+
+
+def _wrappers(modules: Iterable[nn.Module]) -> list[OptimizedModule]:
+    """What torch.compile returned for the modules: until it is called, only the garbage collector knows."""
+    own = {id(module) for module in modules}
+    wrappers = [kept for kept in gc.get_objects() if type(kept) is OptimizedModule]
+    return [w for w in wrappers if id(vars(w).get("_modules", {}).get("_orig_mod")) in own]
 
 
 def _calls_us(call: Any) -> bool:

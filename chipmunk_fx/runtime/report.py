@@ -123,7 +123,7 @@ def report_of(plan: Plan, names: Sequence[str], notes: Sequence[str] = ()) -> Re
     return Report(
         tuple([_site(s) for s in plan.sites] + [_refused(c, names) for c in plan.refused]),
         roles.constant.name if roles.constant else name(roles.timestep),
-        name(roles.latents),
+        None if roles.latents is None else ", ".join(names[i] for i in (roles.latents, *roles.beside)),
         tuple(names[i] for i in roles.text),
         plan.geometry.source,
         done / plan.total_flops if plan.total_flops else 0.0,

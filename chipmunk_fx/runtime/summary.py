@@ -6,7 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from tabulate import tabulate
@@ -22,7 +22,8 @@ from chipmunk_fx.state.store import Account, account
 
 LEGEND = "(R refresh, s sparse, . skipped, D dense)"
 COLOURS = ("#c9ccd1", "#d1495b", "#2e86ab", "#f4f1e8")  # dense, refresh, sparse, skip: in the order of Phase
-_NOTHING = "no call has reached the backend yet, or nothing of the model was rewritten (explain says why)"
+_UNREACHED = "no call has reached the backend yet"
+_NOTHING = "nothing of the model was rewritten (explain says why)"
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,11 @@ class Summary:
         figure.savefig(path)
 
 
-def summarize(sessions: Sequence[Session], key: Any = None, named: bool = False) -> Summary:
-    """The generation begun last, or the one of `key` where `named`. Raises KeyError for a key that no call had."""
+def summarize(sessions: Sequence[Session], key: Any = None, named: bool = False, met: bool = True) -> Summary:
+    """The generation begun last, or the one of `key` where `named`. Raises KeyError for a key that no call had.
+
+    `met`: calls have reached the backend.
+    """
     tracks = _tracks(sessions, key, named)
     if named and not tracks:
         known = sorted(
@@ -131,7 +135,7 @@ def summarize(sessions: Sequence[Session], key: Any = None, named: bool = False)
         )
         raise KeyError(f"no generation {key!r}; there are {', '.join(known) or 'none with a key'}")
     if not tracks:
-        return Summary({}, (), 1.0, 0, (), _NOTHING if not sessions else "")
+        return Summary({}, (), 1.0, 0, (), "" if sessions else _NOTHING if met else _UNREACHED)
     sites = [site for session, track in tracks for site in _sites(session, track)]
     spent, dense = zip(*(_work(session, track) for session, track in tracks), strict=True)
     kept = sum((_account(session, track) for session, track in tracks), Account())
@@ -194,8 +198,12 @@ def _sites(session: Session, track: Track) -> list[SiteSummary]:
     plans = _plans(track)
     phases = _phases(track)
     summaries = []
-    prefix = f"{session.arrival}." if plans and not plans[-1].roles.timed else ""  # a block among others
+    is_piece = bool(plans) and not plans[-1].roles.timed  # a block among others
+    prefix = f"{session.arrival}." if is_piece else ""
+    exempt = _exempt(session, plans[-1]) if is_piece else ""
     for site in plans[-1].sites if plans else ():
+        if exempt and site.status == "rewritten":
+            site = replace(site, status="dense", reason=exempt)
         own = {b: [_phase_of(site, plans[-1], phase) for phase in p] for b, p in phases.items()}
         share, caches = _held(session, track, site)
         bytes_, reason = sum(caches.values()), site.reason
@@ -206,6 +214,18 @@ def _sites(session: Session, track: Track) -> list[SiteSummary]:
             )
         )
     return summaries
+
+
+def _exempt(session: Session, plan: Plan) -> str:
+    """Why a block that is compiled by itself is dense, if it is: all of it, whichever kind of site the settings are of."""
+    kinds, block = {site.kind for site in plan.rewritten}, session.arrival
+    told = (("attention", session.config.attention), ("mlp", session.config.mlp))
+    named = [
+        f"{kind}.{'layers' if settings.of_layer(block) else 'dense_layers'}"
+        for kind, settings in told
+        if kind in kinds and settings.is_dense(block)
+    ]
+    return f"block {block} is dense as a whole, by {' and '.join(named)}" if named else ""
 
 
 def _phase_of(site: Site, plan: Plan, phase: str) -> str:

@@ -17,6 +17,25 @@ class Guided(TinyDiT):
         return super().forward(latents, timestep, text) + super().forward(latents, guidance, text)
 
 
+class Listed(TinyDiT):
+    """Latents, and texts, come as lists with one tensor a sample."""
+
+    def forward(self, x, timestep, texts):
+        return list(super().forward(torch.stack(x), timestep, torch.stack(texts)))
+
+
+class OneByOne(Listed):
+    def forward(self, x, timestep, texts):
+        return [TinyDiT.forward(self, y[None], timestep[:1], texts[0][None])[0] for y in x]
+
+
+class Passing(TinyDiT):
+    """Names nothing: its latents and its text stand in one tuple."""
+
+    def forward(self, inputs, timestep):
+        return super().forward(inputs[0], timestep, inputs[1])
+
+
 class Unnamed(TinyDiT):
     def forward(self, a, b, c):
         return super().forward(a, b, c)
@@ -198,6 +217,18 @@ def test_residuals_of_a_control_network_are_no_text():
     samples = [torch.randn(1, 64, WIDTH) for _ in range(2)]
     seen = captured(Controlled(2), *calls([900])[0], samples)
     assert seen.role("text") == ("text",)
+
+
+@pytest.mark.parametrize("model", [Listed(), OneByOne()])
+def test_a_list_of_latents_is_no_text(model: nn.Module):
+    seen = captured(model, [*noise(batch=2)], torch.ones(2), [words(1)[0], words(2)[0]])
+    assert (seen.role("latents"), seen.role("beside")) == ("x.0", ("x.1",))
+    assert seen.role("text") == (("texts.0", "texts.1") if type(model) is Listed else ("texts.0",))
+
+
+def test_a_text_in_one_tuple_with_the_latents_is_one():
+    seen = captured(Passing(), (noise(), words()), torch.ones(1))
+    assert (seen.role("latents"), seen.role("beside"), seen.role("text")) == ("inputs.0", (), ("inputs.1",))
 
 
 def test_no_text():

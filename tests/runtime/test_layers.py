@@ -51,6 +51,10 @@ def test_blocks_compiled_one_by_one_follow_too(lowering: str):
     got = run(model, calls(TIMES))
     sites = [site for site in chipmunk_fx.summary(model).sites if site.kind == "attention"]
     assert [site.phases for site in sites] == [PHASES, DENSE, DENSE, PHASES, PHASES]
+    assert [site.reason for site in sites[1:3]] == [
+        f"block {i} is dense as a whole, by attention.layers" for i in (1, 2)
+    ]
+    assert [site.status for site in sites] == ["rewritten", "dense", "dense", "rewritten", "rewritten"]
     # a block does not know which of its columns are text
     assert [site.density for site in sites if site.phases == PHASES] == [16 / 72, 1.0, 32 / 72]
     torch._dynamo.reset()
@@ -60,3 +64,14 @@ def test_blocks_compiled_one_by_one_follow_too(lowering: str):
     want = run(whole, calls(TIMES))
     assert_same(got[:1], want[:1])
     assert (got[2] - want[2]).norm() < 0.1 * want[2].norm()
+
+
+def test_a_block_compiled_alone_says_which_setting_keeps_all_of_it_dense():
+    options = SPARSE | TOLD | {"attention.dense_layers": 1, "mlp.dense_layers": 2}
+    model = blockwise(TinyDiT(depth=3), options)
+    run(model, calls(TIMES))
+    first, _, attention, mlp, *others = chipmunk_fx.summary(model).sites
+    assert first.reason == "block 0 is dense as a whole, by attention.dense_layers and mlp.dense_layers"
+    assert attention.reason == mlp.reason == "block 1 is dense as a whole, by mlp.dense_layers"
+    assert (attention.status, attention.phases, attention.density) == ("dense", DENSE, 1.0)
+    assert [(site.status, site.reason, site.phases) for site in others] == [("rewritten", "", PHASES)] * 2
