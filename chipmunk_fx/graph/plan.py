@@ -22,7 +22,7 @@ from chipmunk_fx.graph.match import Candidate
 from chipmunk_fx.graph.passage import Passage
 from chipmunk_fx.graph.pattern import AttentionOperands, MlpOperands
 from chipmunk_fx.graph.region import Region, Stream, dead_after_skip, find_region
-from chipmunk_fx.graph.routing import choice_refusal, chosen_rows
+from chipmunk_fx.graph.routing import choice_refusal, chosen_rows, steady
 from chipmunk_fx.graph.sizes import Size, bindings, evaluate, hints, unbacked
 from chipmunk_fx.graph.walk import ancestors, placeholders, projections, shape
 from chipmunk_fx.ops.groups import GROUP_ROWS
@@ -191,7 +191,7 @@ def make_plan(
     rest = beside + sum(_beside_flops(s) for s in sites)
     total = rest + sum(s.dense_flops for s in sites)
     windowed = config.attention.local_window > 0
-    region = find_region(capture, candidates, _node(inputs, roles.latents))
+    region = steady(find_region(capture, candidates, _node(inputs, roles.latents)), chosen)
     spared = set() if isinstance(region, str) else dead_after_skip(capture.module, region)
     measured = config.schedule.skip_threshold is not None
     skips = (bool(config.schedule.skip_steps) or measured) and not isinstance(region, str)

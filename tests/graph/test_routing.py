@@ -144,6 +144,61 @@ def test_tokens_that_stay_chosen_are_refused_ever_after():
     assert found == [(name, kind, False) for name, kind, _ in [("blocks.0", "mlp", False), *LATER]]
 
 
+def numbered(order: Tensor) -> Tensor:
+    """The inverse of one permutation, written in place."""
+    inverse = torch.empty_like(order.flatten())
+    inverse[order.flatten()] = torch.arange(order.shape[1])
+    return inverse[None]
+
+
+class Sorted(Routed):
+    """All tokens in the order of their scores."""
+
+    def places(self, x: Tensor) -> Tensor:
+        return self.router(x).squeeze(-1).sort(dim=1).indices
+
+
+INVERSES: dict[str, Callable[[Tensor], Tensor]] = {
+    "argsort": lambda order: order.argsort(1),
+    "sort": lambda order: order.sort(1).indices,
+    "numbers": lambda order: torch.zeros_like(order).scatter(1, order, torch.arange(order.shape[1])[None]),
+    "numbers in place": numbered,
+}
+
+
+@pytest.mark.parametrize("inverse", list(INVERSES))
+def test_tokens_are_back_in_their_places_after_the_inverse_order(inverse: str):
+    block = Sorted(TAKES["gather"], lambda x, order, rows: x + rows.gather(1, wide(INVERSES[inverse](order))))
+    assert verdicts(block) == [("blocks.0", "mlp", False), *LATER]
+
+
+def test_the_inverse_of_another_order_puts_nothing_back():
+    def put(x: Tensor, order: Tensor, rows: Tensor) -> Tensor:
+        return rows.gather(1, wide(order.argsort(1, descending=True)))
+
+    assert {accepted for _, _, accepted in verdicts(Sorted(TAKES["gather"], put))} == {False}
+
+
+def test_what_was_chosen_before_it_was_sorted_still_is_when_that_is_undone():
+    class Twice(Sorted):
+        def forward(self, x: Tensor) -> Tensor:
+            half = x.gather(1, wide(Routed.places(self, x)))
+            done = super().forward(half)
+            return torch.cat([done, done], 1)
+
+    block = Twice(TAKES["gather"], lambda x, order, rows: x + rows.gather(1, wide(order.argsort(1))))
+    assert {accepted for _, _, accepted in verdicts(block)} == {False}
+
+
+@pytest.mark.parametrize("undone", [True, False])
+def test_blocks_are_skipped_where_tokens_are_in_their_places(undone: bool):
+    def put(x: Tensor, order: Tensor, rows: Tensor) -> Tensor:
+        return x + (rows.gather(1, wide(order.argsort(1))) if undone else rows)
+
+    region = seen(Sorted(TAKES["gather"], put)).plan().region
+    assert isinstance(region, str) is not undone and (undone or REASON in str(region))
+
+
 @pytest.mark.parametrize("some", ["tokens", "queries", "keys"])
 def test_attention_of_chosen_tokens_is_refused(some: str):
     assert verdicts(Attending(some)) == [("blocks.0", "attention", False), *LATER]
