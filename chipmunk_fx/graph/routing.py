@@ -102,7 +102,8 @@ def _is_chosen(node: fx.Node, content: _Marked, chosen: _Marked) -> bool:
     if name == "scaled_dot_product_attention":
         return sources[0] in chosen
     if name in _PRODUCTS:  # the rows are those of the left operand
-        return next(source for source in sources if source in content) in chosen
+        left = next(source for source in sources if source in content)
+        return left in chosen or _name(strip(left)) == "one_hot"
     if name in _REDUCTIONS and _along_rows(node):
         return False
     return any(source in chosen for source in sources)

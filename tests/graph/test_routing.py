@@ -104,6 +104,8 @@ TAKES: dict[str, Take] = {
     "index": lambda x, places: x[torch.arange(len(x))[:, None], places],
     "select": lambda x, places: x.index_select(1, places[0]),
     "look up": lambda x, places: F.embedding(places[0], x[0])[None],
+    "one hot": lambda x, places: F.one_hot(places, x.shape[1]).to(x.dtype) @ x,
+    "one hot, einsum": lambda x, places: torch.einsum("bks,bsc->bkc", F.one_hot(places, x.shape[1]).float(), x),
     "sort": lambda x, _: x.sort(1).values[:, : x.shape[1] // 2],
     "then joined": lambda x, places: torch.cat([x.gather(1, wide(places)), x], 1)[:, : places.shape[1]],
 }
