@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from chipmunk_fx.graph.language import Call, Expression, Found, Literal, OneOf, Var, Where, is_identity
 from chipmunk_fx.graph.pointwise import CASTS
-from chipmunk_fx.graph.walk import ancestors, rank, strip
+from chipmunk_fx.graph.walk import is_parameter, moved_by, rank, strip
 
 aten = torch.ops.aten
 
@@ -101,14 +101,14 @@ def weight_refusal(weight: fx.Node) -> str | None:
     value = weight.meta["val"]
     if is_traceable_wrapper_subclass(value):
         return f"weight {weight} is a {type(value).__name__}, a plain tensor is supported"
-    if changing := _changing(weight):
+    if changing := moved_by(weight):
         return f"weight {weight} is computed from {changing}, which may change from step to step"
     return None
 
 
 def _is_stored(node: fx.Node) -> bool:
     """Whether a matrix is a parameter, or a part of one, as it is kept."""
-    return rank(node) == 2 and _is_parameter(strip(node, _PARTS))
+    return rank(node) == 2 and is_parameter(strip(node, _PARTS))
 
 
 def _is_biased(node: fx.Node) -> bool:
@@ -155,14 +155,3 @@ def _unscaled(node: Any) -> fx.Node:
     while node.target in _SCALES or is_identity(node):
         node = node.all_input_nodes[0]
     return node
-
-
-def _changing(weight: fx.Node) -> fx.Node | None:
-    """An input of the call, other than parameters and buffers, that a weight depends on."""
-    inputs = [n for n in ancestors(weight, lambda n: False) if n.op == "placeholder"]
-    return next((n for n in inputs if not _is_parameter(n)), None)
-
-
-def _is_parameter(node: fx.Node) -> bool:
-    static = "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
-    return static or isinstance(node.meta.get("val"), torch.nn.Parameter)

@@ -22,11 +22,11 @@ from chipmunk_fx.graph.state import (
     OF_MLP_REFRESHES,
     OF_REFRESHES,
     WATCHED,
-    StateInput,
+    placeholders,
     slot_names,
     state_inputs,
 )
-from chipmunk_fx.graph.walk import is_used, rank
+from chipmunk_fx.graph.walk import is_used, moved_by, rank
 from chipmunk_fx.schedule.phase import Phase
 
 aten = torch.ops.aten
@@ -47,7 +47,7 @@ def rewrite(capture: Capture, plan: Plan, config: Config, phase: Phase, renew: b
     for old, new in copied.items():
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source  # pyright: ignore[reportAttributeAccessIssue]
-    state = _placeholders(graph, state_inputs(plan, phase))
+    state = placeholders(graph, state_inputs(plan, phase))
     if phase is Phase.SKIP:
         _skip(graph, copied, state, plan)
         return _module(capture, graph)
@@ -92,18 +92,6 @@ def _skip(
     for node in reversed([n for n in graph.nodes if n in region]):
         graph.erase_node(node)
     graph.eliminate_dead_code()
-
-
-def _placeholders(graph: fx.Graph, entries: tuple[StateInput, ...]) -> dict[tuple[int | None, str], fx.Node]:
-    last = [n for n in graph.nodes if n.op == "placeholder"][-1]
-    made = {}
-    for entry in entries:
-        with graph.inserting_after(last):
-            last = graph.placeholder(f"chipmunk_{entry.name}")
-        # Static for CUDA graphs, yet never guarded: the runtime swaps them from call to call.
-        last.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
-        made[entry.key] = last
-    return made
 
 
 class _Writer:
@@ -190,7 +178,7 @@ class _Writer:
         config, ops = self.config.mlp, torch.ops.chipmunk
         slots = [self._slot(site, name) if name in slot_names(site) else None for name in MLP_SLOTS]
         weights = [self._part(p) for p in (operands.w1, operands.b1, operands.wu, operands.bu, operands.w2)]
-        bias = None if operands.b2 is None else self.copied[operands.b2]
+        bias, moving = self._second_bias(operands)
         there, back = _layouts(site, operands)
         if operands.channels_first:  # [F, C, 1, ...] -> [F, C]
             weights[::2] = [w and self.graph.call_function(aten.flatten.using_ints, (w, 1)) for w in weights[::2]]
@@ -204,10 +192,18 @@ class _Writer:
             product = self.graph.call_function(ops.mlp_sparse.default, arguments, common | extra)
         else:
             product = self.graph.call_function(ops.mlp_refresh.default, arguments, common)
+        if moving is not None:
+            product = self.graph.call_function(aten.add.Tensor, (product, moving))
         product = self._laid(product, back)
         if operands.kept is not None:
             self._keep(self.copied[operands.x], operands.kept)
         return product if operands.beside is None else self._beside(operands, product)
+
+    def _second_bias(self, operands: MlpOperands) -> tuple[fx.Node | None, fx.Node | None]:
+        """As the op takes it, which keeps it in its result; one that moves from step to step is added afterwards."""
+        bias = None if operands.b2 is None else self.copied[operands.b2]
+        moves = operands.b2 is not None and moved_by(operands.b2) is not None
+        return (None, bias) if moves else (bias, None)
 
     def _keep(self, x: fx.Node, kept: Kept) -> None:
         """The columns that go elsewhere, from a linear of their own."""

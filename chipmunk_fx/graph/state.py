@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import fx
+
 from chipmunk_fx.graph.plan import Plan, Site
 from chipmunk_fx.schedule.phase import Phase
 
@@ -53,6 +55,19 @@ def state_inputs(plan: Plan, phase: Phase) -> tuple[StateInput, ...]:
     if phase is Phase.REFRESH and plan.tells_known:
         entries.append(StateInput("known", "known"))
     return tuple(entries)
+
+
+def placeholders(graph: fx.Graph, entries: tuple[StateInput, ...]) -> dict[tuple[int | None, str], fx.Node]:
+    """Those inputs in a graph, after its own."""
+    last = [n for n in graph.nodes if n.op == "placeholder"][-1]
+    made = {}
+    for entry in entries:
+        with graph.inserting_after(last):
+            last = graph.placeholder(f"chipmunk_{entry.name}")
+        # Static for CUDA graphs, yet never guarded: the runtime swaps them from call to call.
+        last.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+        made[entry.key] = last
+    return made
 
 
 def slot_names(site: Site) -> tuple[str, ...]:

@@ -91,6 +91,17 @@ def placeholders(value: fx.Node) -> list[fx.Node]:
     return [n for n in ancestors(value, lambda n: False) if n.op == "placeholder"]
 
 
+def moved_by(value: fx.Node) -> fx.Node | None:
+    """An input of the call, other than parameters and buffers, that `value` depends on: it may change from step to step."""
+    return next((n for n in placeholders(value) if not is_parameter(n)), None)
+
+
+def is_parameter(node: fx.Node) -> bool:
+    """Whether an input of the graph is a parameter or a buffer."""
+    static = "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
+    return static or isinstance(node.meta.get("val"), torch.nn.Parameter)
+
+
 def depending(value: fx.Node) -> set[fx.Node]:
     """All nodes that depend on `value`."""
     return behind(value.graph, [value])
