@@ -36,7 +36,7 @@ from chipmunk_fx.runtime.placement import fit, limit, notes
 from chipmunk_fx.runtime.report import Report, explain_model, report_of
 from chipmunk_fx.runtime.session import Session
 from chipmunk_fx.runtime.summary import Summary, summarize
-from chipmunk_fx.runtime.tracing import rest_while_tracing
+from chipmunk_fx.runtime.tracing import is_resumed, rest_while_tracing
 from chipmunk_fx.runtime.variants import Variants, inductor_patches, lower
 from chipmunk_fx.schedule.phase import Phase
 
@@ -143,7 +143,7 @@ def _compile(graph_module: fx.GraphModule, inputs: Sequence[Any], config: Config
         return _unchanged(graph_module, inputs, config, _why_nothing(plan))
     if plan.roles.constant:
         _log.warning("%s", plan.roles.constant)
-    graph = Graph(captured, plan, config, Variants(graph_module, captured, plan, config))
+    graph = Graph(captured, plan, config, Variants(graph_module, captured, plan, config), resumed=is_resumed())
     if captured.dynamic:
         _build_all(graph, inputs)
 

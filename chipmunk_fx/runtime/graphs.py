@@ -24,10 +24,17 @@ _PASSED = 3  # sessions in a row that were lost after one call, before caches ar
 
 
 class Graph:
-    """Shared by all models it serves. `owner`: the input (a parameter) by which a call's session is found."""
+    """Shared by all models it serves. `owner`: the input (a parameter) by which a call's session is found; `resumed`: a graph
+    before it ended where Dynamo could not follow."""
 
     def __init__(
-        self, capture: Capture, plan: Plan, config: Config, variants: Variants, owner: int | None = None
+        self,
+        capture: Capture,
+        plan: Plan,
+        config: Config,
+        variants: Variants,
+        owner: int | None = None,
+        resumed: bool = False,
     ) -> None:
         self.capture, self.plan, self.config, self.variants = capture, plan, config, variants
         self.entries = state_inputs(plan, Phase.REFRESH)
@@ -36,7 +43,7 @@ class Graph:
         if owner is None:
             owner = (plan.rewritten or plan.sites)[0].owner if plan.sites else next(parameters)
         self.owner = owner
-        self.is_piece = not plan.roles.timed
+        self.is_piece, self.resumed = not plan.roles.timed, resumed
         self.free = [i for i, entry in enumerate(capture.inputs) if entry.is_tensor and not entry.is_parameter]
         self.owners = tuple(sorted({site.owner for site in plan.rewritten}))
         self.rewrites, self.skips = bool(plan.rewritten), bool(plan.streams)
@@ -71,7 +78,9 @@ class Graph:
             )
             skips = self.plan.skips and not self.is_whole
             plan = replace(self.plan, sites=sites, skips=skips)
-            self._without[key] = Graph(self.capture, plan, self.config, self.variants.of(plan), self.owner)
+            self._without[key] = Graph(
+                self.capture, plan, self.config, self.variants.of(plan), self.owner, self.resumed
+            )
         return self._without[key]
 
     @property

@@ -253,7 +253,8 @@ class Session(Holdings):
         if graph.is_piece and any(settings.is_dense(self.arrival) for settings in graph.settings):
             return Phase.DENSE
         if not position.decided:
-            return self._fall_back(track, position, position.reason or "its place in the generation is undecidable")
+            reason = position.reason or "its place in the generation is undecidable"
+            return self._fall_back(track, position, reason + _CUT * graph.resumed)
         if problem := (graph.rewrites and known.problem) or self.faults.of(graph):
             return self._fall_back(track, position, problem)
         if not graph.rewrites:
@@ -330,4 +331,8 @@ def _masks(graph: Graph, values: Sequence[Any], known: Known) -> list[torch.Tens
 
 
 _DROPPED = "its caches were dropped for those of another generation (memory.budget_gb)"
+_CUT = (
+    "; Dynamo has cut the model's graph before this piece: where no call but the first does what that was for (tables made "
+    "when they are needed first), torch._dynamo.reset() once after it has the next call traced whole"
+)
 _NOTHING = Known()

@@ -39,9 +39,19 @@ def rest_while_tracing() -> None:
         handler.register_start_callback(rest.begin)
 
 
+def is_resumed() -> bool:
+    """Whether the backend is asked for what comes behind a graph break."""
+    return getattr(_known("code"), "co_name", "").startswith("torch_dynamo_resume_in")
+
+
 def _asked() -> Any:
     """The backend of the compile that is about to begin, in Dynamo's wrappers, or None."""
+    return _known("compiler_fn")
+
+
+def _known(name: str) -> Any:
+    """What Dynamo's innermost compile under way has by that name."""
     frame = sys._getframe()
-    while frame is not None and frame.f_code.co_name != "_compile":
+    while frame is not None and not (frame.f_code.co_name == "_compile" and name in frame.f_locals):
         frame = frame.f_back
-    return frame and frame.f_locals.get("compiler_fn")
+    return frame and frame.f_locals.get(name)

@@ -1,5 +1,6 @@
 """Blocks compiled one by one, and models whose graph breaks."""
 
+import logging
 from typing import Any
 
 import pytest
@@ -31,6 +32,44 @@ class Broken(TinyDiT):
         x = self.blocks[0](x)
         torch._dynamo.graph_break()
         return self.out(self.blocks[1](x)).reshape(b, -1, h, w)
+
+
+class Tables(Broken):
+    """Makes a table when it is needed first, behind the timestep, which Dynamo does not trace."""
+
+    table = None
+
+    def forward(self, latents, timestep, text):
+        b, _, h, w = latents.shape
+        x = self.embed(latents).flatten(2).transpose(1, 2)
+        x = x + self.time((timestep[:, None] * torch.arange(1, 33)).sin())[:, None]
+        x = self.blocks[1](self.blocks[0](self.tabled(x)))
+        return self.out(x).reshape(b, -1, h, w)
+
+    def tabled(self, x):
+        if self.table is None:
+            torch._dynamo.graph_break()
+            self.table = torch.ones(())
+        return x * self.table
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, TOLD], ids=["", "counted"])
+def test_a_first_call_that_cuts_the_graph_is_named(options: dict[str, Any], caplog: pytest.LogCaptureFixture):
+    torch._dynamo.reset()
+    ours = chipmunk(Tables(depth=2), options=SPARSE | options)
+    with caplog.at_level(logging.WARNING, logger="chipmunk_fx"):
+        run(ours, calls(TIMES))
+    said = [record.message for record in caplog.records if "torch._dynamo.reset()" in record.message]
+    if options:
+        assert not said and chipmunk_fx.summary(ours).phases == PHASES
+        return
+    assert len(said) == 1 and "Dynamo has cut the model's graph" in said[0]
+    assert chipmunk_fx.summary(ours).phases == {0: ["dense"] * 3}
+    torch._dynamo.reset()
+    chipmunk_fx.reset(ours)
+    run(ours, calls(TIMES))
+    assert chipmunk_fx.summary(ours).phases == PHASES
 
 
 def test_blocks_follow_the_schedule_when_steps_and_branches_are_given():
