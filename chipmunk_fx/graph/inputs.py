@@ -59,7 +59,7 @@ class Constant:
 @dataclass(frozen=True)
 class Roles:
     """Positions among the graph's inputs. `text` lists the conditioning by which branches are told apart, `rest` what is left:
-    masks, flags, strengths.
+    masks, strengths, numbers.
 
     Where the latents are not known, no input is taken for text: it could be the latents, new at every call.
     `constant`: the timestep, where it is a number that this graph was made for. `beside`: of a list of latents, all others.
@@ -98,7 +98,7 @@ def classify(capture: Capture) -> Roles:
     constant = _constant(capture) if embeds and timestep is None else None
     text = () if latents is None else _text(capture, others, nodes, latents)
     taken = {timestep, latents, *beside, *text, *ids}
-    rest = tuple(i for i in free if i not in taken)
+    rest = tuple(i for i, entry in enumerate(capture.inputs) if not entry.is_parameter and i not in taken)
     return Roles(timestep, latents, text, ids, constant, rest, beside)
 
 

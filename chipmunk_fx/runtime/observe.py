@@ -14,7 +14,7 @@ from chipmunk_fx.schedule.run import Observation
 
 _SAMPLE = 96  # values of the latents that are compared from call to call
 _TIMES = 64  # a batch of timesteps longer than this (one a token) is summed up
-_KEPT = 1 << 20  # values of a tensor that is kept to be compared with that of a later call
+_KEPT = 1 << 16  # values at most of a tensor that are kept to be compared with those of a later call
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,15 @@ class Observer:
             parts = [times, *parts]
         return _transfer(told, parts, len(times)) if parts else Sight(told)
 
-    def _rest(self, graph: Hashable, tensors: Sequence[torch.Tensor]) -> Callable[[], Hashable]:
-        """Reads the content of `tensors` when it is called; what has changed by then is like nothing else."""
-        kept = [(tensor, _version(tensor)) for tensor in tensors if tensor.numel() <= _KEPT]
+    def _rest(self, graph: Hashable, values: Sequence[Any]) -> Callable[[], Hashable]:
+        """Reads the content of tensors among `values` when it is called; what has changed by then is like nothing else."""
+        numbers = tuple(value for value in values if not isinstance(value, torch.Tensor))
+        tensors = [_held(value) for value in values if isinstance(value, torch.Tensor)]
+        kept = [(tensor, _version(tensor)) for tensor in tensors]
 
         def read() -> Hashable:
-            return graph, tuple(self._text(t) if _version(t) == version else object() for t, version in kept)
+            told = tuple(self._text(t) if _version(t) == version else object() for t, version in kept)
+            return graph, numbers, told
 
         return read
 
@@ -101,6 +104,13 @@ def _transfer(told: Observation, parts: Sequence[torch.Tensor], times: int) -> S
     arrived = torch.cuda.Event()
     arrived.record(torch.cuda.current_stream(device))
     return Sight(told, host, many, arrived)
+
+
+def _held(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy of some of its values where it is large, or does not tell when it is written to."""
+    if tensor.numel() <= _KEPT and not tensor.is_inference():
+        return tensor
+    return tensor.detach().reshape(-1)[:: -(-tensor.numel() // _KEPT) or 1].clone()
 
 
 def _version(tensor: torch.Tensor) -> int | None:

@@ -47,7 +47,7 @@ class Run:
     round: Counter[Hashable] = field(default_factory=Counter)  # calls of the step under way, by text
     latents: tuple[float, ...] | None = None
     samples: dict[Hashable, tuple[float, ...]] = field(default_factory=dict)  # the last latents that came with a text
-    rests: dict[Hashable, Callable[[], Hashable]] = field(default_factory=dict)  # and what else came with it
+    rests: dict[Hashable, Callable[[], Hashable]] = field(default_factory=dict)  # and what else, in the step under way
     by_rest: bool = False  # whether that belongs to the text, since it tells branches apart
     torn: str | None = None  # why the rest of the generation is undecidable
     surprised: bool = False  # a call was not what was expected
@@ -76,6 +76,7 @@ class Run:
     def next_step(self) -> None:
         self.step += 1
         self.round.clear()
+        self.rests.clear()
 
     def differs(self, seen: Observation) -> bool:
         """Whether all that tells the call from one of this step is what else it shows: branches share their latents, the calls

@@ -31,7 +31,7 @@ ALTERNATING = (
 
 MOVING = (
     "every call so far has had a text or condition of its own, and so has caches of its own, made anew: if that is one picture "
-    "whose conditioning moves from step to step, give schedule.branches=1"
+    "whose conditioning moves from step to step, give schedule.branches (1 without guidance)"
 )
 
 
@@ -127,9 +127,10 @@ class Timeline:
         return Position(self._generation, run.step, branch, begins, reason is None, reason, remark)
 
     def _told_apart(self, run: Run, seen: Observation) -> Observation:
-        """With all that it shows for its text, where branches are told apart by that: guidance by a mask or a flag."""
-        if seen.rest is None or self._branches == 1:
-            return seen
+        """With all that it shows for its text, where branches are told apart by that: guidance by a mask or a flag. Where their
+        number is given, their places tell."""
+        if seen.rest is None or self._branches is not None:
+            return replace(seen, rest=None)
         if not run.by_rest and run.differs(seen):
             run.tell_by_rest()
         return replace(seen, text=(seen.text, seen.rest())) if run.by_rest else seen

@@ -70,6 +70,32 @@ def test_a_mask_or_a_flag_tells_branches_apart(kind: str):
         chipmunk_fx.reset(ours)
 
 
+class Counted(TinyDiT):
+    def forward(self, latents: Tensor, timestep: Tensor, text: Any = None, times: int = 1) -> Tensor:
+        return super().forward(latents, timestep, text * times)
+
+
+@torch.no_grad()
+def test_a_number_that_becomes_an_input_of_the_graph_tells_branches_apart():
+    ours = compiled(Counted())
+    for _ in range(2):
+        for call in calls(TIMES):
+            for times in (2, 3):
+                ours(*call, times)
+        phases = chipmunk_fx.summary(ours).phases
+        chipmunk_fx.reset(ours)
+    assert phases == {0: STEPS, 1: STEPS}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", DROPS)
+def test_branches_whose_number_is_given_are_told_by_place(kind: str):
+    ours = compiled(Dropping(kind).eval(), schedule__branches=2)
+    for _, arguments in steps(kind):
+        ours(*arguments)
+    assert chipmunk_fx.summary(ours).phases == {0: STEPS, 1: STEPS}
+
+
 @torch.no_grad()
 def test_guidance_by_a_mask_may_pause():
     ours = compiled(Dropping("mask").eval())

@@ -71,7 +71,7 @@ def test_the_content_of_a_text_is_read_once(monkeypatch: pytest.MonkeyPatch):
 def test_masks_and_flags_are_read_when_they_are_asked_for():
     roles, observer = Roles(0, 1, (2,), (), rest=(3,)), Observer()
 
-    def rest(mask: torch.Tensor, graph: object = None) -> Any:
+    def rest(mask: Any, graph: object = None) -> Any:
         values = [torch.tensor([900.0]), noise(), words(), mask]
         return observer.observe(roles, values, graph).whole().rest
 
@@ -81,7 +81,13 @@ def test_masks_and_flags_are_read_when_they_are_asked_for():
     before = rest(ones)
     ones.zero_()
     assert before() != rest(ones)() == rest(torch.zeros(1, 8))()
-    assert rest(torch.ones(1 << 20, 2))() == rest(torch.zeros(1 << 20, 2))()  # too large to be kept
+    assert rest(torch.ones(1 << 20, 2))() == rest(torch.ones(1 << 20, 2))() != rest(torch.zeros(1 << 20, 2))()
+    with torch.inference_mode():  # where nothing tells that it is written to
+        mask = torch.ones(1, 8)
+        before = rest(mask)
+        mask.zero_()
+        assert before() != rest(mask)()
+    assert rest(2)() != rest(3)()
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """One test a rule. `noise(seed)` stands for the latents of a generation; `drift` is what a sampler makes of them."""
 
+import gc
 import math
 import random
+import weakref
 
 import pytest
 from hypothesis import given, settings
@@ -374,6 +376,24 @@ def test_branches_told_by_a_flag_alone():
         (2, 2, 1),
         (2, 2, 2),
     ]
+
+
+def test_flags_that_move_leave_branches_in_their_places_where_their_number_is_given():
+    calls = [
+        flagged(t, (t, flag), drift(noise(1), noise(2), t / 1e4)) for t in (900, 600, 300) for flag in (False, True)
+    ]
+    assert run(Timeline(branches=2), calls) == [(0, step, branch) for step in range(3) for branch in (0, 1)]
+
+
+def test_what_came_with_earlier_steps_is_not_held():
+    timeline, kept = Timeline(), []
+    for t in (900, 600, 300):
+        flag = lambda: t  # noqa: B023, E731
+        kept.append(weakref.ref(flag))
+        timeline.advance(Observation((float(t),), f"text {t}", None, noise(1), flag))
+        del flag
+    gc.collect()
+    assert [ref() is None for ref in kept] == [True, True, False]
 
 
 def test_with_one_branch_flags_are_not_looked_at():
