@@ -57,8 +57,8 @@ class ConfigError(ChipmunkError, ValueError):
     @classmethod
     def invalid(cls, key: str, value: Any, allowed: str, *, source: str | None = None, hint: str = "") -> ConfigError:
         """`key` exists, but `value` is not what it takes."""
-        message = f"{_where(source)}{key} = {_shown(value)} is not allowed. Allowed: {allowed}."
-        return cls(f"{message} {hint}".rstrip(), key=key, value=value, allowed=allowed)
+        message = _refused(key, value, allowed)
+        return cls(f"{_where(source)}{message} {hint}".rstrip(), key=key, value=value, allowed=allowed)
 
     @classmethod
     def unlisted(cls, key: str, value: Any, names: Sequence[str], *, source: str | None = None) -> ConfigError:
@@ -101,7 +101,7 @@ class ArgumentError(ChipmunkError, TypeError, ValueError):
 
     @classmethod
     def of(cls, name: str, value: object, allowed: str) -> ArgumentError:
-        return cls(f"{name} = {_shown(value)} is not allowed. Allowed: {allowed}.")
+        return cls(_refused(name, value, allowed))
 
     @classmethod
     def no_module(cls, name: str, value: object, parts: Sequence[str]) -> ArgumentError:
@@ -131,6 +131,10 @@ def closest(name: str, names: Iterable[str], count: int = 3) -> list[str]:
 
 
 _MODULES = "the module that torch.compile was called on, what it returned, or a parent of compiled blocks"
+
+
+def _refused(name: str, value: object, allowed: str) -> str:
+    return f"{name} = {_shown(value)} is not allowed. Allowed: {allowed}."
 
 
 def _instead(parts: Sequence[str]) -> str:

@@ -91,10 +91,11 @@ def classify(capture: Capture) -> Roles:
     times = times or [i for i in numbers if nodes[i] in timed and numbers[i] in _TIME_NAMES]  # not: sizes
     timestep = _prefer(times, names | numbers, _TIME_NAMES, avoid=_NOT_TIME)
     ids = tuple(i for i in free if nodes[i] in rotary and nodes[i] not in timed)
-    latents = _latents(capture, [i for i in free if i not in times and i not in ids], names)
-    beside = () if latents is None else _beside(capture, nodes, latents, [i for i in free if i not in (*times, *ids)])
+    streams = [i for i in free if i not in times and i not in ids]
+    latents = _latents(capture, streams, names)
+    beside = () if latents is None else _beside(capture, nodes, latents, streams)
     # Scalars are settings that Dynamo made tensors of (an epsilon), not text.
-    others = [i for i in free if i not in (latents, *beside, *times, *ids) and rank(nodes[i]) > 0]
+    others = [i for i in streams if i not in (latents, *beside) and rank(nodes[i]) > 0]
     constant = _constant(capture) if embeds and timestep is None else None
     text = () if latents is None else _text(capture, others, nodes, latents)
     taken = {timestep, latents, *beside, *text, *ids}

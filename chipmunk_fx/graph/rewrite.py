@@ -22,7 +22,7 @@ from chipmunk_fx.graph.state import (
     OF_MLP_REFRESHES,
     OF_REFRESHES,
     WATCHED,
-    placeholders,
+    add_inputs,
     slot_names,
     state_inputs,
 )
@@ -47,7 +47,7 @@ def rewrite(capture: Capture, plan: Plan, config: Config, phase: Phase, renew: b
     for old, new in copied.items():
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source  # pyright: ignore[reportAttributeAccessIssue]
-    state = placeholders(graph, state_inputs(plan, phase))
+    state = add_inputs(graph, state_inputs(plan, phase))
     if phase is Phase.SKIP:
         _skip(graph, copied, state, plan)
         return _module(capture, graph)

@@ -57,8 +57,8 @@ def state_inputs(plan: Plan, phase: Phase) -> tuple[StateInput, ...]:
     return tuple(entries)
 
 
-def placeholders(graph: fx.Graph, entries: tuple[StateInput, ...]) -> dict[tuple[int | None, str], fx.Node]:
-    """Those inputs in a graph, after its own."""
+def add_inputs(graph: fx.Graph, entries: tuple[StateInput, ...]) -> dict[tuple[int | None, str], fx.Node]:
+    """Placeholders for these inputs, after those that the graph has."""
     last = [n for n in graph.nodes if n.op == "placeholder"][-1]
     made = {}
     for entry in entries:

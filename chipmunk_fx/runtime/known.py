@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from chipmunk_fx.graph.masks import Probe
+from chipmunk_fx.runtime.observe import version_of
 from chipmunk_fx.runtime.tables import Fixed
 
 _KEPT = 8  # answers that are remembered: branches take turns
@@ -101,7 +102,7 @@ def _stamp(value: Any, measured: bool) -> tuple[Any, Any, Any]:
     """Of a tensor: itself (weakly), its version and shape; of a number: its value. Of what is measured: its shape."""
     if measured or not isinstance(value, torch.Tensor):
         return None, tuple(value.shape) if measured else value, None
-    version = None if value.is_inference() else value._version
+    version = version_of(value)
     return weakref.ref(value), version, tuple(value.shape)
 
 

@@ -53,15 +53,16 @@ class Observer:
     def observe(self, roles: Roles, values: Sequence[Any], graph: Hashable = None) -> Sight:
         """Begins one device-to-host transfer for timestep and sample; reads each text that was not seen before.
 
-        A piece of a model without a timestep is only counted: nothing is read from the device. graph: which one the call is
-        of; flags that are Python's make graphs of their own.
+        A piece of a model without a timestep is only counted: nothing is read from the device. graph: which one the call is of,
+        where all else that it shows may be asked for; flags that are Python's make graphs of their own.
         """
         if not roles.timed:
             return Sight(Observation(shape=_piece_signature(roles, values)))
         times = _numbers(roles.constant.value if roles.constant else values[roles.timestep])  # pyright: ignore
         text = tuple(self._text(values[index]) for index in roles.text) or None
         latents = None if roles.latents is None else values[roles.latents]
-        rest = self._rest(None if roles.constant else graph, [values[i] for i in roles.rest])
+        known_by = None if roles.constant else graph  # else each timestep has a graph
+        rest = None if graph is None else self._rest(known_by, [values[i] for i in roles.rest])
         told = Observation(text=text, shape=None if latents is None else _signature(latents), rest=rest)
         parts = [] if latents is None else [_sample(latents)]
         if times.device.type == "cpu":
@@ -74,16 +75,16 @@ class Observer:
         """Reads the content of tensors among `values` when it is called; what has changed by then is like nothing else."""
         numbers = tuple(value for value in values if not isinstance(value, torch.Tensor))
         tensors = [_held(value) for value in values if isinstance(value, torch.Tensor)]
-        kept = [(tensor, _version(tensor)) for tensor in tensors]
+        kept = [(tensor, version_of(tensor)) for tensor in tensors]
 
         def read() -> Hashable:
-            told = tuple(self._text(t) if _version(t) == version else object() for t, version in kept)
+            told = tuple(self._text(t) if version_of(t) == version else object() for t, version in kept)
             return graph, numbers, told
 
         return read
 
     def _text(self, tensor: torch.Tensor) -> Hashable:
-        version = _version(tensor)
+        version = version_of(tensor)
         known = self._texts.get(tensor)
         if known is not None and version is not None and known[0] == version:
             return known[1]
@@ -113,7 +114,7 @@ def _held(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().reshape(-1)[:: -(-tensor.numel() // _KEPT) or 1].clone()
 
 
-def _version(tensor: torch.Tensor) -> int | None:
+def version_of(tensor: torch.Tensor) -> int | None:
     """None for inference tensors, which count no changes."""
     return None if tensor.is_inference() else tensor._version
 

@@ -62,7 +62,8 @@ class Session(Holdings):
     def _serve(self, graph: Graph, values: Sequence[Any]) -> Any:
         track, named = self._track(values, graph)
         known = self._known(graph, values)
-        sight = self.observer.observe(graph.plan.roles, values, weakref.ref(graph))
+        apart = weakref.ref(graph) if named is None and track.timeline.infers else None
+        sight = self.observer.observe(graph.plan.roles, values, apart)
         early = self._ahead(graph, track, sight, named, values, known)
         position = self._locate(track, sight, named)
         branch = track.branches.setdefault(position.branch, Branch())

@@ -28,7 +28,6 @@ ALTERNATING = (
     "latents of another shape at the timestep of the call before: calls of either shape begin a generation, and none of them is "
     "sparse. Call those of one shape inside chipmunk_fx.generation(model, key=...) of their own"
 )
-
 MOVING = (
     "every call so far has had a text or condition of its own, and so has caches of its own, made anew: if that is one picture "
     "whose conditioning moves from step to step, give schedule.branches (1 without guidance)"
@@ -71,6 +70,11 @@ class Timeline:
         self._contradictions = 0  # generations in a row that began with a move against the direction
         self._longest = 0  # steps of a generation that is over
 
+    @property
+    def infers(self) -> bool:
+        """Whether branches are told from all that calls show; where their number is given, their places tell."""
+        return self._branches is None
+
     def reset(self) -> None:
         self._end()
         self._contradictions = 0
@@ -84,8 +88,10 @@ class Timeline:
         if run is None or run.opening or run.surprised or run.timestep is None:
             return None
         if told.timestep is None:
-            text = self._told_apart(run, told).text
-            moves = run.is_over(text, self._branches) if branch is None else run.is_over(("branch", branch), None)
+            if branch is None:
+                moves = run.is_over(self._told_apart(run, told).text, self._branches)
+            else:
+                moves = run.is_over(("branch", branch), None)
             told = replace(told, timestep=(_mean(run.timestep) + self._direction,) if moves else run.timestep)
         ahead = copy.copy(self)
         ahead._run = run.copy()
@@ -102,11 +108,12 @@ class Timeline:
         """The position of the next call. `branch` is for callers that name it: a step ends when one comes again."""
         if branch is not None:
             seen = replace(seen, text=("branch", branch), rest=None)
-        run, plain = self._run, seen
+        run, plain, begins, remark = self._run, seen, True, None
         if run is not None:
             seen = self._told_apart(run, seen)
-        begins = run is None or self._restarts(run, seen)
-        remark = None if run is None else _remark(run, seen, begins)
+            related = run.related(seen)
+            begins = self._restarts(run, seen, related)
+            remark = _remark(run, seen, related, begins)
         if run is None or begins:
             seen = plain
             self._end()
@@ -127,9 +134,8 @@ class Timeline:
         return Position(self._generation, run.step, branch, begins, reason is None, reason, remark)
 
     def _told_apart(self, run: Run, seen: Observation) -> Observation:
-        """With all that it shows for its text, where branches are told apart by that: guidance by a mask or a flag. Where their
-        number is given, their places tell."""
-        if seen.rest is None or self._branches is not None:
+        """With all that it shows for its text, where branches are told apart by that: guidance by a mask or a flag."""
+        if seen.rest is None or not self.infers:
             return replace(seen, rest=None)
         if not run.by_rest and run.differs(seen):
             run.tell_by_rest()
@@ -140,15 +146,15 @@ class Timeline:
         if self._run is not None:
             self._longest, self._run = max(self._longest, self._run.step + 1), None
 
-    def _restarts(self, run: Run, seen: Observation) -> bool:
-        """Whether the call begins a generation although `run` is under way."""
+    def _restarts(self, run: Run, seen: Observation, related: bool | None) -> bool:
+        """Whether the call begins a generation although `run` is under way, to whose latents its own are `related`."""
         if not self._continues(run, seen):
             self._contradictions = 0
             return True
         if seen.timestep is None or run.timestep is None:
             ended = self._steps is not None and run.calls >= self._steps * (self._branches or 1)
             return ended and not self._bounded
-        timestep, related = collapsed(seen.timestep), run.related(seen)
+        timestep = collapsed(seen.timestep)
         if timestep == run.timestep:
             # Only here can latents decide: a generation that ended after its first step looks like a solver's second call.
             return run.opening and related is False
@@ -253,10 +259,10 @@ def _too_many(number: int, branches: int | None) -> str | None:
     return None
 
 
-def _remark(run: Run, seen: Observation, begins: bool) -> str | None:
+def _remark(run: Run, seen: Observation, related: bool | None, begins: bool) -> str | None:
     """What is odd about a call after those of `run`."""
     if not begins:
-        return OTHER_PICTURE if run.related(seen) is False else None
+        return OTHER_PICTURE if related is False else None
     again = seen.timestep is not None and collapsed(seen.timestep) == run.timestep
     return ALTERNATING if again and not run.opening and seen.shape not in run.shapes.values() else None
 

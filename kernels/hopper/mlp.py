@@ -105,7 +105,7 @@ def _second(
     )  # fmt: skip
     sizes = rows, width, groups, listed, group_rows // settings.rows, batch * groups, tiles
     scaled = () if scales is None else (scales[-1:].data_ptr(), _pointer(change_scale))
-    problem = (SecondInFp8 if scaled else Second)(*pointers, *scaled, *sizes)
+    problem = (SecondInFp8 if fp8 else Second)(*pointers, *scaled, *sizes)
     _launch("add_listed", settings, "second_fp8.cu" if fp8 else "second.cu", tiles, problem, out.device)
 
 

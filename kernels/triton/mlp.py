@@ -28,9 +28,10 @@ def refresh(
     """As `chipmunk_fx.ops.mlp.mlp_refresh`: dense products by the vendor's library, on rows in their own order."""
     with on_device_of(x):
         rows = inner_contiguous(_batches(x))
-        most = None if scales is None else scales.new_zeros(len(scales) + 1)  # of weights and of hidden values
+        most = largest = None
+        if scales is not None:  # of weights, and of hidden values
+            most, largest = scales.new_zeros(len(scales) + 1).split([len(scales), 1])
         store_weights(w1, wu, w2, w1_fp8, by_neuron, scales, most, clock)
-        largest = None if most is None else most[-1:]
         results = []
         for entry, *kept in zip(rows, hidden, mean, lists, strict=True):
             h = F.linear(entry, w1, b1)

@@ -22,7 +22,7 @@ def store_weights(
 ) -> None:  # fmt: skip
     """by_neuron = w2^T; where w1_fp8 and scales are given all in fp8. Nothing where clock[1] is 0 and weights are as kept.
 
-    most: zeros, one more than scales [P + 1]; the last is not used.
+    most: zeros like scales.
     """
     w2 = inner_contiguous(w2)
     stale = torch.zeros(1, dtype=torch.int32, device=w2.device)
@@ -32,9 +32,9 @@ def store_weights(
     first = [inner_contiguous(weight) for weight in (w1, wu) if weight is not None]
     for weight, kept, scale in zip((*first, w2.mT), (*w1_fp8, by_neuron), scales, strict=True):
         find_changes(weight, kept, scale, clock, stale)
-    for weight, largest in zip((*first, w2), most[:-1], strict=True):
+    for weight, largest in zip((*first, w2), most, strict=True):
         find_largest(weight, largest, stale)
-    store_scales(most[:-1], scales, stale)
+    store_scales(most, scales, stale)
     for weight, kept, scale in zip(first, w1_fp8, scales, strict=False):
         store_weight(weight, kept, scale, stale)
     store_transposed(w2, by_neuron, scales[-1], stale)

@@ -137,7 +137,7 @@ def launches(
         elif hopper and dtype != torch.float32:
             w1, w2, clock = (values[name] for name in ("w1", "w2", "clock"))
             first, second = (torch.empty(w.shape, dtype=torch.float8_e4m3fn) for w in (w1, w2.mT))
-            store_weights(w1, None, w2, first.unsqueeze(0), second, torch.zeros(2), torch.zeros(3), clock)
+            store_weights(w1, None, w2, first.unsqueeze(0), second, torch.zeros(2), torch.zeros(2), clock)
             store_scales(torch.zeros(1), torch.zeros(1), room=2)
             h = torch.zeros(256, len(w1), dtype=dtype)
             kept = [values[name][0] for name in ("hidden", "mean", "lists")]

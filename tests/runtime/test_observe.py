@@ -71,10 +71,11 @@ def test_the_content_of_a_text_is_read_once(monkeypatch: pytest.MonkeyPatch):
 def test_masks_and_flags_are_read_when_they_are_asked_for():
     roles, observer = Roles(0, 1, (2,), (), rest=(3,)), Observer()
 
-    def rest(mask: Any, graph: object = None) -> Any:
+    def rest(mask: Any, graph: object = "a graph") -> Any:
         values = [torch.tensor([900.0]), noise(), words(), mask]
         return observer.observe(roles, values, graph).whole().rest
 
+    assert rest(None, graph=None) is None
     ones = torch.ones(1, 8)
     assert rest(ones)() == rest(ones.clone())() != rest(torch.zeros(1, 8))()
     assert rest(ones, "one graph")() != rest(ones, "another")()
