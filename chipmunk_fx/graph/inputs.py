@@ -86,7 +86,7 @@ def classify(capture: Capture) -> Roles:
     embeds, waved, rotary = _sinusoids(capture.module)
     told = ((n, _last_word(entry.name)) for n, entry in zip(nodes, capture.inputs, strict=True) if n in waved)
     timed = {n for n, name in told if rank(n) <= 2 or name in _TIME_NAMES}  # a stream of tokens is no time
-    times = [i for i in free if nodes[i] in timed] or [i for i in free if _looks_up(nodes[i], names[i])]
+    times = [i for i in free if nodes[i] in timed] or [i for i in free if _is_named_time(nodes[i], names[i])]
     numbers = {i: _last_word(entry.name) for i, entry in enumerate(capture.inputs) if not entry.is_tensor}
     times = times or [i for i in numbers if nodes[i] in timed and numbers[i] in _TIME_NAMES]  # not: sizes
     timestep = _prefer(times, names | numbers, _TIME_NAMES, avoid=_NOT_TIME)
@@ -206,9 +206,10 @@ def _sinusoids(module: fx.GraphModule) -> tuple[bool, set[fx.Node], set[fx.Node]
     return embeds, waved, rotary
 
 
-def _looks_up(node: fx.Node, name: str) -> bool:
-    """A time of a table of times. Labels look up too: the name must say it."""
-    return name in _TIME_NAMES and rank(node) <= 1 and _is_looked_up(node)
+def _is_named_time(node: fx.Node, name: str) -> bool:
+    """A time without a sinusoid: one value a sample, looked up in a table or projected. So are labels and strengths: the
+    name must say it."""
+    return name in _TIME_NAMES and all(size == 1 for size in shape(node)[1:]) and bool(node.users)
 
 
 def _latents(capture: Capture, candidates: Sequence[int], names: dict[int, str]) -> int | None:

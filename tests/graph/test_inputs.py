@@ -114,6 +114,26 @@ class Table(TinyDiT):
         return self.out(self.blocks[0](x))
 
 
+class Raw(TinyDiT):
+    """Time and a strength go to linears as they are, without a sinusoid."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time, self.strength = nn.Linear(1, WIDTH), nn.Linear(1, WIDTH)
+
+    def forward(self, latents, t, strength):
+        x = self.embed(latents).flatten(2).transpose(1, 2)
+        x = x + self.time(t.view(-1, 1))[:, None] + self.strength(strength[:, None])[:, None]
+        return self.out(self.blocks[0](x))
+
+
+class Modulated(Block):
+    """A block that calls the modulation it is given by the name of a time."""
+
+    def forward(self, x, timestep):
+        return super().forward(x * timestep[:, None])
+
+
 def ids(t: int, h: int, w: int) -> torch.Tensor:
     axes = torch.meshgrid(torch.arange(t), torch.arange(h), torch.arange(w), indexing="ij")
     return torch.stack(axes, -1).reshape(-1, 3)
@@ -133,6 +153,16 @@ def test_names_are_not_needed():
 def test_a_time_may_be_looked_up():
     seen = captured(Table(), noise(), torch.tensor([900]), torch.tensor([3]))
     assert seen.role("timestep") == "timestep"
+
+
+@pytest.mark.parametrize("time", [torch.tensor([0.9]), torch.tensor(0.9), torch.tensor([[0.9]])], ids=lambda t: str(t.ndim))
+def test_a_time_without_a_sinusoid_is_told_by_its_name(time: torch.Tensor):
+    seen = captured(Raw(), noise(), time, torch.ones(1))
+    assert (seen.role("timestep"), seen.role("latents")) == ("t", "latents")
+
+
+def test_a_vector_of_the_name_of_a_time_is_none():
+    assert captured(Modulated(), torch.randn(1, 24, WIDTH), torch.ones(1, WIDTH)).roles.timestep is None
 
 
 def test_a_timestep_may_have_a_value_for_every_frame():
