@@ -96,7 +96,7 @@ def classify(capture: Capture) -> Roles:
     beside = () if latents is None else _beside(capture, nodes, latents, streams)
     # Scalars are settings that Dynamo made tensors of (an epsilon), not text.
     others = [i for i in streams if i not in (latents, *beside) and rank(nodes[i]) > 0]
-    constant = _constant(capture) if embeds and timestep is None else None
+    constant = _constant(capture, embeds) if timestep is None else None
     text = () if latents is None else _text(capture, others, nodes, latents)
     taken = {timestep, latents, *beside, *text, *ids}
     rest = tuple(i for i, entry in enumerate(capture.inputs) if not entry.is_parameter and i not in taken)
@@ -177,10 +177,11 @@ def _is_residual(node: fx.Node, latents: fx.Node) -> bool:
     )
 
 
-def _constant(capture: Capture) -> Constant | None:
-    """The time of a graph that has a sinusoid of no input."""
-    name = next((name for name in _TIME_NAMES if name in capture.numbers), None)
-    return None if name is None else Constant(name, capture.numbers[name])
+def _constant(capture: Capture, embeds: bool) -> Constant | None:
+    """The time of a graph of which no input is one. Without a sinusoid it is no whole number, which could be a size."""
+    numbers = {n: v for n, v in capture.numbers.items() if n in _TIME_NAMES and (embeds or isinstance(v, float))}
+    name = min(numbers, key=_TIME_NAMES.index, default=None)
+    return None if name is None else Constant(name, numbers[name])
 
 
 def _sinusoids(module: fx.GraphModule) -> tuple[bool, set[fx.Node], set[fx.Node]]:

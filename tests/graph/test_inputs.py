@@ -155,7 +155,9 @@ def test_a_time_may_be_looked_up():
     assert seen.role("timestep") == "timestep"
 
 
-@pytest.mark.parametrize("time", [torch.tensor([0.9]), torch.tensor(0.9), torch.tensor([[0.9]])], ids=lambda t: str(t.ndim))
+@pytest.mark.parametrize(
+    "time", [torch.tensor([0.9]), torch.tensor(0.9), torch.tensor([[0.9]])], ids=lambda t: str(t.ndim)
+)
 def test_a_time_without_a_sinusoid_is_told_by_its_name(time: torch.Tensor):
     seen = captured(Raw(), noise(), time, torch.ones(1))
     assert (seen.role("timestep"), seen.role("latents")) == ("t", "latents")

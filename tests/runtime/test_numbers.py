@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import chipmunk_fx
-from tests.runtime.models import SPARSE, TinyDiT, assert_same, calls, exactly, noise, run, words
+from tests.runtime.models import SPARSE, WIDTH, TinyDiT, assert_same, calls, exactly, noise, run, words
 
 TIMES = (900, 700, 500, 300, 100, 0)
 PHASES = ["refresh", "sparse", "sparse", "refresh", "sparse", "sparse"]
@@ -75,6 +75,28 @@ def test_branches_are_told_by_text(kind: Callable[[float], Any]):
     inputs = numbered(TIMES[:3], kind, texts=[words(1), words(2)])
     assert_same(run(ours, inputs), run(model, inputs))
     assert chipmunk_fx.summary(ours).phases == {0: PHASES[:3], 1: PHASES[:3]}
+
+
+class Raw(TinyDiT):
+    """A flow model whose time, a Python number between 0 and 1, goes to a linear without a sinusoid."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time = nn.Linear(1, WIDTH)
+
+    def forward(self, latents: Tensor, t: float) -> Tensor:
+        x = self.embed(latents).flatten(2).transpose(1, 2)
+        x = x + self.time(torch.full((1, 1), t))[:, None]
+        return self.out(self.blocks[0](x))
+
+
+def test_a_number_may_go_to_a_linear_as_it_is():
+    model = Raw()
+    ours = exactly(model, schedule__refresh_every=3)
+    for seed in range(2):
+        inputs = [(noise(seed) * (1 - t), t) for t in (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)]
+        assert_same(run(ours, inputs), run(model, inputs))
+        assert chipmunk_fx.summary(ours).phases == {0: PHASES} and not chipmunk_fx.summary(ours).fallbacks
 
 
 def test_a_graph_for_each_number():
