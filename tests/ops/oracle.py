@@ -89,11 +89,11 @@ def remainder(values: dict[str, Any], lists: Tensor) -> tuple[Tensor, Tensor]:
     return rest, share
 
 
-def hidden(values: dict[str, Any], x: Tensor, chosen: Tensor | slice = slice(None)) -> Tensor:
+def hidden(values: dict[str, Any], x: Tensor) -> Tensor:
     """Activations [rows, neurons] of x [rows, C]."""
 
     def linear(weight: str, bias: str) -> Tensor:
-        return F.linear(x, values[weight][chosen], None if values[bias] is None else values[bias][chosen])
+        return F.linear(x, values[weight], values[bias])
 
     a = ACTIVATIONS[values["activation"]](linear("w1", "b1"))
     return a if values["wu"] is None else a * linear("wu", "bu")
@@ -124,6 +124,23 @@ def added_in_fp8(values: dict[str, Any], change: Tensor, chosen: Tensor) -> Tens
     weight, scale = values["by_neuron"].to(accurate)[chosen], values["change_scale"]
     eight = (change.float() / scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn)
     return (eight.to(accurate) @ weight * (values["scales"][-1] * scale)).to(change.dtype)
+
+
+def undecided(values: dict[str, Any], lists: Tensor, stored: Tensor, slack: float) -> Tensor:
+    """[B, N, C2]: by how much `out` may be off because a change that is off by `slack` rounds to the next e4m3 number.
+
+    stored: hidden after the step in fp64, whose changes are taken from the one before it.
+    """
+    x, wide_scale = batches(values["x"]), values["change_scale"].double()
+    off = torch.zeros(*x.shape[:2], values["out"].shape[-1], dtype=torch.float64, device=x.device)
+    for b in range(x.shape[0]):
+        for g, rows in enumerate(groups(values, x.shape[1])):
+            chosen = lists[b, g].long()
+            change = (stored - values["hidden"])[b, g, chosen, : len(rows)].mT
+            low, high = (((change + d) / wide_scale).float().to(torch.float8_e4m3fn).double() for d in (-slack, slack))
+            weight = values["by_neuron"].double()[chosen].abs()
+            off[b, rows] = (high - low) @ weight * (values["scales"][-1].double() * wide_scale)
+    return off
 
 
 def in_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,14 +182,18 @@ def group_means(values: dict[str, Any]) -> Tensor:
 
 
 def sparse_mlp(values: dict[str, Any], lists: Tensor) -> tuple[Tensor, Tensor]:
-    """out [B, N, C2] and hidden [B, G, F, R] after a sparse step over `lists`, from those before it."""
+    """out [B, N, C2] and hidden [B, G, F, R] after a sparse step over `lists`, from those before it.
+
+    All rows go through the first product at once, as in the model: on a GPU a few rows are added up in another order.
+    """
     x, out, stored = batches(values["x"]), values["out"].clone(), values["hidden"].clone()
     fp8 = values["w1_fp8"] is not None
-    first, second = (hidden_in_fp8, added_in_fp8) if fp8 else (hidden, added)
+    second = added_in_fp8 if fp8 else added
     for b in range(x.shape[0]):
+        every = None if fp8 else hidden(values, x[b])
         for g, rows in enumerate(groups(values, x.shape[1])):
             chosen = lists[b, g].long()
-            new = first(values, x[b, rows], chosen)
+            new = hidden_in_fp8(values, x[b, rows], chosen) if every is None else every[rows][:, chosen]
             change = new - stored[b, g, chosen, : len(rows)].mT
             out[b, rows] += second(values, change, chosen).to(out.dtype)
             stored[b, g, chosen, : len(rows)] = new.mT

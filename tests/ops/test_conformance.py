@@ -257,10 +257,14 @@ def test_mlp_sparse(implementation: str, dtype: torch.dtype, case: MlpCase, rene
 
     plain_out, plain_hidden = oracle.sparse_mlp(before, values["lists"])
     exact_out, exact_hidden = oracle.sparse_mlp(oracle.wide(before), values["lists"])
+    assert torch.equal(values["hidden"].isnan(), exact_hidden.isnan())
+    changed = [hidden.nan_to_num() for hidden in (values["hidden"], plain_hidden, exact_hidden)]
+    within(*changed)
+    if case.fp8 and dtype == torch.float32:  # in narrower dtypes many round otherwise in plain PyTorch, too
+        off = oracle.undecided(before, values["lists"], exact_hidden, tolerance(*changed[1:]))
+        exact_out = exact_out + (values["out"] - exact_out).clamp(-off, off)
     within(values["out"], plain_out, exact_out)
     within(result.view_as(exact_out), plain_out.to(dtype), exact_out)
-    assert torch.equal(values["hidden"].isnan(), exact_hidden.isnan())
-    within(values["hidden"].nan_to_num(), plain_hidden.nan_to_num(), exact_hidden.nan_to_num())
 
 
 def assert_changed_most(lists: Tensor, change: Tensor, plain: Tensor, drawn: int) -> None:
