@@ -9,30 +9,30 @@ from math import prod
 from torch import fx
 
 Map = frozenset[tuple[fx.Node, int]]
-"""Where positions go: the ops that chose it, each with 1, or -1 for the inverse."""
+"""A map of positions by the ops that chose it, each with 1, or -1 where it is the inverse."""
 
-NOWHERE: Map = frozenset()
+NONE: Map = frozenset()
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A run of positions: a dimension, or a factor of one; of size 1 that of a single row, of which no dimension is left.
+    """A run of positions: a dimension, or a factor of one; of size 1 what is left where one row was chosen.
 
     `order`: the maps that brought rows to where they are, one after the other; none where they are in their own places.
-    Where the values are maps themselves (indices, one-hot rows): `keys` has one for every position, `places` is pointed to.
+    Where values are a map themselves (indices, one-hot rows): `keys` has a value for each position, `places` is pointed to.
     """
 
     size: int
     order: tuple[Map, ...] = ()
-    keys: Map = NOWHERE
-    places: Map = NOWHERE
+    keys: Map = NONE
+    places: Map = NONE
 
     @property
     def is_plain(self) -> bool:
         return not (self.order or self.keys or self.places)
 
 
-Part = list[Axis]
+Dim = list[Axis]
 """The axes that one dimension is made of, the slowest first."""
 
 
@@ -40,74 +40,80 @@ def inverse(given: Map) -> Map:
     return frozenset((node, -sign) for node, sign in given)
 
 
-def moved(part: Part, by: Map, size: int) -> Part:
-    """Rows taken to where a map says; one that follows its inverse takes them back."""
+def moved(dim: Dim, by: Map, size: int) -> Dim:
+    """Rows that a map takes elsewhere, or back if its inverse was what moved them last."""
     return [
         Axis(axis.size, axis.order[:-1] if axis.order[-1:] == (inverse(by),) else (*axis.order, by))
-        for axis in _fitted(part, size)
+        for axis in _fitted(dim, size)
     ]
 
 
-def order(part: Part) -> tuple[Map, ...]:
-    return next((axis.order for axis in part if axis.order), ())
+def order(dim: Dim) -> tuple[Map, ...]:
+    return next((axis.order for axis in dim if axis.order), ())
 
 
-def keyed(axis: Axis, by: Map) -> Axis:
-    """Indices along an axis."""
-    return Axis(axis.size, axis.order, by)
+def keys(dim: Dim) -> Map:
+    return NONE.union(*(axis.keys for axis in dim))
 
 
-def bare(part: Part) -> Part:
-    """Values that are no map."""
-    return [Axis(axis.size, axis.order) for axis in part]
+def places(dim: Dim) -> Map:
+    return NONE.union(*(axis.places for axis in dim))
 
 
-def folded(axes: Sequence[Axis], sizes: Sequence[int]) -> list[Part]:
+def marked(dim: Dim, keys: Map = NONE, places: Map = NONE) -> Dim:
+    """Rows in the same order, with values that tell these maps."""
+    return [Axis(axis.size, axis.order, keys, places) for axis in dim]
+
+
+def unordered(dim: Dim) -> Dim:
+    return [replace(axis, order=()) for axis in dim]
+
+
+def flat(dims: Iterable[Dim]) -> Dim:
+    return [axis for dim in dims for axis in dim]
+
+
+def folded(axes: Sequence[Axis], sizes: Sequence[int]) -> list[Dim]:
     """The axes of each dimension of a tensor, whatever it was reshaped from."""
     left = [axis for axis in axes if axis.size != 1 or not axis.is_plain]
-    parts: list[Part] = []
+    dims: list[Dim] = []
     for size in sizes:
-        while parts and size != 1 and left and left[0].size == 1:
-            parts[-1].append(left.pop(0))
-        part: Part = []
-        while left and (_size(part) < size or (size == 1 and left[0].size == 1)):
-            part.append(left.pop(0))
-        if (more := _size(part)) > size and part[-1].size % (inner := max(more // max(size, 1), 1)) == 0:
-            left.insert(0, replace(part[-1], size=inner))
-            part[-1] = replace(part[-1], size=part[-1].size // inner)
-        parts.append(_fitted(part, size))
-    if left and parts:
-        parts[-1] += left
-    return parts
+        while dims and size != 1 and left and left[0].size == 1:
+            dims[-1].append(left.pop(0))
+        dim: Dim = []
+        while left and (_size(dim) < size or (size == 1 and left[0].size == 1)):
+            dim.append(left.pop(0))
+        inner = _size(dim) // max(size, 1)
+        if inner > 1 and dim[-1].size % inner == 0:
+            left.insert(0, replace(dim[-1], size=inner))
+            dim[-1] = replace(dim[-1], size=dim[-1].size // inner)
+        dims.append(_fitted(dim, size))
+    if left and dims:
+        dims[-1] += left
+    return dims
 
 
-def joined(parts: Iterable[Part], size: int) -> Part:
-    """One dimension of what is made of several."""
-    result: Part = [Axis(size)]
-    for part in (_fitted(part, size) for part in parts if not all(axis.is_plain for axis in part)):
-        plain = all(axis.is_plain for axis in result)
-        result = part if plain else _merged(result, part, size)
-    return result
+def joined(dims: Iterable[Dim], size: int) -> Dim:
+    """One dimension of what is made of several tensors."""
+    result: Dim = []
+    for dim in (_fitted(dim, size) for dim in dims if not all(axis.is_plain for axis in dim)):
+        if result and [axis.size for axis in result] != [axis.size for axis in dim]:
+            result, dim = _fitted(result, size, whole=True), _fitted(dim, size, whole=True)
+        result = [_both(*pair) for pair in zip(result, dim, strict=True)] if result else dim
+    return result or [Axis(size)]
 
 
-def _merged(one: Part, other: Part, size: int) -> Part:
-    if [axis.size for axis in one] == [axis.size for axis in other]:
-        return [_both(*pair, pair[0].size) for pair in zip(one, other, strict=True)]
-    return [_both(_fitted(one, size, True)[0], _fitted(other, size, True)[0], size)]
+def _both(one: Axis, other: Axis) -> Axis:
+    steps = (*one.order, *(step for step in other.order if step not in one.order))
+    return Axis(one.size, steps, one.keys | other.keys, one.places | other.places)
 
 
-def _both(one: Axis, other: Axis, size: int) -> Axis:
-    rows = (*one.order, *(step for step in other.order if step not in one.order))
-    return Axis(size, rows, one.keys | other.keys, one.places | other.places)
+def _fitted(dim: Dim, size: int, whole: bool = False) -> Dim:
+    """A dimension that was cut or grew, whose factors are lost, as they are where it is taken as a `whole`."""
+    if dim and _size(dim) == size and not whole:
+        return dim
+    return [Axis(size, order(dim), keys(dim), places(dim))]
 
 
-def _fitted(part: Part, size: int, whole: bool = False) -> Part:
-    """The same where a dimension is cut or grows; its factors are not told apart then, nor where it is to be `whole`."""
-    if part and _size(part) == size and not whole:
-        return part
-    keys, places = (NOWHERE.union(*maps) for maps in ([a.keys for a in part], [a.places for a in part]))
-    return [Axis(size, order(part), keys, places)]
-
-
-def _size(part: Part) -> int:
-    return prod(axis.size for axis in part)
+def _size(dim: Dim) -> int:
+    return prod(axis.size for axis in dim)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from chipmunk_fx.graph.routing import chosen_rows
+from chipmunk_fx.graph.routing import orders_of
 from tests.graph.capturing import Seen, captured
 from tests.runtime.models import HEADS, WIDTH, TinyDiT, calls
 
@@ -246,5 +246,5 @@ def test_a_piece_of_a_model_has_streams_for_latents():
 
 def test_nothing_is_chosen_where_nothing_picks():
     given = captured(TinyDiT(depth=2), *CALL)
-    chosen = chosen_rows(given.capture, given.roles)
-    assert not any(node in chosen for node in given.capture.module.graph.nodes)
+    orders = orders_of(given.capture, given.roles)
+    assert not any(map(orders.is_moved, given.capture.module.graph.nodes))

@@ -1,0 +1,236 @@
+"""What ops do to the order of rows, and which maps of positions their results tell.
+
+Whole numbers and conditions that are made of content are maps: indices, masks, one-hot rows. A gather (or a product with
+one-hot rows) moves rows by a map, a scatter (or a product with the transpose) by its inverse.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from chipmunk_fx.graph.axes import (
+    NONE,
+    Axis,
+    Dim,
+    Map,
+    flat,
+    folded,
+    inverse,
+    joined,
+    keys,
+    marked,
+    moved,
+    order,
+    places,
+    unordered,
+)
+from chipmunk_fx.graph.calls import arguments
+from chipmunk_fx.graph.indexing import PICKS, SENDS, is_permutation, picked, sent
+from chipmunk_fx.graph.orders import Orders, choice, is_mask, is_whole, name, sizes
+from chipmunk_fx.graph.walk import NORMS, PROJECTIONS, VIEWS, is_pointwise, rank
+
+_RESHAPES = ("view", "reshape", "_unsafe_view", "view_as", "unflatten", "flatten", "ravel", "unsqueeze", "squeeze")
+_PERMUTES = ("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "mT", "numpy_T")
+_COPIES = ("expand", "expand_as", "repeat", "copy")  # one row may become many
+_SORTS = ("sort", "topk", "msort", "argsort")
+_PRODUCTS = ("matmul", "mm", "bmm", "einsum", "linear")
+_GROUPED = ("_grouped_mm", "_scaled_grouped_mm")  # their offsets tell weights, not rows
+_MARKS = (
+    "gt",
+    "ge",
+    "lt",
+    "le",
+    "greater",
+    "greater_equal",
+    "less",
+    "less_equal",
+)  # any number of rows, each in its place
+_BLURS = ("softmax", "_softmax", "log_softmax", "scaled_dot_product_attention")  # no row of theirs is one-hot
+_SIZES = (  # of all that a tensor says, they read these alone
+    *("sym_size", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"),
+    *("new_zeros", "new_ones", "new_full", "new_empty"),
+)
+
+Name = str | int
+"""A dimension in an einsum: a letter, or one of `...` counted from the last."""
+
+
+def follow(node: fx.Node, orders: Orders) -> None:
+    """Adds a node to `orders`, if it depends on content."""
+    sources = [source for source in node.all_input_nodes if source in orders.content]
+    if name(node) in _SIZES or not sources:
+        return
+    told = any(orders.knows(source) or is_whole(source) for source in sources)
+    concerned = node.op == "call_function" and (told or is_whole(node) or name(node) in _SORTS)
+    orders.add(node, _moved(node, orders) if concerned else [])
+
+
+def _moved(node: fx.Node, orders: Orders) -> list[Dim]:
+    for names, rule in ((PICKS, picked), (SENDS, sent), (_SORTS, _sorted)):
+        if name(node) in names:
+            return rule(node, orders)
+    return _told(node, (_product if name(node) in _PRODUCTS else _laid)(node, orders), orders)
+
+
+def _told(node: fx.Node, dims: list[Dim], orders: Orders) -> list[Dim]:
+    """The same with what the values tell."""
+    sources = [source for source in node.all_input_nodes if source in orders.content]
+    item, same = node.target is operator.getitem, is_pointwise(node) or node.target in VIEWS
+    whole, maps = is_whole(node), orders.maps(*sources)
+    begins = whole and not (item or same or any(map(is_whole, sources)))  # argmax, bucketize
+    picks = not whole and (item or torch.Tag.reduction in getattr(node.target, "tags", ()))
+    if begins or picks or name(node) in _BLURS or node.target in (*NORMS, *PROJECTIONS):
+        dims, maps = [marked(dim) for dim in dims], NONE
+    if not whole or (name(node) in _MARKS and not maps):
+        return dims
+    if not maps or not dims:
+        return [marked(dim, maps or choice(node)) for dim in dims or [[Axis(1)]]]
+    if not is_pointwise(node) or any(map(places, dims)):
+        return dims
+    # a condition on indices compares them with all that they may be
+    beside = (NONE, maps) if is_mask(node) else (maps,)
+    return [dim if keys(dim) else marked(dim, *beside) for dim in dims]
+
+
+def _laid(node: fx.Node, orders: Orders) -> list[Dim]:
+    """The dimensions of a result for which rows are not moved by a map, if it is not by one that only this op knows."""
+    source = node.all_input_nodes[0]
+    dims, shape, given = orders.dims(source), sizes(node), arguments(node) if name(node) else {}
+    if rule := _LAYOUTS.get(name(node)):
+        return rule(node, dims, shape)
+    if torch.Tag.reduction in getattr(node.target, "tags", ()):
+        return _reduced(dims, given.get("dim"), given.get("keepdim", False))
+    if name(node) == "stack":
+        at = given["dim"] % len(shape)
+        dims = _aligned(node, orders, (*shape[:at], *shape[at + 1 :]))
+        return [*dims[:at], [Axis(shape[at])], *dims[at:]]
+    dims = _aligned(node, orders, shape)
+    told = [n for n in node.all_input_nodes[1:] if n in orders.content and is_whole(n)]  # repeat_interleave
+    if told and not is_pointwise(node) and not is_whole(source) and name(node) not in (*_COPIES, *_GROUPED):
+        along = given.get("dim")
+        at = range(len(shape)) if not isinstance(along, int) else [along % len(shape)]
+        dims = [moved(dim, choice(node), shape[k]) if k in at else dim for k, dim in enumerate(dims)]
+    return dims
+
+
+def _permuted(node: fx.Node, dims: list[Dim], shape: tuple[int, ...]) -> list[Dim]:
+    probe: Any = torch.empty(tuple(range(2, 2 + len(dims))), device="meta")  # dimensions are told by their sizes
+    return [dims[size - 2] for size in node.target(probe, *node.args[1:], **node.kwargs).shape]  # pyright: ignore
+
+
+def _selected(node: fx.Node, dims: list[Dim], shape: tuple[int, ...]) -> list[Dim]:
+    at = arguments(node)["dim"] % len(dims)
+    return folded(flat([*dims[:at], [Axis(1, order(dims[at]))], *dims[at + 1 :]]), shape)
+
+
+def _one_hot(node: fx.Node, dims: list[Dim], shape: tuple[int, ...]) -> list[Dim]:
+    return [*dims, [Axis(shape[-1], places=NONE.union(*map(keys, dims)))]]
+
+
+_Layout = Callable[[fx.Node, list[Dim], tuple[int, ...]], list[Dim]]
+_LAYOUTS: dict[str, _Layout] = {
+    **dict.fromkeys(_RESHAPES, lambda node, dims, shape: folded(flat(dims), shape)),
+    **dict.fromkeys(_PERMUTES, _permuted),
+    **dict.fromkeys(("select", "unbind"), _selected),
+    "one_hot": _one_hot,
+    "scaled_dot_product_attention": lambda node, dims, shape: [*dims[:-1], [Axis(shape[-1])]],
+}
+
+
+def _reduced(dims: list[Dim], along: Any, kept: bool) -> list[Dim]:
+    """What is left where all rows of some dimensions, in whatever order, are made one."""
+    given = along if isinstance(along, (list, tuple)) else [] if along is None else [along]
+    gone = {at % max(len(dims), 1) for at in given} or set(range(len(dims)))
+    return [[Axis(1)] if at in gone else dim for at, dim in enumerate(dims) if kept or at not in gone]
+
+
+def _aligned(node: fx.Node, orders: Orders, shape: tuple[int, ...]) -> list[Dim]:
+    """Dimension by dimension, counted from the last, what the operands have; rows copied to all places are in no order."""
+    found: list[list[Dim]] = [[] for _ in shape]
+    copies = is_pointwise(node) or name(node) in _COPIES
+    for source in filter(orders.knows, node.all_input_nodes):
+        dims, given = orders.dims(source), sizes(source)
+        if len(dims) > len(shape) or (len(dims) < len(shape) and not copies):
+            dims, given = _matched(dims, given, shape), shape
+        for dim, size, into, wide in zip(dims[::-1], given[::-1], found[::-1], shape[::-1], strict=False):
+            if copies and given != shape:
+                dim = [a if a.size != 1 else Axis(1, (), a.keys, a.places) for a in dim] if size == wide else []
+            into.append(dim)
+    return [joined(dims, size) for dims, size in zip(found, shape, strict=True)]
+
+
+def _matched(dims: list[Dim], given: tuple[int, ...], shape: tuple[int, ...]) -> list[Dim]:
+    """Dimensions of another number: those in front that are alike, and of all others anything."""
+    pairs = enumerate(zip(given, shape, strict=False))
+    alike = next((at for at, (one, other) in pairs if one != other), min(len(given), len(shape)))
+    return [*dims[:alike], *[flat(dims[alike:])] * (len(shape) - alike)]
+
+
+def _sorted(node: fx.Node, orders: Orders) -> list[Dim]:
+    """Sorted values and their indices. To sort the indices of a sort is its inverse."""
+    given, source, shape = arguments(node), node.all_input_nodes[0], sizes(node)
+    dims, at = orders.dims(source), given.get("dim", 0) % max(len(shape), 1)
+    back = name(node) != "topk" and is_permutation(source) and not given.get("descending")
+    by = inverse(orders.maps(source)) if back else choice(node)
+    dims[at : at + 1] = [moved(dim, by, shape[at]) for dim in dims[at : at + 1]]
+    return [marked(dim, by) for dim in dims]
+
+
+def _product(node: fx.Node, orders: Orders) -> list[Dim]:
+    """Rows of one operand or, where they are one-hot, of the other that they pick or send."""
+    operands, terms, result = _subscripts(node)
+    laid = [dict(zip(term, orders.dims(n), strict=True)) for n, term in zip(operands, terms, strict=True)]
+    dims: list[Dim] = []
+    for letter, size in zip(result, sizes(node), strict=True):
+        own: list[Dim] = []
+        told: list[Dim] = []
+        for weights in (operand for operand in laid if letter in operand):
+            own.append(weights[letter])
+            for source, rows in zip(operands, laid, strict=True):
+                shared = [n for n in weights if n in rows and n not in result and letter not in rows]
+                by = NONE.union(*(_map(weights[letter], weights[n]) for n in shared))
+                dim = next((rows[n] for n in shared if order(rows[n])), [Axis(1)])
+                if by and source in orders.content:
+                    told += [moved(dim, by, size), unordered(weights[letter])]
+                elif any(order(rows[n]) not in ((), order(weights[n])) for n in shared):
+                    own.append([Axis(size, order(dim))])
+        dims.append(joined(told or own, size))
+    return dims
+
+
+def _map(row: Dim, column: Dim) -> Map:
+    """What a matrix moves rows by, if it is one-hot along its columns, or its rows."""
+    if keys(row) and places(column):
+        return keys(row) | places(column)
+    return inverse(places(row) | keys(column)) if places(row) and keys(column) else NONE
+
+
+def _subscripts(node: fx.Node) -> tuple[list[fx.Node], list[list[Name]], list[Name]]:
+    """The operands of a product, and the names of their dimensions and the result's, as an einsum has them."""
+    if name(node) == "einsum":
+        operands: list[fx.Node] = arguments(node)["tensors"]
+        left, arrow, right = arguments(node)["equation"].replace(" ", "").partition("->")
+        if not arrow:
+            once = [letter for letter in sorted(set(left) - set(".,")) if left.count(letter) == 1]
+            right = "".join(["..." if "..." in left else "", *once])
+        terms = [_named(term, rank(n)) for term, n in zip(left.split(","), operands, strict=True)]
+        return operands, terms, _named(right, rank(node))
+    first: Any = node.args[0]
+    second: Any = node.args[1]
+    one, other = rank(first), rank(second)
+    before, after = range(2 - one, 0), range(2 - other, 0)
+    if name(node) == "linear":
+        before = range(1 - one, 0)
+        return [first, second], [[*before, "k"], [*"nk"[-other:]]], [*before, *"n"[: other - 1]]
+    terms = [[*before, *"mk"[-one:]], [*after, *"kn"[:other]]]
+    return [first, second], terms, [*max(before, after, key=len), *"m"[: one - 1], *"n"[: other - 1]]
+
+
+def _named(term: str, dims: int) -> list[Name]:
+    front, dots, back = term.partition("...")
+    return [*front, *(range(len(front) + len(back) - dims, 0) if dots else ()), *back]
