@@ -15,7 +15,7 @@ from chipmunk_fx.graph.walk import rank, strip
 PICKS = ("gather", "take_along_dim", "index", "index_select", "take", "masked_select", "embedding")
 SENDS = (
     *("scatter", "scatter_add", "scatter_reduce", "index_put", "index_add", "index_copy", "index_fill"),
-    "masked_scatter",
+    *("index_reduce", "masked_scatter"),
 )
 
 Spot = tuple[fx.Node, range]

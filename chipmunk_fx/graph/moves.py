@@ -52,7 +52,17 @@ _MARKS = (
 )  # any number of rows, each in its place
 _BLURS = ("softmax", "_softmax", "log_softmax", "scaled_dot_product_attention")  # no row of theirs is one-hot
 _SIZES = (  # of all that a tensor says, they read these alone
-    *("sym_size", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"),
+    *(
+        "sym_size",
+        "sym_numel",
+        "sym_stride",
+        "zeros_like",
+        "ones_like",
+        "full_like",
+        "empty_like",
+        "rand_like",
+        "randn_like",
+    ),
     *("new_zeros", "new_ones", "new_full", "new_empty"),
 )
 

@@ -53,10 +53,10 @@ class Orders:
         """Whether anything is to be told of a node but its sizes."""
         return node in self._axes or (bool(self._writers) and storage(node) in self._writers)
 
-    def is_moved(self, node: fx.Node, channels: int = -1) -> bool:
+    def is_moved(self, node: fx.Node, channels: int | None = None) -> bool:
         """Whether content orders a dimension other than that of the channels, or chose a single row."""
         dims = self.dims(node) if self.knows(node) else []
-        apart = channels % max(len(dims), 1)
+        apart = None if channels is None else channels % max(len(dims), 1)
         return any(axis.order and (axis.size == 1 or at != apart) for at, dim in enumerate(dims) for axis in dim)
 
     def dims(self, node: fx.Node) -> list[Dim]:

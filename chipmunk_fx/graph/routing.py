@@ -32,8 +32,7 @@ def choice_refusal(operands: AttentionOperands | MlpOperands | None, orders: Ord
         read = [(laid.node, (laid.dims or (-1,))[-1]) for laid in (operands.q, operands.k, operands.v)]
     else:
         read = [(operands.x, 1 if operands.channels_first else -1)] if operands else []
-    moved = any(orders.is_moved(node, -1 if channels is None else channels) for node, channels in read)
-    return f"its {_REASON}" if moved else None
+    return f"its {_REASON}" if any(orders.is_moved(node, channels) for node, channels in read) else None
 
 
 def steady(region: Region | str, orders: Orders) -> Region | str:
