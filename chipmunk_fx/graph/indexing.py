@@ -47,18 +47,16 @@ def _indexed(source: fx.Node, dims: list[Dim], told: list[Any], shape: tuple[int
     apart = spots[-1][1].start - spots[0][1].start >= len(spots)
     first, wide = 0 if apart else spots[0][1].start, max(1 if is_mask(n) else rank(n) for n, _ in spots)
     lead: list[Dim] = []
-    alone = content
-    for at, size in enumerate(shape[first : first + wide]):
-        still: list[Dim] = []
-        chosen: list[Dim] = []
+    alone = True
+    for back, size in enumerate(shape[first : first + wide], -wide):
+        reads: dict[bool, list[Dim]] = {True: [], False: []}
         for index, spot in spots:
-            laid = [[Axis(size)]] if is_mask(index) else orders.dims(index)
-            back = at - wide + len(laid)
-            if back >= 0 and (is_mask(index) or sizes(index)[back] == size):
+            if (laid := _laid(index, back, size, orders)) is not None:
                 by, rows = orders.map(index), flat(dims[spot.start : spot.stop])
-                (chosen if by else still).append(_read(rows, by, laid[back], size, content))
-        lead.append(joined(still or chosen, size))
-        alone = alone and bool(still or not chosen)
+                reads[bool(by)].append(_read(rows, by, laid, size, content))
+        # samples, say, that are counted beside places in each
+        lead.append(joined(reads[False] or reads[True], size))
+        alone &= not reads[True] or bool(reads[False])
     by = orders.map(*(index for index, _ in spots))
     kept = [dim for at, dim in enumerate(dims) if not any(at in spot for _, spot in spots)]
     if not content:  # a table, of one-hot rows it may be
@@ -66,6 +64,16 @@ def _indexed(source: fx.Node, dims: list[Dim], told: list[Any], shape: tuple[int
     elif by and alone:
         lead.append([Axis(1, (by,))])
     return [*kept[:first], *lead, *kept[first:]]
+
+
+def _laid(index: fx.Node, back: int, size: int, orders: Orders) -> Dim | None:
+    """A dimension of an index, counted from the last; None where it has but one value, or the choice was among others."""
+    if is_mask(index):
+        return [Axis(size)]
+    dims = orders.dims(index)
+    if back < -len(dims) or sizes(index)[back] != size:
+        return None
+    return dims[back] if order(dims[back]) or not any(map(order, dims)) else None
 
 
 def _read(rows: Dim, by: Map, laid: Dim, size: int, content: bool) -> Dim:

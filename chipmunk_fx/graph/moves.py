@@ -93,7 +93,9 @@ def _told(node: fx.Node, dims: list[Dim], orders: Orders) -> list[Dim]:
     item, same = node.target is operator.getitem, is_pointwise(node) or node.target in VIEWS
     whole, maps = is_whole(node), orders.maps(*sources)
     begins = whole and not (item or same or any(map(is_whole, sources)))  # argmax, bucketize
-    picks = not whole and (item or torch.Tag.reduction in getattr(node.target, "tags", ()))
+    picks = not whole and (
+        item or not isinstance(node.meta.get("val"), torch.Tensor)
+    )  # values and indices of a maximum
     if begins or picks or name(node) in _BLURS or node.target in (*NORMS, *PROJECTIONS):
         dims, maps = [marked(dim) for dim in dims], NONE
     if not whole or (name(node) in _MARKS and not maps):
@@ -203,7 +205,7 @@ def _product(node: fx.Node, orders: Orders) -> list[Dim]:
             own.append(weights[letter])
             for source, rows in zip(operands, laid, strict=True):
                 shared = [n for n in weights if n in rows and n not in result and letter not in rows]
-                by = NONE.union(*(_map(weights[letter], weights[n]) for n in shared))
+                by = NONE.union(*(_map(weights, letter, n) for n in shared))
                 dim = next((rows[n] for n in shared if order(rows[n])), [Axis(1)])
                 if by and source in orders.content:
                     told += [moved(dim, by, size), unordered(weights[letter])]
@@ -213,11 +215,15 @@ def _product(node: fx.Node, orders: Orders) -> list[Dim]:
     return dims
 
 
-def _map(row: Dim, column: Dim) -> Map:
+def _map(weights: dict[Name, Dim], row: Name, column: Name) -> Map:
     """What a matrix moves rows by, if it is one-hot along its columns, or its rows."""
-    if keys(row) and places(column):
-        return keys(row) | places(column)
-    return inverse(places(row) | keys(column)) if places(row) and keys(column) else NONE
+    one, other = weights[row], weights[column]
+    if keys(one) and places(other):
+        among = [
+            dim for dim in weights.values() if keys(dim) and order(dim)
+        ]  # the dimensions of an index that a choice made
+        return keys(one) | places(other) if order(one) or not among else NONE
+    return inverse(places(one) | keys(other)) if places(one) and keys(other) else NONE
 
 
 def _subscripts(node: fx.Node) -> tuple[list[fx.Node], list[list[Name]], list[Name]]:
