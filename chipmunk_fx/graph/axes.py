@@ -81,9 +81,9 @@ def folded(axes: Sequence[Axis], sizes: Sequence[int]) -> list[Dim]:
         while dims and size != 1 and left and left[0].size == 1:
             dims[-1].append(left.pop(0))
         dim: Dim = []
-        while left and (_size(dim) < size or (size == 1 and left[0].size == 1)):
+        while left and (size_of(dim) < size or (size == 1 and left[0].size == 1)):
             dim.append(left.pop(0))
-        inner = _size(dim) // max(size, 1)
+        inner = size_of(dim) // max(size, 1)
         if inner > 1 and dim[-1].size % inner == 0:
             left.insert(0, replace(dim[-1], size=inner))
             dim[-1] = replace(dim[-1], size=dim[-1].size // inner)
@@ -110,10 +110,10 @@ def _both(one: Axis, other: Axis) -> Axis:
 
 def _fitted(dim: Dim, size: int, whole: bool = False) -> Dim:
     """A dimension that was cut or grew, whose factors are lost, as they are where it is taken as a `whole`."""
-    if dim and _size(dim) == size and not whole:
+    if dim and size_of(dim) == size and not whole:
         return dim
     return [Axis(size, order(dim), keys(dim), places(dim))]
 
 
-def _size(dim: Dim) -> int:
+def size_of(dim: Dim) -> int:
     return prod(axis.size for axis in dim)

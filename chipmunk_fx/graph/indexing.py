@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from chipmunk_fx.graph.axes import NONE, Axis, Dim, Map, flat, inverse, joined, keys, marked, moved, order
+from chipmunk_fx.graph.axes import NONE, Axis, Dim, Map, flat, inverse, joined, keys, marked, moved, order, size_of
 from chipmunk_fx.graph.calls import arguments
 from chipmunk_fx.graph.orders import Orders, choice, is_mask, is_whole, name, sizes
 from chipmunk_fx.graph.walk import rank, strip
@@ -54,7 +54,7 @@ def _indexed(source: fx.Node, dims: list[Dim], told: list[Any], shape: tuple[int
             if (laid := _laid(index, back, size, orders)) is not None:
                 by, rows = orders.map(index), flat(dims[spot.start : spot.stop])
                 reads[bool(by)].append(_read(rows, by, laid, size, content))
-        # samples, say, that are counted beside places in each
+        # where another index counts (the samples, say), a choice of content is one for each
         lead.append(joined(reads[False] or reads[True], size))
         alone &= not reads[True] or bool(reads[False])
     by = orders.map(*(index for index, _ in spots))
@@ -67,7 +67,7 @@ def _indexed(source: fx.Node, dims: list[Dim], told: list[Any], shape: tuple[int
 
 
 def _laid(index: fx.Node, back: int, size: int, orders: Orders) -> Dim | None:
-    """A dimension of an index, counted from the last; None where it has but one value, or the choice was among others."""
+    """A dimension of an index, counted from the last; None where it does not vary, or another is that of the choice."""
     if is_mask(index):
         return [Axis(size)]
     dims = orders.dims(index)
@@ -93,7 +93,12 @@ def sent(node: fx.Node, orders: Orders) -> list[Dim]:
     by, tokens = orders.map(*(index for index, _ in spots)), target in orders.content
     inside = [at for index, spot in spots for at in spot if index in orders.content or not by]
     if isinstance(source, fx.Node) and source in orders.content:
-        dims = _written(dims, orders.dims(source), inside, by, shape, tokens, along)
+        rows = orders.dims(source)
+        came = rows[inside[0]] if along is not None else flat(rows)
+        # sorted values, of which no index tells where they were, are put among tokens by any
+        back = by and tokens and order(came)
+        steps = () if back else order(moved(came, inverse(by), shape[inside[0]]) if by else came)
+        dims = _written(dims, rows, [Axis(shape[at], steps) if at in inside else None for at in range(len(shape))])
     if tokens or not by:
         return dims
     if isinstance(source, fx.Node) and name(strip(source)) == "arange":
@@ -101,28 +106,14 @@ def sent(node: fx.Node, orders: Orders) -> list[Dim]:
     laid = orders.dims(told[0]) if along is not None else []
     beside = {at + len(shape) - len(laid) for at, dim in enumerate(laid) if keys(dim)}
     beside |= {at for index, spot in spots for at in spot if index not in orders.content}
-    return [marked(dim, *((NONE, by) if k in inside else (by if k in beside else NONE,))) for k, dim in enumerate(dims)]
+    return [marked(dim, by if k in beside else NONE, by if k in inside else NONE) for k, dim in enumerate(dims)]
 
 
-def _written(
-    dims: list[Dim],
-    rows: list[Dim],
-    inside: list[int],
-    by: Map,
-    shape: tuple[int, ...],
-    tokens: bool,
-    along: int | None,
-) -> list[Dim]:
-    """Dimensions that `rows` are written to, `inside` some of them where an index says."""
-    sent = rows[inside[0]] if along is not None else flat(rows)
-    steps = order(moved(sent, inverse(by), shape[inside[0]]) if by else sent)
-    if by and tokens and order(sent):
-        steps = ()  # what was sorted by its values, without an index, is put among tokens by any
-    beside = [[Axis(size)] for size in shape[: len(shape) - len(rows)]] + rows[-len(shape) :]
-    return [
-        joined([dim, [Axis(size, steps)] if at in inside else marked(beside[at])], size)
-        for at, (dim, size) in enumerate(zip(dims, shape, strict=True))
-    ]
+def _written(dims: list[Dim], rows: list[Dim], inside: list[Axis | None]) -> list[Dim]:
+    """Dimensions that rows were written to, along some of them as an index says, along the others as they are."""
+    beside: list[Dim] = [*([] for _ in dims), *rows][-len(dims) :]
+    pairs = zip(dims, beside, inside, strict=True)
+    return [joined([dim, [axis] if axis else marked(other)], size_of(dim)) for dim, other, axis in pairs]
 
 
 def is_permutation(index: fx.Node) -> bool:

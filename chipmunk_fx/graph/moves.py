@@ -13,22 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from chipmunk_fx.graph.axes import (
-    NONE,
-    Axis,
-    Dim,
-    Map,
-    flat,
-    folded,
-    inverse,
-    joined,
-    keys,
-    marked,
-    moved,
-    order,
-    places,
-    unordered,
-)
+from chipmunk_fx.graph import axes
+from chipmunk_fx.graph.axes import NONE, Axis, Dim, Map, flat, folded, keys, marked, moved, order, places
 from chipmunk_fx.graph.calls import arguments
 from chipmunk_fx.graph.indexing import PICKS, SENDS, is_permutation, picked, sent
 from chipmunk_fx.graph.orders import Orders, choice, is_mask, is_whole, name, sizes
@@ -40,30 +26,12 @@ _COPIES = ("expand", "expand_as", "repeat", "copy")  # one row may become many
 _SORTS = ("sort", "topk", "msort", "argsort")
 _PRODUCTS = ("matmul", "mm", "bmm", "einsum", "linear")
 _GROUPED = ("_grouped_mm", "_scaled_grouped_mm")  # their offsets tell weights, not rows
-_MARKS = (
-    "gt",
-    "ge",
-    "lt",
-    "le",
-    "greater",
-    "greater_equal",
-    "less",
-    "less_equal",
-)  # any number of rows, each in its place
+# They mark any number of rows, and each stays where it is.
+_INEQUALITIES = ("gt", "ge", "lt", "le", "greater", "greater_equal", "less", "less_equal")
 _BLURS = ("softmax", "_softmax", "log_softmax", "scaled_dot_product_attention")  # no row of theirs is one-hot
 _SIZES = (  # of all that a tensor says, they read these alone
-    *(
-        "sym_size",
-        "sym_numel",
-        "sym_stride",
-        "zeros_like",
-        "ones_like",
-        "full_like",
-        "empty_like",
-        "rand_like",
-        "randn_like",
-    ),
-    *("new_zeros", "new_ones", "new_full", "new_empty"),
+    *("sym_size", "sym_numel", "sym_stride", "new_zeros", "new_ones", "new_full", "new_empty"),
+    *("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"),
 )
 
 Name = str | int
@@ -90,15 +58,15 @@ def _moved(node: fx.Node, orders: Orders) -> list[Dim]:
 def _told(node: fx.Node, dims: list[Dim], orders: Orders) -> list[Dim]:
     """The same with what the values tell."""
     sources = [source for source in node.all_input_nodes if source in orders.content]
-    item, same = node.target is operator.getitem, is_pointwise(node) or node.target in VIEWS
     whole, maps = is_whole(node), orders.maps(*sources)
+    item, same = node.target is operator.getitem, is_pointwise(node) or node.target in VIEWS
     begins = whole and not (item or same or any(map(is_whole, sources)))  # argmax, bucketize
-    picks = not whole and (
-        item or not isinstance(node.meta.get("val"), torch.Tensor)
-    )  # values and indices of a maximum
-    if begins or picks or name(node) in _BLURS or node.target in (*NORMS, *PROJECTIONS):
+    largest = not whole and (
+        name(sources[0]) in _SORTS if item else _is_reduction(node) and isinstance(node.meta["val"], tuple)
+    )
+    if begins or largest or name(node) in _BLURS or node.target in (*NORMS, *PROJECTIONS):
         dims, maps = [marked(dim) for dim in dims], NONE
-    if not whole or (name(node) in _MARKS and not maps):
+    if not whole or (name(node) in _INEQUALITIES and not maps):
         return dims
     if not maps or not dims:
         return [marked(dim, maps or choice(node)) for dim in dims or [[Axis(1)]]]
@@ -115,7 +83,7 @@ def _laid(node: fx.Node, orders: Orders) -> list[Dim]:
     dims, shape, given = orders.dims(source), sizes(node), arguments(node) if name(node) else {}
     if rule := _LAYOUTS.get(name(node)):
         return rule(node, dims, shape)
-    if torch.Tag.reduction in getattr(node.target, "tags", ()):
+    if _is_reduction(node):
         return _reduced(dims, given.get("dim"), given.get("keepdim", False))
     if name(node) == "stack":
         at = given["dim"] % len(shape)
@@ -161,6 +129,10 @@ def _reduced(dims: list[Dim], along: Any, kept: bool) -> list[Dim]:
     return [[Axis(1)] if at in gone else dim for at, dim in enumerate(dims) if kept or at not in gone]
 
 
+def _is_reduction(node: fx.Node) -> bool:
+    return torch.Tag.reduction in getattr(node.target, "tags", ())
+
+
 def _aligned(node: fx.Node, orders: Orders, shape: tuple[int, ...]) -> list[Dim]:
     """Dimension by dimension, counted from the last, what the operands have; rows copied to all places are in no order."""
     found: list[list[Dim]] = [[] for _ in shape]
@@ -173,7 +145,7 @@ def _aligned(node: fx.Node, orders: Orders, shape: tuple[int, ...]) -> list[Dim]
             if copies and given != shape:
                 dim = [a if a.size != 1 else Axis(1, (), a.keys, a.places) for a in dim] if size == wide else []
             into.append(dim)
-    return [joined(dims, size) for dims, size in zip(found, shape, strict=True)]
+    return [axes.joined(dims, size) for dims, size in zip(found, shape, strict=True)]
 
 
 def _matched(dims: list[Dim], given: tuple[int, ...], shape: tuple[int, ...]) -> list[Dim]:
@@ -188,7 +160,7 @@ def _sorted(node: fx.Node, orders: Orders) -> list[Dim]:
     given, source, shape = arguments(node), node.all_input_nodes[0], sizes(node)
     dims, at = orders.dims(source), given.get("dim", 0) % max(len(shape), 1)
     back = name(node) != "topk" and is_permutation(source) and not given.get("descending")
-    by = inverse(orders.maps(source)) if back else choice(node)
+    by = axes.inverse(orders.maps(source)) if back else choice(node)
     dims[at : at + 1] = [moved(dim, by, shape[at]) for dim in dims[at : at + 1]]
     return [marked(dim, by) for dim in dims]
 
@@ -208,10 +180,10 @@ def _product(node: fx.Node, orders: Orders) -> list[Dim]:
                 by = NONE.union(*(_map(weights, letter, n) for n in shared))
                 dim = next((rows[n] for n in shared if order(rows[n])), [Axis(1)])
                 if by and source in orders.content:
-                    told += [moved(dim, by, size), unordered(weights[letter])]
+                    told += [moved(dim, by, size), axes.unordered(weights[letter])]
                 elif any(order(rows[n]) not in ((), order(weights[n])) for n in shared):
                     own.append([Axis(size, order(dim))])
-        dims.append(joined(told or own, size))
+        dims.append(axes.joined(told or own, size))
     return dims
 
 
@@ -219,11 +191,10 @@ def _map(weights: dict[Name, Dim], row: Name, column: Name) -> Map:
     """What a matrix moves rows by, if it is one-hot along its columns, or its rows."""
     one, other = weights[row], weights[column]
     if keys(one) and places(other):
-        among = [
-            dim for dim in weights.values() if keys(dim) and order(dim)
-        ]  # the dimensions of an index that a choice made
+        # rows of an index that a choice made are moved along the dimension of that choice
+        among = any(keys(dim) and order(dim) for dim in weights.values())
         return keys(one) | places(other) if order(one) or not among else NONE
-    return inverse(places(one) | keys(other)) if places(one) and keys(other) else NONE
+    return axes.inverse(places(one) | keys(other)) if places(one) and keys(other) else NONE
 
 
 def _subscripts(node: fx.Node) -> tuple[list[fx.Node], list[list[Name]], list[Name]]:
