@@ -7,7 +7,7 @@ one-hot rows) moves rows by a map, a scatter (or a product with the transpose) b
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -89,13 +89,12 @@ def _laid(node: fx.Node, orders: Orders) -> list[Dim]:
         at = given["dim"] % len(shape)
         dims = _aligned(node, orders, (*shape[:at], *shape[at + 1 :]))
         return [*dims[:at], [Axis(shape[at])], *dims[at:]]
-    dims = _aligned(node, orders, shape)
-    told = [n for n in node.all_input_nodes[1:] if n in orders.content and is_whole(n)]  # repeat_interleave
-    if told and not is_pointwise(node) and not is_whole(source) and name(node) not in (*_COPIES, *_GROUPED):
-        along = given.get("dim")
-        at = range(len(shape)) if not isinstance(along, int) else [along % len(shape)]
-        dims = [moved(dim, choice(node), shape[k]) if k in at else dim for k, dim in enumerate(dims)]
-    return dims
+    told = [n for n in node.all_input_nodes if n in orders.content and is_whole(n) and not is_whole(source)]
+    if not told or is_pointwise(node) or name(node) in (*_COPIES, *_GROUPED):
+        return _aligned(node, orders, shape)
+    dims, along = _aligned(node, orders, shape, told), given.get("dim")  # repeat_interleave
+    at = range(len(shape)) if not isinstance(along, int) else [along % len(shape)]
+    return [moved(dim, choice(node), shape[k]) if k in at else dim for k, dim in enumerate(dims)]
 
 
 def _permuted(node: fx.Node, dims: list[Dim], shape: tuple[int, ...]) -> list[Dim]:
@@ -133,11 +132,11 @@ def _is_reduction(node: fx.Node) -> bool:
     return torch.Tag.reduction in getattr(node.target, "tags", ())
 
 
-def _aligned(node: fx.Node, orders: Orders, shape: tuple[int, ...]) -> list[Dim]:
+def _aligned(node: fx.Node, orders: Orders, shape: tuple[int, ...], but: Sequence[fx.Node] = ()) -> list[Dim]:
     """Dimension by dimension, counted from the last, what the operands have; rows copied to all places are in no order."""
     found: list[list[Dim]] = [[] for _ in shape]
     copies = is_pointwise(node) or name(node) in _COPIES
-    for source in filter(orders.knows, node.all_input_nodes):
+    for source in (n for n in node.all_input_nodes if orders.knows(n) and n not in but):
         dims, given = orders.dims(source), sizes(source)
         if len(dims) > len(shape) or (len(dims) < len(shape) and not copies):
             dims, given = _matched(dims, given, shape), shape
@@ -181,8 +180,8 @@ def _product(node: fx.Node, orders: Orders) -> list[Dim]:
                 dim = next((rows[n] for n in shared if order(rows[n])), [Axis(1)])
                 if by and source in orders.content:
                     told += [moved(dim, by, size), axes.unordered(weights[letter])]
-                elif any(order(rows[n]) not in ((), order(weights[n])) for n in shared):
-                    own.append([Axis(size, order(dim))])
+                elif any(order(rows[n]) not in ((), order(weights[n])) for n in shared) and not orders.maps(source):
+                    own.append([Axis(size, order(dim))])  # each of its rows is a sum over others
         dims.append(axes.joined(told or own, size))
     return dims
 
