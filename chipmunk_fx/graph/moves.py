@@ -136,13 +136,17 @@ def _aligned(node: fx.Node, orders: Orders, shape: tuple[int, ...], but: Sequenc
     """Dimension by dimension, counted from the last, what the operands have; rows copied to all places are in no order."""
     found: list[list[Dim]] = [[] for _ in shape]
     copies = is_pointwise(node) or name(node) in _COPIES
+    whole = [n for n in node.all_input_nodes if n in orders.content and sizes(n) == shape]
+    single = not copies or all(any(a.size == 1 and a.order for a in flat(orders.dims(n))) for n in whole)
     for source in (n for n in node.all_input_nodes if orders.knows(n) and n not in but):
         dims, given = orders.dims(source), sizes(source)
         if len(dims) > len(shape) or (len(dims) < len(shape) and not copies):
             dims, given = _matched(dims, given, shape), shape
         for dim, size, into, wide in zip(dims[::-1], given[::-1], found[::-1], shape[::-1], strict=False):
-            if copies and given != shape:
-                dim = [a if a.size != 1 else Axis(1, (), a.keys, a.places) for a in dim] if size == wide else []
+            if copies and size != wide:
+                dim = []
+            elif not single or (copies and given != shape):  # the one row that was chosen is added to each
+                dim = [a if a.size != 1 else Axis(1, (), a.keys, a.places) for a in dim]
             into.append(dim)
     return [axes.joined(dims, size) for dims, size in zip(found, shape, strict=True)]
 

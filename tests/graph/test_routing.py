@@ -335,12 +335,22 @@ def test_an_order_that_never_changes_is_none_of_the_content(take: str):
     assert verdicts(Turned(TAKES[take], added)) == [("blocks.0", "mlp", True), *LATER]
 
 
+def kinds(x: Tensor) -> Tensor:
+    return x[..., :2].argmax(-1)
+
+
 BESIDE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "row": lambda x, _: x + x[torch.arange(len(x)), chosen_row(x)][:, None],
     "row gathered": lambda x, _: x + x.gather(1, wide(x.mean(-1).topk(1, 1).indices)),
     "row squeezed": lambda x, _: x * x.gather(1, wide(chosen_row(x)[:, None])).squeeze(1)[:, None],
     "row expanded": lambda x, _: x + x.index_select(1, chosen_row(x)).expand_as(x),
     "row of a product": lambda x, _: x + F.one_hot(chosen_row(x), x.shape[1]).float()[:, None] @ x,
+    "row of another kind": lambda x, _: (
+        x + torch.stack([x, -x], 2).gather(2, kinds(x)[..., None, None].expand(-1, -1, 1, WIDTH)).squeeze(2)
+    ),
+    "row of another kind, index": lambda x, _: (
+        x + torch.stack([x, -x], 2)[torch.arange(1)[:, None], torch.arange(72), kinds(x)]
+    ),
     "label": lambda x, table: x + F.embedding(x.mean(1).argmax(-1), table)[:, None],
     "code of each token": lambda x, table: x + F.embedding(x.argmax(-1), table),
     "threshold of a sort": lambda x, _: x * (x[..., :1] > x[..., :1].sort(1).values[:, 20:21]),
