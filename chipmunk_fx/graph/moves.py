@@ -142,6 +142,10 @@ def _aligned(node: fx.Node, orders: Orders, shape: tuple[int, ...], but: Sequenc
         dims, given = orders.dims(source), sizes(source)
         if len(dims) > len(shape) or (len(dims) < len(shape) and not copies):
             dims, given = _matched(dims, given, shape), shape
+        if (
+            copies and whole and given[-1:] == (1,) != shape[-1:]
+        ):  # weights of rows that are where another operand has them
+            dims = [axes.unordered(dim) for dim in dims]
         for dim, size, into, wide in zip(dims[::-1], given[::-1], found[::-1], shape[::-1], strict=False):
             if copies and size != wide:
                 dim = []

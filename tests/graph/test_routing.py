@@ -353,6 +353,7 @@ BESIDE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     ),
     "label": lambda x, table: x + F.embedding(x.mean(1).argmax(-1), table)[:, None],
     "code of each token": lambda x, table: x + F.embedding(x.argmax(-1), table),
+    "sorted weights": lambda x, _: x * x[..., :1].sort(1).values,
     "threshold of a sort": lambda x, _: x * (x[..., :1] > x[..., :1].sort(1).values[:, 20:21]),
     "threshold of the best": lambda x, _: x.masked_fill(x[..., :1] < x[..., 0].topk(9, 1).values[:, -1, None, None], 0),
     "mask of the best": lambda x, _: (
