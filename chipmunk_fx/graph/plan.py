@@ -22,7 +22,7 @@ from chipmunk_fx.graph.match import Candidate
 from chipmunk_fx.graph.passage import Passage
 from chipmunk_fx.graph.pattern import AttentionOperands, MlpOperands
 from chipmunk_fx.graph.region import Region, Stream, dead_after_skip, find_region
-from chipmunk_fx.graph.routing import choice_refusal, chosen_rows, steady
+from chipmunk_fx.graph.routing import choice_refusal, orders_of, steady
 from chipmunk_fx.graph.sizes import Size, bindings, evaluate, hints, unbacked
 from chipmunk_fx.graph.walk import ancestors, placeholders, projections, shape
 from chipmunk_fx.ops.groups import GROUP_ROWS
@@ -159,7 +159,7 @@ def make_plan(
     layers = number_layers(candidates, _node(inputs, roles.latents)) if roles.timed else {}
     refused = [c for c in candidates if c.operands is None]
     accepted: list[tuple[Candidate, int]] = []
-    chosen = chosen_rows(capture, roles)
+    orders = orders_of(capture, roles)
     for candidate in candidates:
         if candidate.operands is None:
             continue
@@ -167,7 +167,7 @@ def make_plan(
         problem = (
             "no parameter behind it to keep its caches by" if owner is None else _unknown_length(candidate, capture)
         )
-        problem = problem or _nothing(candidate) or choice_refusal(candidate.operands, chosen)
+        problem = problem or _nothing(candidate) or choice_refusal(candidate.operands, orders)
         problem = problem or _embeds(candidate, _node(inputs, roles.latents), roles.timed)
         if owner is None or problem:
             refused.append(replace(candidate, operands=None, reason=problem))
@@ -191,7 +191,7 @@ def make_plan(
     rest = beside + sum(_beside_flops(s) for s in sites)
     total = rest + sum(s.dense_flops for s in sites)
     windowed = config.attention.local_window > 0
-    region = steady(find_region(capture, candidates, _node(inputs, roles.latents)), chosen)
+    region = steady(find_region(capture, candidates, _node(inputs, roles.latents)), orders)
     spared = set() if isinstance(region, str) else dead_after_skip(capture.module, region)
     measured = config.schedule.skip_threshold is not None
     skips = (bool(config.schedule.skip_steps) or measured) and not isinstance(region, str)

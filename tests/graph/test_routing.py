@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from chipmunk_fx.graph.routing import chosen_rows
+from chipmunk_fx.graph.routing import orders_of
 from tests.graph.capturing import Seen, captured
 from tests.runtime.models import HEADS, WIDTH, TinyDiT, calls
 
@@ -98,6 +98,10 @@ def sent(x: Tensor, places: Tensor) -> Tensor:
     return torch.zeros_like(x).scatter(1, wide(places), x[:, : places.shape[1]])
 
 
+def chosen_row(x: Tensor) -> Tensor:
+    return x.mean(-1).argmax(1)
+
+
 TAKES: dict[str, Take] = {
     "gather": lambda x, places: x.gather(1, wide(places)),
     "take along": lambda x, places: x.take_along_dim(places[..., None], 1),
@@ -107,9 +111,26 @@ TAKES: dict[str, Take] = {
     "one hot": lambda x, places: F.one_hot(places, x.shape[1]).to(x.dtype) @ x,
     "one hot, einsum": lambda x, places: torch.einsum("bks,bsc->bkc", F.one_hot(places, x.shape[1]).float(), x),
     "sort": lambda x, _: x.sort(1).values[:, : x.shape[1] // 2],
+    "channels first": lambda x, places: x.mT.gather(-1, wide(places).mT).mT,
+    "channels first, index": lambda x, places: x.mT[..., places[0]].transpose(1, 2),
+    "equal": lambda x, places: (places[..., None] == torch.arange(x.shape[1])).to(x.dtype) @ x,
+    "identity": lambda x, places: torch.eye(x.shape[1])[places] @ x,
+    "ones sent": lambda x, places: torch.zeros(1, 36, 72).scatter(2, places[..., None], 1.0) @ x,
+    "ones sent, turned": lambda x, places: torch.zeros(1, 72, 36).scatter(1, places[:, None], 1.0).mT @ x,
+    "ones put": lambda x, places: torch.zeros(36, 72).index_put((torch.arange(36), places[0]), torch.tensor(1.0)) @ x,
+    "weighted": lambda x, places: (F.one_hot(places, x.shape[1]) * x.mean(-1, keepdim=True)[:, :36]) @ x,
+    "repeated": lambda x, places: x[:, :36].repeat_interleave(places[0], 1, output_size=72),
+    "repeated numbers": lambda x, places: x[:, torch.repeat_interleave(places[0], output_size=72)],
+    "folded": lambda x, places: x.flatten(0, 1)[places.flatten()].unflatten(0, (1, -1)),
     "then joined": lambda x, places: torch.cat([x.gather(1, wide(places)), x], 1)[:, : places.shape[1]],
 }
-WHOLE: dict[str, Take] = {"written to memory": filled, "sent": sent}
+WHOLE: dict[str, Take] = {
+    "a row joined": lambda x, _: torch.cat([x[torch.arange(len(x)), chosen_row(x)][:, None], x], 1),
+    "written to memory": filled,
+    "sent": sent,
+    "sent by ranks": lambda x, _: torch.zeros_like(x).scatter(1, wide((x[..., :1] > x[:, None, :, 0]).sum(1)), x),
+    "sent by a product": lambda x, places: F.one_hot(places, x.shape[1]).to(x.dtype).mT @ x[:, : places.shape[1]],
+}
 
 
 def seen(block: nn.Module) -> Seen:
@@ -174,6 +195,47 @@ def test_tokens_are_back_in_their_places_after_the_inverse_order(inverse: str):
     assert verdicts(block) == [("blocks.0", "mlp", False), *LATER]
 
 
+MATRICES: dict[str, Callable[[Tensor], Tensor]] = {
+    "equal": lambda order: (order[..., None] == torch.arange(72)).float(),
+    "identity": lambda order: torch.eye(72)[order],
+    "one hot": lambda order: F.one_hot(order, 72).float(),
+    "ones sent": lambda order: torch.zeros(1, 72, 72).scatter_(2, order[..., None], 1.0),
+}
+
+
+@pytest.mark.parametrize("matrix", list(MATRICES))
+@pytest.mark.parametrize("undone", [True, False])
+def test_the_transpose_of_a_permutation_matrix_puts_tokens_back(matrix: str, undone: bool):
+    def put(x: Tensor, order: Tensor, rows: Tensor) -> Tensor:
+        again = MATRICES[matrix](order)
+        return x + (again.mT if undone else again) @ rows
+
+    block = Sorted(lambda x, order: MATRICES[matrix](order) @ x, put)
+    assert verdicts(block) == [("blocks.0", "mlp", False), *((name, kind, undone) for name, kind, _ in LATER)]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_an_order_or_its_inverse_taken_twice_puts_nothing_back(first: bool):
+    def put(x: Tensor, order: Tensor, rows: Tensor) -> Tensor:
+        inverse = wide(order.argsort(1))
+        return x + (rows.gather(1, wide(order)) if first else rows.gather(1, inverse).gather(1, inverse))
+
+    assert {accepted for _, _, accepted in verdicts(Sorted(TAKES["gather"], put))} == {False}
+
+
+def test_ranks_that_sent_tokens_fetch_them_back():
+    class Ranked(Routed):
+        def places(self, x: Tensor) -> Tensor:
+            scores = self.router(x).squeeze(-1)
+            return (scores[:, :, None] > scores[:, None]).sum(-1)
+
+    def take(x: Tensor, ranks: Tensor) -> Tensor:
+        return torch.zeros_like(x).scatter(1, wide(ranks), x)
+
+    block = Ranked(take, lambda x, ranks, rows: x + rows.gather(1, wide(ranks)))
+    assert verdicts(block) == [("blocks.0", "mlp", False), *LATER]
+
+
 def test_the_inverse_of_another_order_puts_nothing_back():
     def put(x: Tensor, order: Tensor, rows: Tensor) -> Tensor:
         return rows.gather(1, wide(order.argsort(1, descending=True)))
@@ -190,6 +252,68 @@ def test_what_was_chosen_before_it_was_sorted_still_is_when_that_is_undone():
 
     block = Twice(TAKES["gather"], lambda x, order, rows: x + rows.gather(1, wide(order.argsort(1))))
     assert {accepted for _, _, accepted in verdicts(block)} == {False}
+
+
+class Experts(Routed):
+    """Each token goes to a slot of one expert: GShard's dispatch and combine, the former weighted or not."""
+
+    def __init__(self, dispatch: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(TAKES["gather"], added)
+        self.router, self.dispatch = nn.Linear(WIDTH, 4), dispatch
+
+    def combine(self, x: Tensor) -> Tensor:
+        gate, expert = self.router(x).softmax(-1).max(-1)
+        mask = F.one_hot(expert, 4)
+        slot = F.one_hot(((mask.cumsum(0) - 1) * mask).sum(-1), 72)
+        return gate[:, None, None] * mask[:, :, None] * slot[:, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.norm(x[0])
+        combine = self.combine(tokens)
+        rows = torch.einsum("nec,nd->ecd", self.dispatch(combine), tokens)
+        return x + torch.einsum("nec,ecd->nd", combine, self.fc2(F.gelu(self.fc1(rows))))
+
+
+class Best(Experts):
+    """Each token goes to its two best experts, whose slots are counted together."""
+
+    def combine(self, x: Tensor) -> Tensor:
+        gates, experts = self.router(x).softmax(-1).topk(2, -1)
+        mask = F.one_hot(experts, 4).mT.sum(-1)
+        slot = F.one_hot((mask.cumsum(0) * mask - 1).clamp(0), 72)
+        return slot * (mask * torch.zeros_like(mask).float().scatter(1, experts, gates))[..., None]
+
+
+@pytest.mark.parametrize("experts", [Experts, Best])
+@pytest.mark.parametrize(
+    "dispatch", [lambda combine: combine, lambda combine: combine.bool().float(), lambda combine: (combine > 0).float()]
+)
+def test_experts_get_chosen_tokens_by_a_weighted_product(experts: type[Experts], dispatch: Callable[[Tensor], Tensor]):
+    assert verdicts(experts(dispatch)) == [("blocks.0", "mlp", False), *LATER]
+
+
+class Slots(Experts):
+    """The same by an index: a slot for each token."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.norm(x[0])
+        expert = self.router(tokens).argmax(-1)
+        slot = expert * 72 + (F.one_hot(expert, 4).cumsum(0) - 1).gather(1, expert[:, None])[:, 0]
+        rows = torch.zeros(4 * 72, WIDTH)
+        rows[slot] = tokens
+        return x + self.fc2(F.gelu(self.fc1(rows.unflatten(0, (4, 72))))).flatten(0, 1)[slot]
+
+
+def test_tokens_fetched_from_their_slots_are_in_their_places():
+    assert verdicts(Slots(lambda combine: combine)) == [("blocks.0", "mlp", False), *LATER]
+
+
+def test_rows_of_all_samples_in_one_are_those_of_each_again():
+    def take(x: Tensor, places: Tensor) -> Tensor:
+        return x.gather(1, wide(places)).flatten(0, 1)[None]
+
+    block = Routed(take, lambda x, places, rows: added(x, places, rows[0].unflatten(0, (len(x), -1))))
+    assert verdicts(block) == [("blocks.0", "mlp", False), *LATER]
 
 
 @pytest.mark.parametrize("undone", [True, False])
@@ -209,6 +333,41 @@ def test_attention_of_chosen_tokens_is_refused(some: str):
 @pytest.mark.parametrize("take", ["gather", "take along", "index", "select", "look up"])
 def test_an_order_that_never_changes_is_none_of_the_content(take: str):
     assert verdicts(Turned(TAKES[take], added)) == [("blocks.0", "mlp", True), *LATER]
+
+
+def kinds(x: Tensor) -> Tensor:
+    return x[..., :2].argmax(-1)
+
+
+BESIDE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "row": lambda x, _: x + x[torch.arange(len(x)), chosen_row(x)][:, None],
+    "row gathered": lambda x, _: x + x.gather(1, wide(x.mean(-1).topk(1, 1).indices)),
+    "row squeezed": lambda x, _: x * x.gather(1, wide(chosen_row(x)[:, None])).squeeze(1)[:, None],
+    "row expanded": lambda x, _: x + x.index_select(1, chosen_row(x)).expand_as(x),
+    "row of a product": lambda x, _: x + F.one_hot(chosen_row(x), x.shape[1]).float()[:, None] @ x,
+    "row of another kind": lambda x, _: (
+        x + torch.stack([x, -x], 2).gather(2, kinds(x)[..., None, None].expand(-1, -1, 1, WIDTH)).squeeze(2)
+    ),
+    "row of another kind, index": lambda x, _: (
+        x + torch.stack([x, -x], 2)[torch.arange(1)[:, None], torch.arange(72), kinds(x)]
+    ),
+    "label": lambda x, table: x + F.embedding(x.mean(1).argmax(-1), table)[:, None],
+    "code of each token": lambda x, table: x + F.embedding(x.argmax(-1), table),
+    "sorted weights": lambda x, _: x * x[..., :1].sort(1).values,
+    "threshold of a sort": lambda x, _: x * (x[..., :1] > x[..., :1].sort(1).values[:, 20:21]),
+    "threshold of the best": lambda x, _: x.masked_fill(x[..., :1] < x[..., 0].topk(9, 1).values[:, -1, None, None], 0),
+    "mask of the best": lambda x, _: (
+        x * torch.zeros_like(x[..., 0]).scatter(1, x[..., 0].topk(9, 1).indices, 1)[..., None]
+    ),
+    "mean of the nearest": lambda x, _: x + x[0][(x @ x.mT).topk(4).indices].mean(2),
+}
+
+
+@pytest.mark.parametrize("beside", list(BESIDE))
+def test_tokens_that_stay_are_not_chosen_whatever_is_added_to_them(beside: str):
+    block = Turned(lambda x, _: x, lambda x, _, rows: x + rows)
+    block.take = lambda x, _: block.norm(BESIDE[beside](x, block.fc1.weight))
+    assert verdicts(block) == [("blocks.0", "mlp", True), *LATER]
 
 
 def test_weights_of_a_router_choose_no_tokens():
@@ -246,5 +405,5 @@ def test_a_piece_of_a_model_has_streams_for_latents():
 
 def test_nothing_is_chosen_where_nothing_picks():
     given = captured(TinyDiT(depth=2), *CALL)
-    chosen = chosen_rows(given.capture, given.roles)
-    assert not any(node in chosen for node in given.capture.module.graph.nodes)
+    orders = orders_of(given.capture, given.roles)
+    assert not any(map(orders.is_moved, given.capture.module.graph.nodes))
