@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 
 # Latents of two calls that follow each other lie near each other: their relative distance is 0.35 after the first of
@@ -49,6 +49,7 @@ class Run:
     samples: dict[Hashable, tuple[float, ...]] = field(default_factory=dict)  # the last latents that came with a text
     rests: dict[Hashable, Callable[[], Hashable]] = field(default_factory=dict)  # and what else, in the step under way
     by_rest: bool = False  # whether that belongs to the text, since it tells branches apart
+    apart: tuple[int, ...] = ()  # the values of the latents that do: of an image that stands beside the noise
     torn: str | None = None  # why the rest of the generation is undecidable
     surprised: bool = False  # a call was not what was expected
 
@@ -89,18 +90,36 @@ class Run:
 
     def tell_by_rest(self) -> None:
         """From now on, what else a call shows belongs to its text; so for the calls that were."""
-        known = {text: (text, read()) for text, read in self.rests.items()}
         self.by_rest = True
+        self._rename({text: (text, read()) for text, read in self.rests.items()})
+
+    def _rename(self, known: Mapping[Hashable, Hashable]) -> None:
         self.keys = {(known.get(text, text), place): number for (text, place), number in self.keys.items()}
         self.round = Counter({known.get(text, text): calls for text, calls in self.round.items()})
         self.samples = {known.get(text, text): sample for text, sample in self.samples.items()}
+        self.rests = {known.get(text, text): read for text, read in self.rests.items()}
+
+    def stands_beside(self, seen: Observation) -> tuple[int, ...]:
+        """The values of the latents in which the call differs from one with its text in the first step, where both begin alike:
+        branches share their noise, which comes first, and not the image joined to it. A solver's calls share neither."""
+        earlier, now = self.samples.get(seen.text), seen.latents
+        first = self.opening and not self.apart and collapsed(seen.timestep or ()) == self.timestep
+        if not first or not self.round[seen.text] or not earlier or not now or earlier[0] != now[0]:
+            return ()
+        return tuple(i for i, (a, b) in enumerate(zip(earlier, now, strict=False)) if a != b)
+
+    def tell_by_latents(self, apart: tuple[int, ...]) -> None:
+        """From now on, these values belong to a call's text; so for the calls that were."""
+        self.apart = apart
+        self._rename({text: (text, tuple(sample[i] for i in apart)) for text, sample in self.samples.items()})
 
     def related(self, seen: Observation) -> bool | None:
         """Whether the latents go on from the last call, or from the last one with this text; None where not known."""
         if seen.latents is None or self.latents is None:
             return None
         earlier = (self.latents, self.samples.get(seen.text, self.latents))
-        return not all(_distance(seen.latents, sample) > UNRELATED for sample in earlier)
+        now, *before = (_without(self.apart, sample) for sample in (seen.latents, *earlier))
+        return not all(_distance(now, sample) > UNRELATED for sample in before)
 
     def remember(self, seen: Observation) -> None:
         self.calls += 1
@@ -109,6 +128,11 @@ class Run:
             self.samples[seen.text] = seen.latents
         if seen.rest is not None and not self.by_rest:
             self.rests[seen.text] = seen.rest
+
+
+def _without(apart: tuple[int, ...], sample: tuple[float, ...]) -> tuple[float, ...]:
+    beside = set(apart)
+    return tuple(value for i, value in enumerate(sample) if i not in beside) if beside else sample
 
 
 def _distance(a: tuple[float, ...], b: tuple[float, ...]) -> float:

@@ -85,7 +85,7 @@ class Timeline:
         told: what is known of the call, latents not among it, and its timestep only if need be.
         """
         run, bound = self._run, self._steps or self._longest
-        if run is None or run.opening or run.surprised or run.timestep is None:
+        if run is None or run.opening or run.surprised or run.timestep is None or run.apart:
             return None
         if told.timestep is None:
             if branch is None:
@@ -134,9 +134,16 @@ class Timeline:
         return Position(self._generation, run.step, branch, begins, reason is None, reason, remark)
 
     def _told_apart(self, run: Run, seen: Observation) -> Observation:
-        """With all that it shows for its text, where branches are told apart by that: guidance by a mask or a flag."""
-        if seen.rest is None or not self.infers:
+        """With all that it shows for its text, where branches are told apart by that: guidance by an image that is joined to the
+        latents, by a mask or by a flag."""
+        if not self.infers:
             return replace(seen, rest=None)
+        if apart := run.stands_beside(seen):
+            run.tell_by_latents(apart)
+        if run.apart and seen.latents is not None:
+            seen = replace(seen, text=(seen.text, tuple(seen.latents[i] for i in run.apart)))
+        if seen.rest is None:
+            return seen
         if not run.by_rest and run.differs(seen):
             run.tell_by_rest()
         return replace(seen, text=(seen.text, seen.rest())) if run.by_rest else seen

@@ -127,6 +127,27 @@ def test_a_residual_of_a_control_network_tells_branches_apart():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
+def test_an_image_joined_to_the_latents_tells_branches_apart(last: bool):
+    """InstructPix2Pix, and image-to-video whose unconditional call has no image."""
+
+    class Joined(TinyDiT):
+        def forward(self, latents: Tensor, timestep: Tensor, text: Any = None) -> Tensor:
+            return super().forward(
+                latents.unflatten(1, (16, 16)).permute(0, 3, 1, 2) if last else latents, timestep, text
+            )
+
+    ours = compiled(Joined())
+    for seed in range(2):
+        for latents, timestep, text in calls(TIMES, seed=seed):
+            for image in (noise(3), noise(4), torch.zeros_like(latents)):
+                both = torch.cat([latents[:, :2], image[:, 2:]], 1)
+                ours(both.flatten(2).mT.contiguous() if last else both, timestep, text)
+        assert chipmunk_fx.summary(ours).phases == {branch: STEPS for branch in range(3)}
+    assert not chipmunk_fx.summary(ours).fallbacks
+
+
+@torch.no_grad()
 def test_one_sample_of_a_batch_that_is_a_new_picture_begins_a_generation():
     ours = compiled(TinyDiT())
     ours(noise(1, batch=2), torch.tensor([850.0, 350.0]))

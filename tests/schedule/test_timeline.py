@@ -378,6 +378,37 @@ def test_branches_told_by_a_flag_alone():
     ]
 
 
+IMAGE, NOTHING = noise(7), (0.0,) * SIZE
+BESIDE = {"prompt, image": ("a", IMAGE), "image": ("", IMAGE), "neither": ("", NOTHING)}
+
+
+def joined(timestep, text, image, latents):
+    """An image, or nothing, is joined to the latents."""
+    return see(timestep, text, latents + image)
+
+
+@pytest.mark.parametrize("times", [(900, 600, 300), (900, 600, 600, 300, 300)], ids=["euler", "heun"])
+@pytest.mark.parametrize("names", [["prompt, image", "image", "neither"], ["neither", "image"]])
+def test_branches_told_by_an_image_joined_to_the_latents(times, names):
+    calls = [joined(t, *BESIDE[name], drift(noise(1), noise(2), i / 8)) for i, t in enumerate(times) for name in names]
+    told = [(0, step, branch) for step in range(len(times)) for branch in range(len(names))]
+    timeline, without = Timeline(), [call for call in calls if call.latents[SIZE:] == IMAGE]
+    assert run(timeline, calls) == told
+    images = [branch for branch, name in enumerate(names) if "image" in name]
+    first, last = calls[: len(names)], without[len(images) :]  # guidance by the image ends
+    told = [(1, 0, branch) for branch in range(len(names))]
+    assert run(timeline, first + last) == told + [(1, step, b) for step in range(1, len(times)) for b in images]
+    assert all(timeline.expect(call) is None for call in calls)
+
+
+def test_an_image_beside_latents_that_move_is_no_branch():
+    loop = [drift(noise(1), noise(2), i / 8) + IMAGE for i in range(5)]
+    calls = [see(t, latents=x) for t, x in zip((900, 600, 600, 300, 300), loop, strict=True)]
+    assert run(Timeline(), calls) == [(0, step, 0) for step in range(5)]
+    opening = [see(900, latents=x) for x in loop[:2]]  # a solver that begins with two calls
+    assert run(Timeline(), opening) == [(0, 0, 0), (0, 1, 0)]
+
+
 def test_flags_that_move_leave_branches_in_their_places_where_their_number_is_given():
     calls = [
         flagged(t, (t, flag), drift(noise(1), noise(2), t / 1e4)) for t in (900, 600, 300) for flag in (False, True)
