@@ -32,6 +32,11 @@ MOVING = (
     "every call so far has had a text or condition of its own, and so has caches of its own, made anew: if that is one picture "
     "whose conditioning moves from step to step, give schedule.branches (1 without guidance)"
 )
+CHURNING = (
+    "the timestep goes back after every step or two while the latents go on: each time a generation begins, whose first step "
+    "refreshes all caches. If that is one picture, its sampler adds noise as it goes: without that (s_churn=0) steps are sparse"
+)
+_CHURNED = 3  # generations of two steps at most in a row, the latents of one going on from those of the one before
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,7 @@ class Timeline:
         self._learned = False  # a generation has confirmed the direction
         self._contradictions = 0  # generations in a row that began with a move against the direction
         self._longest = 0  # steps of a generation that is over
+        self._cut = 0  # generations in a row that were short and ended with latents that go on
 
     @property
     def infers(self) -> bool:
@@ -113,7 +119,9 @@ class Timeline:
             seen = self._told_apart(run, seen)
             related = run.related(seen)
             begins = self._restarts(run, seen, related)
-            remark = _remark(run, seen, related, begins)
+            if begins:
+                self._cut = self._cut + 1 if related and run.step < 2 else 0
+            remark = CHURNING if begins and self._cut == _CHURNED else _remark(run, seen, related, begins)
         if run is None or begins:
             seen = plain
             self._end()

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chipmunk_fx.schedule import Observation, Timeline
-from chipmunk_fx.schedule.timeline import ALTERNATING, MOVING, OTHER_PICTURE
+from chipmunk_fx.schedule.timeline import ALTERNATING, CHURNING, MOVING, OTHER_PICTURE
 
 SIZE = 64
 
@@ -376,6 +376,17 @@ def test_branches_told_by_a_flag_alone():
         (2, 2, 1),
         (2, 2, 2),
     ]
+
+
+def test_a_sampler_that_adds_noise_at_every_step_is_named_once():
+    """Heun's method with churn (Karras et al., arXiv 2206.00364, algorithm 2): up a little, down twice as far."""
+    times = [t for sigma in (80, 40, 20, 10, 5, 2) for t in (1.2 * sigma, sigma / 2)]
+    calls = [see(t, latents=drift(noise(1), noise(2), i / 16)) for i, t in enumerate(times)]
+    remarks = [Timeline.advance(timeline, call).remark for timeline in (Timeline(),) for call in calls]
+    assert [i for i, remark in enumerate(remarks) if remark] == [6] and remarks[6] == CHURNING
+    timeline = Timeline()  # pictures of two steps
+    calls = [see(t, latents=drift(noise(seed), noise(9), i / 2)) for seed in range(6) for i, t in enumerate((900, 450))]
+    assert not any(timeline.advance(call).remark for call in calls)
 
 
 IMAGE, NOTHING = noise(7), (0.0,) * SIZE
