@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from chipmunk_fx.graph.capture import SDPA_CHOICE
 from chipmunk_fx.graph.language import Call, Found, Var
-from chipmunk_fx.graph.masks import divided, padding_refusal, unfolded
+from chipmunk_fx.graph.masks import divided, is_nothing, padding_refusal, unfolded
 from chipmunk_fx.graph.pattern import Accepted, AttentionOperands, Example, Laid, Pattern, Refused
 from chipmunk_fx.graph.walk import origins, roots, shape
 
@@ -43,6 +43,7 @@ def judge(found: Found) -> Accepted | Refused:
     if reason:
         return Refused(form, reason)
     scale, mask = found.bound["scale"], found.bound["mask"]
+    mask = None if mask is None or is_nothing(mask) else mask
     mask, rows = divided(unfolded(mask), found.nodes[0]) if mask else (None, None)
     scale = shape(q)[-1] ** -0.5 if scale is None else float(scale)
     sdpa = found.nodes[0].meta.get("custom", {}).get(SDPA_CHOICE, "")

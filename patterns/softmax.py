@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from chipmunk_fx.graph.calls import dtype
 from chipmunk_fx.graph.language import Call, Each, Expression, Found, Literal, OneOf, Var, Where
-from chipmunk_fx.graph.masks import padding_refusal, unfolded
+from chipmunk_fx.graph.masks import is_nothing, padding_refusal, unfolded
 from chipmunk_fx.graph.pattern import Accepted, AttentionOperands, Example, Laid, Pattern, Refused, open_end
 from chipmunk_fx.graph.walk import rank
 from chipmunk_fx.patterns.activations import cast
@@ -105,6 +105,7 @@ def judge(found: Found) -> Accepted | Refused:
     reason = reason or problem or operand_shapes(q, k, v) or _mixed(q, k, v) or _rounding(found) or open_end(found)
     if reason:
         return Refused(form, reason)
+    mask = None if bound["masking"] == "added" and mask and is_nothing(mask) else mask
     hides, mask = bound["masking"] == "filled", mask and unfolded(mask)
     operands = AttentionOperands(q, k, v, scale, layout.out, mask, hides)
     return Accepted(form, operands, mask and padding_refusal(mask, found.nodes[0]))
@@ -263,6 +264,8 @@ def examples() -> Sequence[Example]:
         "padding chosen": lambda q, k, v: (
             torch.where(~hidden[None, None, None].expand(2, 1, 1, 24), q @ k.mT, -torch.inf).softmax(-1) @ v
         ),
+        "zeros added": lambda q, k, v: (q @ k.mT + torch.zeros(24, 24)).softmax(-1) @ v,
+        "zeros added in place": lambda q, k, v: (q @ k.mT).add_(q.new_zeros(2, 1, 24, 24)).softmax(-1) @ v,
         "scaled in place": lambda q, k, v: (q @ k.mT).mul_(0.3).softmax(-1) @ v,
     }
     return [
@@ -303,6 +306,10 @@ def near_misses() -> Sequence[Example]:
         "scale is a tensor": (_matmul(torch.tensor(0.3)), "scale is computed in the graph"),
         "scale of the input": (lambda q, k, v: (q @ k.mT * q.mean()).softmax(-1) @ v, "scale is computed in the graph"),
         "a number added": (lambda q, k, v: (q @ k.mT + 1).softmax(-1) @ v, "1 is added to the scores"),
+        "zeros added that were written to": (
+            lambda q, k, v: (q @ k.mT + torch.zeros(24, 24).masked_fill_(q[0, 0, :, :1] > 0, -1.0)).softmax(-1) @ v,
+            "writes in place",
+        ),
         "booleans added": (
             lambda q, k, v: (q @ k.mT + (torch.arange(24) < 9)).softmax(-1) @ v,
             "is added to the scores",

@@ -29,10 +29,11 @@ from chipmunk_fx.graph.walk import (
 aten = torch.ops.aten
 
 _WAVES = (aten.sin.default, aten.cos.default)
-# From a sinusoid to its projection: joined, laid out, cast. A product with q or k (rotary embedding) is not on this way.
+# From a sinusoid to its projection: joined, laid out, cast, normed. A product with q or k (rotary embedding) is not on this way.
 _EMBEDDING = (
     *(*VIEWS, aten.cat.default, aten.stack.default, aten.slice.Tensor, aten.select.int, aten.mul.Tensor),
     *(aten.repeat.default, aten.repeat_interleave.self_int),
+    *NORMS,
 )
 _SCALED = (*VIEWS, aten.mul.Tensor)
 _SUMS = (aten.add.Tensor, aten.add_.Tensor)

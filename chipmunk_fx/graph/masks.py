@@ -18,10 +18,21 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from chipmunk_fx.graph.alike import FOLDS, alike
 from chipmunk_fx.graph.calls import dtype, is_identity
 from chipmunk_fx.graph.sizes import unbacked
-from chipmunk_fx.graph.walk import PROJECTIONS, ancestors, mutated_between, rank, shape, storage, writers, written
+from chipmunk_fx.graph.walk import (
+    PROJECTIONS,
+    ancestors,
+    mutated_between,
+    rank,
+    shape,
+    storage,
+    strip,
+    writers,
+    written,
+)
 
 aten = torch.ops.aten
 
+_ZEROS = (aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default)
 _SIZES = (aten.sym_size.int, aten.sym_size.default)
 _BOTH = (aten.__and__.Tensor, aten.bitwise_and.Tensor, aten.logical_and.default, aten.mul.Tensor)
 _COSTLY = (
@@ -64,6 +75,13 @@ class Probe:
                 masks[index] = ~masks[index]
         told = zip(self.lengths, tellers, strict=True)
         return tuple(masks), {symbol: int(t if dim is None else t.shape[dim]) for (symbol, dim), t in told}
+
+
+def is_nothing(mask: fx.Node) -> bool:
+    """Whether a mask that is added to scores is of zeros made in the graph, which nothing is written to."""
+    made = strip(mask)
+    kind = dtype(mask)
+    return made.target in _ZEROS and kind is not None and kind.is_floating_point and not writers([made])
 
 
 def unfolded(mask: fx.Node) -> fx.Node:

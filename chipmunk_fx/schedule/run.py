@@ -51,6 +51,8 @@ class Run:
     by_rest: bool = False  # whether that belongs to the text, since it tells branches apart
     apart: tuple[int, ...] = ()  # the values of the latents that do: of an image that stands beside the noise
     torn: str | None = None  # why the rest of the generation is undecidable
+    by_place: bool = False  # branches are told by that alone, since texts move from step to step
+    renewed: tuple[int, ...] = ()  # steps after the first that had a text of their own
     surprised: bool = False  # a call was not what was expected
 
     def copy(self) -> Run:
@@ -112,6 +114,12 @@ class Run:
         """From now on, these values belong to a call's text; so for the calls that were."""
         self.apart = apart
         self._rename({text: (text, tuple(sample[i] for i in apart)) for text, sample in self.samples.items()})
+
+    def tell_by_place(self, branches: int) -> None:
+        """From now on, calls of a step are its branches in turn."""
+        self.by_place = True
+        self.keys = {(None, place): place for place in range(branches)}
+        self.round = Counter({None: self.round.total()})
 
     def related(self, seen: Observation) -> bool | None:
         """Whether the latents go on from the last call, or from the last one with this text; None where not known."""

@@ -29,7 +29,7 @@ ALTERNATING = (
     "sparse. Call those of one shape inside chipmunk_fx.generation(model, key=...) of their own"
 )
 MOVING = (
-    "every call so far has had a text or condition of its own, and so has caches of its own, made anew: if that is one picture "
+    "every step so far has had a text or condition of its own, and caches of its own for it, made anew: if that is one picture "
     "whose conditioning moves from step to step, give schedule.branches (1 without guidance)"
 )
 CHURNING = (
@@ -128,7 +128,7 @@ class Timeline:
             self._generation += 1
             run = self._run = self._anew(run, seen)
             self._continues(run, seen)
-        timestep = collapsed(seen.timestep or ())
+        timestep, renewed = collapsed(seen.timestep or ()), run.renewed
         if branch is not None:
             self._place(run, seen, timestep, None)
             reason = None
@@ -137,7 +137,7 @@ class Timeline:
         else:
             branch, reason = self._place(run, seen, timestep, self._branches)
         run.remember(seen)
-        if run.step == 2 and len(run.keys) == run.calls:
+        if run.renewed == (1, 2) != renewed:
             remark = MOVING
         return Position(self._generation, run.step, branch, begins, reason is None, reason, remark)
 
@@ -145,7 +145,7 @@ class Timeline:
         """With all that it shows for its text, where branches are told apart by that: guidance by an image that is joined to the
         latents, by a mask or by a flag."""
         if not self.infers:
-            return replace(seen, rest=None)
+            return replace(seen, text=None if run.by_place else seen.text, rest=None)
         if apart := run.stands_beside(seen):
             run.tell_by_latents(apart)
         if run.apart and seen.latents is not None:
@@ -239,8 +239,13 @@ class Timeline:
             run.next_step()
         if branches == 1:
             return 0, None
-        key = (seen.text, run.round[seen.text])
-        run.round[seen.text] += 1
+        if branches is not None and _moves_on(run, seen, branches):
+            run.tell_by_place(branches)
+        text = None if run.by_place else seen.text
+        key = (text, run.round[text])
+        run.round[text] += 1
+        if run.step and key not in run.keys and run.renewed[-1:] != (run.step,):
+            run.renewed = (*run.renewed, run.step)
         number = run.keys.setdefault(key, len(run.keys))
         if branches is None and seen.text is None and key[1] > 0:
             run.torn = run.torn or (
@@ -264,6 +269,12 @@ def _repeats(run: Run, seen: Observation, branches: int | None) -> bool:
     # The text returns before every branch was called. Either all branches are known by other texts and some are
     # paused, or guidance has not begun: branches share their latents, the calls of a solver do not.
     return len(run.keys) >= branches or (not run.opening and seen.latents != run.latents)
+
+
+def _moves_on(run: Run, seen: Observation, branches: int) -> bool:
+    """Whether the texts of a generation, whose steps have had all of their calls so far, turn out to move from step to step."""
+    known = (seen.text, run.round[seen.text]) in run.keys
+    return not (known or run.opening or run.torn or run.by_place) and len(run.keys) == branches
 
 
 def _too_many(number: int, branches: int | None) -> str | None:

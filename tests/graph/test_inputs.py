@@ -114,6 +114,15 @@ class Table(TinyDiT):
         return self.out(self.blocks[0](x))
 
 
+class Normed(TinyDiT):
+    """Waves of a noise level are normed before they are projected (AlphaFold 3)."""
+
+    def forward(self, latents, t_hat_noise_level, text=None):
+        x = self.embed(latents).flatten(2).transpose(1, 2)
+        waves = (t_hat_noise_level.log()[:, None] * torch.arange(1, WIDTH + 1) + 0.5).cos()
+        return self.out(self.blocks[0](x + self.time(F.layer_norm(waves, (WIDTH,)))[:, None]))
+
+
 class Raw(TinyDiT):
     """Time and a strength go to linears as they are, without a sinusoid."""
 

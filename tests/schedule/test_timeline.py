@@ -470,9 +470,26 @@ def test_conditioning_that_moves_is_marked_at_the_third_step():
     timeline = Timeline()
     remarks += [timeline.advance(see(t, text)).remark for t, text in ((900, "a"), (600, "b"), (300, "c"), (200, "d"))]
     assert remarks == [None] * 3 + [None, None, MOVING, None]
+    timeline, pairs = (
+        Timeline(),
+        [(t, text) for t, moving in ((900, "a"), (600, "b"), (300, "c")) for text in (moving, "")],
+    )
+    assert [timeline.advance(see(t, text)).remark for t, text in pairs] == [None] * 4 + [MOVING, None]
     timeline, one = Timeline(), Timeline(branches=1)
     assert not any(timeline.advance(see(t, text)).remark for t in (900, 600, 300) for text in "abc")
     assert not any(one.advance(see(t, text)).remark for t, text in ((900, "a"), (600, "b"), (300, "c")))
+
+
+@pytest.mark.parametrize("still", [True, False])
+def test_texts_that_move_leave_branches_in_their_places_where_their_number_is_given(still):
+    times = (900, 600, 600, 300, 300, 100)
+    calls = [see(t, "" if still and b else f"{i} {b}") for i, t in enumerate(times) for b in (0, 1)]
+    timeline, told = Timeline(branches=2), [(step, branch) for step in range(len(times)) for branch in (0, 1)]
+    for generation in range(2):
+        assert run(timeline, calls) == [(generation, *place) for place in told]
+    assert not undecided(timeline, calls[:5])[-1]
+    assert undecided(timeline, [see(500, "10 0"), see(500, "10 1")]) == [True, True], "a step lacked a call"
+    assert any(undecided(Timeline(branches=2), [see(900, text) for text in "abc"])), "more texts than branches at first"
 
 
 def test_shapes_that_take_turns_are_marked():
