@@ -86,7 +86,8 @@ def classify(capture: Capture) -> Roles:
     names = {i: _last_word(capture.inputs[i].name) for i in free}
     embeds, waved, rotary = _sinusoids(capture.module)
     told = ((n, _last_word(entry.name)) for n, entry in zip(nodes, capture.inputs, strict=True) if n in waved)
-    timed = {n for n, name in told if rank(n) <= 2 or name in _TIME_NAMES}  # a stream of tokens is no time
+    # a stream of tokens is no time
+    timed = {n for n, name in told if rank(n) <= 2 or name in _TIME_NAMES or _is_one_a_sample(n)}
     times = [i for i in free if nodes[i] in timed] or [i for i in free if _is_named_time(nodes[i], names[i])]
     numbers = {i: _last_word(entry.name) for i, entry in enumerate(capture.inputs) if not entry.is_tensor}
     times = times or [i for i in numbers if nodes[i] in timed and numbers[i] in _TIME_NAMES]  # not: sizes
@@ -198,7 +199,9 @@ def _sinusoids(module: fx.GraphModule) -> tuple[bool, set[fx.Node], set[fx.Node]
         if node.target in _WAVES:
             # A sequence that reached the wave through a projection is neither time nor position.
             sources = [p for p in ancestors(node, lambda n: n.target in PROJECTIONS) if p.op == "placeholder"]
-            if reaches(node, _EMBEDDING, into_linear):
+            alone = bool(sources) and all(map(_is_one_a_sample, sources))
+            # alone it may be a token among others
+            if reaches(node, (*_EMBEDDING, *_SUMS) if alone else _EMBEDDING, into_linear):
                 embeds = True
                 waved.update(sources)
             else:
@@ -211,7 +214,11 @@ def _sinusoids(module: fx.GraphModule) -> tuple[bool, set[fx.Node], set[fx.Node]
 def _is_named_time(node: fx.Node, name: str) -> bool:
     """A time without a sinusoid: one value a sample, looked up in a table or projected. So are labels and strengths: the
     name must say it."""
-    return name in _TIME_NAMES and all(size == 1 for size in shape(node)[1:]) and bool(node.users)
+    return name in _TIME_NAMES and _is_one_a_sample(node) and bool(node.users)
+
+
+def _is_one_a_sample(node: fx.Node) -> bool:
+    return all(size == 1 for size in shape(node)[1:])
 
 
 def _latents(capture: Capture, candidates: Sequence[int], names: dict[int, str]) -> int | None:

@@ -22,7 +22,10 @@ from chipmunk_fx.state.store import Account, account
 
 LEGEND = "(R refresh, s sparse, . skipped, D dense)"
 COLOURS = ("#c9ccd1", "#d1495b", "#2e86ab", "#f4f1e8")  # dense, refresh, sparse, skip: in the order of Phase
-_UNREACHED = "no call has reached the backend yet"
+_UNREACHED = (
+    "no call has reached the backend yet; where another method than forward is called, compile that: "
+    'model.method = torch.compile(model.method, backend="chipmunk")'
+)
 _NOTHING = "nothing of the model was rewritten (explain says why)"
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 # 64 values or more in a sample, chance does not carry either across 1. (Samplers that draw new noise at every one of
 # very few steps do cross it.)
 UNRELATED = 1.0
+# Of an image joined to the latents, beside noise that is an eighth of them or more; an image for nothing, or for another.
+_BESIDE, _ANOTHER = 7 / 8, 0.5
 
 
 @dataclass(frozen=True)
@@ -47,16 +49,20 @@ class Run:
     round: Counter[Hashable] = field(default_factory=Counter)  # calls of the step under way, by text
     latents: tuple[float, ...] | None = None
     samples: dict[Hashable, tuple[float, ...]] = field(default_factory=dict)  # the last latents that came with a text
+    before: dict[Hashable, tuple[float, ...]] = field(default_factory=dict)  # and those of the step before
     rests: dict[Hashable, Callable[[], Hashable]] = field(default_factory=dict)  # and what else, in the step under way
     by_rest: bool = False  # whether that belongs to the text, since it tells branches apart
     apart: tuple[int, ...] = ()  # the values of the latents that do: of an image that stands beside the noise
     torn: str | None = None  # why the rest of the generation is undecidable
+    complete: bool = True  # every step so far had a call of each branch, where their number is given
     by_place: bool = False  # branches are told by that alone, since texts move from step to step
     renewed: tuple[int, ...] = ()  # steps after the first that had a text of their own
     surprised: bool = False  # a call was not what was expected
 
     def copy(self) -> Run:
-        own = {name: copy.copy(getattr(self, name)) for name in ("shapes", "keys", "round", "samples", "rests")}
+        own = {
+            name: copy.copy(getattr(self, name)) for name in ("shapes", "keys", "round", "samples", "before", "rests")
+        }
         return replace(self, **own)
 
     def is_over(self, text: Hashable, branches: int | None) -> bool:
@@ -67,6 +73,7 @@ class Run:
         return self.round.total() >= branches or (text is not None and (text, earlier) not in self.keys)
 
     def next_timestep(self, branches: int | None) -> None:
+        self.complete &= branches is None or self.round.total() >= branches
         told_by_place = None in self.round or any(place for _, place in self.keys)
         if branches is not None and branches > 1 and told_by_place and self.round.total() < branches:
             # Whether the first or the last branch was left out cannot be seen, now or in the steps to come.
@@ -78,6 +85,7 @@ class Run:
 
     def next_step(self) -> None:
         self.step += 1
+        self.before = dict(self.samples)
         self.round.clear()
         self.rests.clear()
 
@@ -102,13 +110,23 @@ class Run:
         self.rests = {known.get(text, text): read for text, read in self.rests.items()}
 
     def stands_beside(self, seen: Observation) -> tuple[int, ...]:
-        """The values of the latents in which the call differs from one with its text in the first step, where both begin alike:
-        branches share their noise, which comes first, and not the image joined to it. A solver's calls share neither."""
+        """The values of the latents in which the call differs from the last one with its text in this step, if those are of an
+        image that stands beside the noise: branches share the noise, a solver's calls at most the image.
+
+        What is noise has changed since the step before; in the first step another image is told by being no little moved.
+        """
         earlier, now = self.samples.get(seen.text), seen.latents
-        first = self.opening and not self.apart and collapsed(seen.timestep or ()) == self.timestep
-        if not first or not self.round[seen.text] or not earlier or not now or earlier[0] != now[0]:
+        again = self.round[seen.text] and collapsed(seen.timestep or ()) == self.timestep
+        if self.apart or not again or not earlier or not now or len(earlier) != len(now):
             return ()
-        return tuple(i for i, (a, b) in enumerate(zip(earlier, now, strict=False)) if a != b)
+        apart = tuple(i for i, (a, b) in enumerate(zip(earlier, now, strict=True)) if a != b)
+        if not apart or len(apart) > _BESIDE * len(now):
+            return ()
+        if before := self.before.get(seen.text):
+            noise = {i for i, (a, b) in enumerate(zip(before, earlier, strict=False)) if a != b}
+            return apart if noise.isdisjoint(apart) else ()
+        moved = _distance(*(tuple(sample[i] for i in apart) for sample in (earlier, now)))
+        return apart if self.opening and moved > _ANOTHER else ()
 
     def tell_by_latents(self, apart: tuple[int, ...]) -> None:
         """From now on, these values belong to a call's text; so for the calls that were."""

@@ -274,7 +274,7 @@ def _repeats(run: Run, seen: Observation, branches: int | None) -> bool:
 def _moves_on(run: Run, seen: Observation, branches: int) -> bool:
     """Whether the texts of a generation, whose steps have had all of their calls so far, turn out to move from step to step."""
     known = (seen.text, run.round[seen.text]) in run.keys
-    return not (known or run.opening or run.torn or run.by_place) and len(run.keys) == branches
+    return run.complete and not (known or run.opening or run.torn or run.by_place) and len(run.keys) == branches
 
 
 def _too_many(number: int, branches: int | None) -> str | None:

@@ -123,6 +123,15 @@ class Normed(TinyDiT):
         return self.out(self.blocks[0](x + self.time(F.layer_norm(waves, (WIDTH,)))[:, None]))
 
 
+class Token(TinyDiT):
+    """The time is a token among the others (U-ViT)."""
+
+    def forward(self, latents, when, text=None):
+        waves = (when.reshape(-1, 1) * torch.arange(1, WIDTH + 1)).sin()
+        x = torch.cat([waves[:, None], self.embed(latents).flatten(2).transpose(1, 2)], 1) + self.time.bias
+        return self.out(self.blocks[0](x)[:, 1:])
+
+
 class Raw(TinyDiT):
     """Time and a strength go to linears as they are, without a sinusoid."""
 

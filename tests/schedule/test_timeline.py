@@ -412,6 +412,18 @@ def test_branches_told_by_an_image_joined_to_the_latents(times, names):
     assert all(timeline.expect(call) is None for call in calls)
 
 
+def test_an_image_may_come_first_and_its_branch_later():
+    def calls(images, step):
+        x = drift(noise(1), noise(2), step / 8)
+        return [see((900, 600, 300)[step], "a", image + x) for image in images]
+
+    assert run(Timeline(), calls([IMAGE, NOTHING], 0) + calls([IMAGE, NOTHING], 1)) == [
+        (0, step, branch) for step in (0, 1) for branch in (0, 1)
+    ]
+    late = calls([IMAGE], 0) + calls([IMAGE, NOTHING], 1) + calls([NOTHING, IMAGE], 2)
+    assert run(Timeline(), late) == [(0, 0, 0), (0, 1, 0), (0, 1, 1), (0, 2, 1), (0, 2, 0)]
+
+
 def test_an_image_beside_latents_that_move_is_no_branch():
     loop = [drift(noise(1), noise(2), i / 8) + IMAGE for i in range(5)]
     calls = [see(t, latents=x) for t, x in zip((900, 600, 600, 300, 300), loop, strict=True)]
@@ -489,6 +501,8 @@ def test_texts_that_move_leave_branches_in_their_places_where_their_number_is_gi
         assert run(timeline, calls) == [(generation, *place) for place in told]
     assert not undecided(timeline, calls[:5])[-1]
     assert undecided(timeline, [see(500, "10 0"), see(500, "10 1")]) == [True, True], "a step lacked a call"
+    late = [see(900, "c0"), see(600, "c1"), see(300, "c2"), see(300, "u")]  # guidance begins after the first step
+    assert undecided(Timeline(branches=2), late) == [False, False, True, True]
     assert any(undecided(Timeline(branches=2), [see(900, text) for text in "abc"])), "more texts than branches at first"
 
 
