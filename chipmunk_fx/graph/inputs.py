@@ -218,7 +218,9 @@ def _is_named_time(node: fx.Node, name: str) -> bool:
 
 
 def _is_one_a_sample(node: fx.Node) -> bool:
-    return all(size == 1 for size in shape(node)[1:])
+    """Not of a number, which could be a size."""
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and all(size == 1 for size in value.shape[1:])
 
 
 def _latents(capture: Capture, candidates: Sequence[int], names: dict[int, str]) -> int | None:
