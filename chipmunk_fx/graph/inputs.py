@@ -86,7 +86,7 @@ def classify(capture: Capture) -> Roles:
     names = {i: _last_word(capture.inputs[i].name) for i in free}
     embeds, waved, rotary = _sinusoids(capture.module)
     told = ((n, _last_word(entry.name)) for n, entry in zip(nodes, capture.inputs, strict=True) if n in waved)
-    # a stream of tokens is no time
+    # A stream of tokens is no time.
     timed = {n for n, name in told if rank(n) <= 2 or name in _TIME_NAMES or _is_one_a_sample(n)}
     times = [i for i in free if nodes[i] in timed] or [i for i in free if _is_named_time(nodes[i], names[i])]
     numbers = {i: _last_word(entry.name) for i, entry in enumerate(capture.inputs) if not entry.is_tensor}
@@ -200,7 +200,7 @@ def _sinusoids(module: fx.GraphModule) -> tuple[bool, set[fx.Node], set[fx.Node]
             # A sequence that reached the wave through a projection is neither time nor position.
             sources = [p for p in ancestors(node, lambda n: n.target in PROJECTIONS) if p.op == "placeholder"]
             alone = bool(sources) and all(map(_is_one_a_sample, sources))
-            # alone it may be a token among others
+            # Of one value a sample the sinusoid may be a token among others, to all of which positions are added.
             if reaches(node, (*_EMBEDDING, *_SUMS) if alone else _EMBEDDING, into_linear):
                 embeds = True
                 waved.update(sources)
@@ -218,7 +218,7 @@ def _is_named_time(node: fx.Node, name: str) -> bool:
 
 
 def _is_one_a_sample(node: fx.Node) -> bool:
-    """Not of a number, which could be a size."""
+    """Whether it is a tensor of one value for each sample of the batch; a number could be a size."""
     value = node.meta.get("val")
     return isinstance(value, torch.Tensor) and all(size == 1 for size in value.shape[1:])
 

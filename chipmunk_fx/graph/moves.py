@@ -7,7 +7,8 @@ one-hot rows) moves rows by a map, a scatter (or a product with the transpose) b
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -112,13 +113,15 @@ def _one_hot(node: fx.Node, dims: list[Dim], shape: tuple[int, ...]) -> list[Dim
 
 
 _Layout = Callable[[fx.Node, list[Dim], tuple[int, ...]], list[Dim]]
-_LAYOUTS: dict[str, _Layout] = {
-    **dict.fromkeys(_RESHAPES, lambda node, dims, shape: folded(flat(dims), shape)),
-    **dict.fromkeys(_PERMUTES, _permuted),
-    **dict.fromkeys(("select", "unbind"), _selected),
-    "one_hot": _one_hot,
-    "scaled_dot_product_attention": lambda node, dims, shape: [*dims[:-1], [Axis(shape[-1])]],
-}
+_LAYOUTS: Mapping[str, _Layout] = MappingProxyType(
+    {
+        **dict.fromkeys(_RESHAPES, lambda node, dims, shape: folded(flat(dims), shape)),
+        **dict.fromkeys(_PERMUTES, _permuted),
+        **dict.fromkeys(("select", "unbind"), _selected),
+        "one_hot": _one_hot,
+        "scaled_dot_product_attention": lambda node, dims, shape: [*dims[:-1], [Axis(shape[-1])]],
+    }
+)
 
 
 def _reduced(dims: list[Dim], along: Any, kept: bool) -> list[Dim]:

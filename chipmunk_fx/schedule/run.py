@@ -92,11 +92,15 @@ class Run:
     def differs(self, seen: Observation) -> bool:
         """Whether all that tells the call from one of this step is what else it shows: branches share their latents, the calls
         of a solver do not."""
-        if seen.rest is None or not self.round[seen.text] or collapsed(seen.timestep or ()) != self.timestep:
+        if seen.rest is None or not self._comes_again(seen):
             return False
         earlier = self.rests.get(seen.text)
         alike = seen.latents is not None and seen.latents == self.samples.get(seen.text)
         return alike and earlier is not None and earlier() != seen.rest()
+
+    def _comes_again(self, seen: Observation) -> bool:
+        """Whether the step under way has had a call with this text at this timestep."""
+        return self.round[seen.text] > 0 and collapsed(seen.timestep or ()) == self.timestep
 
     def tell_by_rest(self) -> None:
         """From now on, what else a call shows belongs to its text; so for the calls that were."""
@@ -116,8 +120,7 @@ class Run:
         What is noise has changed since the step before; in the first step another image is told by being no little moved.
         """
         earlier, now = self.samples.get(seen.text), seen.latents
-        again = self.round[seen.text] and collapsed(seen.timestep or ()) == self.timestep
-        if self.apart or not again or not earlier or not now or len(earlier) != len(now):
+        if self.apart or not self._comes_again(seen) or not earlier or not now or len(earlier) != len(now):
             return ()
         apart = tuple(i for i, (a, b) in enumerate(zip(earlier, now, strict=True)) if a != b)
         if not apart or len(apart) > _BESIDE * len(now):
