@@ -124,36 +124,40 @@ __device__ __forceinline__ void store_result(
     }
 }
 
+// Whether the product with the next keys is begun right behind that with the values, not after it: results of both and weights
+// are in registers then, 160 of them. Three warpgroups have not as many; heads of 64 became slower.
+constexpr bool BEHIND = CONSUMERS == 2 && WIDTH == 128;
+
 // One warpgroup of 64 rows. Products are made in turns, with the values of one tile and the keys of the next: while one
 // warpgroup has its turn the others are at their exponentials.
 struct Consumer {
     const Shared &shared;
     const int number;
     Ring ring;
+    u32 given = 0;  // slot of the ring that is given back next
 
     // the next tile of the ring, when it is there
     __device__ __forceinline__ u32 take() {
         barrier_wait(shared.full + ring.slot * 8, ring.parity);
         fence_before_products();
-        return shared.tiles + ring.slot * TILE_BYTES;
+        const u32 tile = shared.tiles + ring.slot * TILE_BYTES;
+        ring.advance();
+        return tile;
     }
 
     __device__ __forceinline__ void give_back() {
-        if (threadIdx.x % 32 == 0) barrier_arrive(shared.empty + ring.slot * 8);
-        ring.advance();
+        if (threadIdx.x % 32 == 0) barrier_arrive(shared.empty + given * 8);
+        if (++given == BUFFERS) given = 0;
     }
 
     __device__ __forceinline__ void wait_turn() { named_wait(1 + number); }
     __device__ __forceinline__ void pass_turn() { named_pass(1 + (number + 1) % CONSUMERS); }
 
     // the last step of a turn
-    __device__ __forceinline__ void multiply_by_keys(float (&s)[COLUMNS / 2]) {
-        const u32 keys = take();
+    __device__ __forceinline__ void begin_scores(float (&s)[COLUMNS / 2], u32 keys) {
         products_begin();
         scores_of(s, shared.queries + number * QUERY_BYTES, keys);
         pass_turn();
-        products_wait(s);
-        give_back();
     }
 };
 
@@ -173,18 +177,31 @@ __device__ __forceinline__ void consume(const Problem &p, const Shared &shared) 
             barrier_wait(shared.queries_full + number * 8, turn);
             turn ^= 1;
             me.wait_turn();
-            me.multiply_by_keys(s);
+            me.begin_scores(s, me.take());
+            products_wait(s);
+            me.give_back();
             softmax.advance(s, p.scale, listed.live(listed.tiles), fade);
             pack_all(weights, s);
 #pragma unroll 1
             for (int left = listed.tiles - 1; left > 0; left--) {
                 const u32 values = me.take();
+                u32 keys = BEHIND ? me.take() : 0;
                 me.wait_turn();
                 products_begin();
                 add_values(o, weights, values);
-                products_wait(o);
+                if (!BEHIND) {
+                    products_wait(o);
+                    me.give_back();
+                    keys = me.take();
+                }
+                me.begin_scores(s, keys);
+                if (BEHIND) {
+                    products_wait_but_last();
+                    me.give_back();
+                }
+                products_wait(s);
+                if (BEHIND) keep(o);
                 me.give_back();
-                me.multiply_by_keys(s);
                 if (softmax.advance(s, p.scale, listed.live(left), fade)) fade_result(o, fade);
                 pack_all(weights, s);
             }

@@ -57,22 +57,21 @@ def products(
         weights = (copyable(w1), None if wu is None else copyable(wu))
     else:
         weights = (w1_fp8[0], None if wu is None else w1_fp8[1])
-    sizes = (out.shape[1], w1.shape[1])
     in_fp8 = (scales, change_scale)
-    change = _first(rows, *weights, b1, bu, *in_fp8, hidden, lists, mean, means, *sizes, activation, group_rows)
+    change = _first(rows, *weights, b1, bu, *in_fp8, hidden, lists, mean, means, out.shape[1], activation, group_rows)
     _second(change, by_neuron, *in_fp8, order, lists, out, result, group_rows)
 
 
 def _first(
     rows: Rows, w1: Tensor, wu: Tensor | None, b1: Tensor | None, bu: Tensor | None, scales: Tensor | None,
-    change_scale: Tensor | None, hidden: Tensor, lists: Tensor, mean: Tensor, means: Tensor, count: int, width: int,
-    activation: str, group_rows: int,
+    change_scale: Tensor | None, hidden: Tensor, lists: Tensor, mean: Tensor, means: Tensor, count: int, activation: str,
+    group_rows: int,
 ) -> Tensor:  # fmt: skip
-    """Writes hidden and mean; returns the changes as second.cu wants them. count: of rows; width: of one."""
+    """Writes hidden and mean; returns the changes as second.cu wants them. count: of rows."""
     batch, groups, listed = lists.shape
     settings = tuning.first_settings(
-        ELEMENTS[hidden.dtype], group_rows, batch * groups, width, listed, activation, wu is not None,
-        scales is not None, devices.units(hidden.device),
+        ELEMENTS[hidden.dtype], group_rows, batch * groups, listed, activation, wu is not None, scales is not None,
+        devices.units(hidden.device),
     )  # fmt: skip
     stages, values = -(-listed // settings.depth), settings.depth * settings.rows
     dtype = hidden.dtype if scales is None else FP8
@@ -97,7 +96,7 @@ def _second(
     rows, width = out.shape[1:]
     fp8 = scales is not None
     settings = tuning.second_settings(
-        ELEMENTS[result.dtype], group_rows, batch * groups, listed, width, fp8, devices.units(out.device)
+        ELEMENTS[result.dtype], group_rows, batch * groups, width, fp8, devices.units(out.device)
     )
     tiles = settings.clusters(batch * groups * group_rows, width)
     pointers = (

@@ -149,12 +149,18 @@ __device__ __forceinline__ u64 described(u32 address, u32 block = 16) {
 __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void products_end() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Waits for all products under way; `x` is not read or moved before.
+// `x` is not read or moved before.
+template <int N>
+__device__ __forceinline__ void keep(float (&x)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+f"(x[i])::"memory");
+}
+
+// Waits for all products under way, whose results are `x`
 template <int N>
 __device__ __forceinline__ void products_wait(float (&x)[N]) {
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-#pragma unroll
-    for (int i = 0; i < N; i++) asm volatile("" : "+f"(x[i])::"memory");
+    keep(x);
 }
 
 // As above, but for the group of products that was begun last.

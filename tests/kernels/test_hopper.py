@@ -187,9 +187,10 @@ def test_tiles_of_products_are_allowed_and_cover_the_lists(
     group_rows: int, gated: bool, rows: int, listed: int, width: int
 ):
     groups = -(-rows // group_rows)
-    first = tuning.first_settings("bf16", group_rows, groups, 3072, listed, "gelu", gated, False)
-    second = tuning.second_settings("bf16", group_rows, groups, listed, width, False)
+    first = tuning.first_settings("bf16", group_rows, groups, listed, "gelu", gated, False)
+    second = tuning.second_settings("bf16", group_rows, groups, width, False)
     assert group_rows % first.rows == 0 and first.rows == second.rows
+    assert first.neurons * first.cluster % 32 == 0
     assert first.columns % 16 == 0 and first.columns <= (192 if first.consumers == 3 else 256)
     assert width % (second.columns * second.cluster) == 0 and second.columns % 64 == 0
     blocks = groups * group_rows // first.rows
@@ -202,13 +203,21 @@ def test_tiles_of_products_are_allowed_and_cover_the_lists(
 def test_a_tile_has_more_stages_than_are_under_way(fp8: bool):
     """Else the tables of the next tile may be announced before all have seen this one's: they would wait for ever."""
     for group_rows, listed in product(hopper.GROUP_ROWS, (16, 500)):
-        settings = tuning.first_settings("bf16", group_rows, 4, hopper.LEAST_WIDTH, listed, "gelu", False, fp8)
+        settings = tuning.first_settings("bf16", group_rows, 4, listed, "gelu", False, fp8)
         assert settings.buffers < hopper.LEAST_WIDTH * (1 if fp8 else 2) // tuning.SPAN
 
 
-def test_the_last_round_of_tiles_is_filled_well():
-    """4352 rows in groups of 192, 3712 neurons: 192 wide tiles would take 4 rounds of 132 for what fills 3.5."""
-    assert tuning.first_settings("bf16", 192, 23, 3072, 3712, "gelu", False, False).columns == 176
+@pytest.mark.parametrize(
+    ("rows", "listed", "gated", "tile"),
+    [
+        (4352, 3712, False, (176, 2)),  # 192 wide tiles would take 4 rounds of 132 for what fills 3.5
+        (4352, 1984, False, (192, 1)),  # 253 of them: 2 rounds, where 69 pairs are one more
+        (3840, 3712, True, (192, 1)),
+    ],
+)
+def test_the_last_round_of_tiles_is_filled_well(rows: int, listed: int, gated: bool, tile: tuple[int, int]):
+    settings = tuning.first_settings("bf16", 192, -(-rows // 192), listed, "gelu", gated, False)
+    assert (settings.columns, settings.cluster) == tile
 
 
 @needs_nvrtc

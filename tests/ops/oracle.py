@@ -89,14 +89,19 @@ def remainder(values: dict[str, Any], lists: Tensor) -> tuple[Tensor, Tensor]:
     return rest, share
 
 
-def hidden(values: dict[str, Any], x: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, batched: bool) -> Tensor:
+    """x [.., C] weight^T + bias; batched: as one of a batch of products, which a GPU adds up in another order than one alone
+    (H200, fp32, sums of 640: largest error 1.3e-6 alone with 128 rows, 5.3e-6 in a batch, 5.8e-6 alone with 4352 rows)."""
+    if not batched:
+        return F.linear(x, weight, bias)
+    product = torch.bmm(torch.stack([x, x]), torch.stack([weight, weight]).mT)[0]
+    return product if bias is None else product + bias
+
+
+def hidden(values: dict[str, Any], x: Tensor, batched: bool = False) -> Tensor:
     """Activations [rows, neurons] of x [rows, C]."""
-
-    def linear(weight: str, bias: str) -> Tensor:
-        return F.linear(x, values[weight], values[bias])
-
-    a = ACTIVATIONS[values["activation"]](linear("w1", "b1"))
-    return a if values["wu"] is None else a * linear("wu", "bu")
+    a = ACTIVATIONS[values["activation"]](linear(x, values["w1"], values["b1"], batched))
+    return a if values["wu"] is None else a * linear(x, values["wu"], values["bu"], batched)
 
 
 def hidden_in_fp8(values: dict[str, Any], x: Tensor, chosen: Tensor) -> Tensor:
@@ -104,21 +109,21 @@ def hidden_in_fp8(values: dict[str, Any], x: Tensor, chosen: Tensor) -> Tensor:
     accurate = torch.promote_types(x.dtype, torch.float32)
     eight, row_scale = (part.to(accurate) for part in in_fp8(x))
 
-    def linear(part: int, bias: str) -> Tensor:
+    def of(part: int, bias: str) -> Tensor:
         weight, scale = (values[name][part].to(accurate) for name in ("w1_fp8", "scales"))
         sums = eight @ weight[chosen].mT * row_scale * scale
         return (sums if values[bias] is None else sums + values[bias][chosen].to(accurate)).to(x.dtype)
 
-    a = ACTIVATIONS[values["activation"]](linear(0, "b1"))
-    return a if values["wu"] is None else a * linear(1, "bu")
+    a = ACTIVATIONS[values["activation"]](of(0, "b1"))
+    return a if values["wu"] is None else a * of(1, "bu")
 
 
-def added(values: dict[str, Any], change: Tensor, chosen: Tensor) -> Tensor:
+def added(values: dict[str, Any], change: Tensor, chosen: Tensor, batched: bool = False) -> Tensor:
     """What changes [R, K] of the neurons `chosen` add to rows of the result, [R, C2]."""
-    return change @ values["w2"][:, chosen].mT
+    return linear(change, values["w2"][:, chosen], None, batched)
 
 
-def added_in_fp8(values: dict[str, Any], change: Tensor, chosen: Tensor) -> Tensor:
+def added_in_fp8(values: dict[str, Any], change: Tensor, chosen: Tensor, batched: bool = False) -> Tensor:
     """The same from `by_neuron` and changes in e4m3, summed up in fp32 at least."""
     accurate = torch.promote_types(change.dtype, torch.float32)
     weight, scale = values["by_neuron"].to(accurate)[chosen], values["change_scale"]
@@ -181,8 +186,8 @@ def group_means(values: dict[str, Any]) -> Tensor:
     return hidden(values, pooled) if values["wu"] is not None else F.linear(pooled, values["w1"], values["b1"])
 
 
-def sparse_mlp(values: dict[str, Any], lists: Tensor) -> tuple[Tensor, Tensor]:
-    """out [B, N, C2] and hidden [B, G, F, R] after a sparse step over `lists`, from those before it.
+def sparse_mlp(values: dict[str, Any], lists: Tensor, batched: bool = False) -> tuple[Tensor, Tensor]:
+    """out [B, N, C2] and hidden [B, G, F, R] after a sparse step over `lists`, from those before it. batched: as `linear`.
 
     All rows go through the first product at once, as in the model: on a GPU a few rows are added up in another order.
     """
@@ -190,11 +195,11 @@ def sparse_mlp(values: dict[str, Any], lists: Tensor) -> tuple[Tensor, Tensor]:
     fp8 = values["w1_fp8"] is not None
     second = added_in_fp8 if fp8 else added
     for b in range(x.shape[0]):
-        every = None if fp8 else hidden(values, x[b])
+        every = None if fp8 else hidden(values, x[b], batched)
         for g, rows in enumerate(groups(values, x.shape[1])):
             chosen = lists[b, g].long()
             new = hidden_in_fp8(values, x[b, rows], chosen) if every is None else every[rows][:, chosen]
             change = new - stored[b, g, chosen, : len(rows)].mT
-            out[b, rows] += second(values, change, chosen).to(out.dtype)
+            out[b, rows] += second(values, change, chosen, batched).to(out.dtype)
             stored[b, g, chosen, : len(rows)] = new.mT
     return out, stored

@@ -1,5 +1,6 @@
 """Every implementation of every operator against its formula in fp64, on the cases that the operators bring."""
 
+from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
@@ -63,6 +64,11 @@ def run(implementation: str, op: str, values: dict[str, Any]) -> Tensor:
 def within(got: Tensor, plain: Tensor, exact: Tensor) -> None:
     """The error of `got` is at most twice that of `plain`, which is the same formula in the same dtype."""
     assert largest_error(got, exact) <= tolerance(plain, exact)
+
+
+def worst(plain: Sequence[Tensor], exact: Tensor) -> Tensor:
+    """The one that is farthest from `exact`."""
+    return max(plain, key=lambda one: largest_error(one.nan_to_num(), exact.nan_to_num()))
 
 
 def assert_selected(
@@ -255,8 +261,12 @@ def test_mlp_sparse(implementation: str, dtype: torch.dtype, case: MlpCase, rene
     else:
         assert torch.equal(values["mean"], before["mean"])
 
-    plain_out, plain_hidden = oracle.sparse_mlp(before, values["lists"])
     exact_out, exact_hidden = oracle.sparse_mlp(oracle.wide(before), values["lists"])
+    ways = (
+        [False, True] if dtype == torch.float32 else [False]
+    )  # to add up; where results are rounded they come to the same
+    outs, hiddens = zip(*(oracle.sparse_mlp(before, values["lists"], batched) for batched in ways), strict=True)
+    plain_out, plain_hidden = worst(outs, exact_out), worst(hiddens, exact_hidden)
     assert torch.equal(values["hidden"].isnan(), exact_hidden.isnan())
     changed = [hidden.nan_to_num() for hidden in (values["hidden"], plain_hidden, exact_hidden)]
     within(*changed)
