@@ -13,6 +13,8 @@
 constexpr int NEURONS = GATED ? COLUMNS / 2 : COLUMNS;
 constexpr int PIECES = SPAN / 16, AT_ONCE = 128 / PIECES;       // of 16 bytes, in a line of a stage; lines copied at once
 constexpr int PASSES = (COLUMNS + AT_ONCE - 1) / AT_ONCE;
+constexpr int LAST_AT_ONCE = 4;                                   // after the last tile: else each would wait for memory
+constexpr bool TOGETHER = FP8 || !GATED;  // all consumers do so at the same stages: 1 to 4 % faster there
 constexpr int TIMES = FP8 ? (NEURONS + 63) / 64 * 4 : (NEURONS + 15) / 16;  // a consumer exchanges 16 neurons at a time
 
 struct Problem {
@@ -106,10 +108,10 @@ struct Exchange {
     int id;                    // its place in the cache, or -1
     char *hidden, *change;
     u32 turned[8];             // in fp8, of each row of the piece, the changes of the lane's last four neurons
-    const Kept kept;
+    Kept kept;
 
     __device__ __forceinline__ Exchange(const Problem &p, const Shared &shared, int number)
-        : p(p), kept(shared), aside(shared.aside + number * ASIDE), pitch(p.parts * ROWS * 2), number(number) {}
+        : p(p), kept(shared.kept), aside(shared.aside + number * ASIDE), pitch(p.parts * ROWS * 2), number(number) {}
 
     static __device__ __forceinline__ int piece() { return threadIdx.x % 8; }
 
@@ -162,71 +164,97 @@ struct Exchange {
         }
     }
 
-    __device__ __forceinline__ void fetch() {
+    __device__ __forceinline__ void fetch(int slot = 0) {
         next = neuron();
         id = next < NEURONS ? (int)taken(ids + next * 4) : -1;
-        if (id >= 0) kept.fetch(hidden + (i64)id * pitch);
+        if (id >= 0) kept.fetch(hidden + (i64)id * pitch, slot);
     }
 
     // Activation, rounded after each step as the dense model does.
     __device__ __forceinline__ u32 activated(u32 x, u32 up) const {
         const u32 y = pack(activate(low(x)), activate(high(x)));
-        return GATED ? pack(low(y) * low(up), high(y) * high(up)) : y;
+        return GATED ? times(y, up) : y;
     }
 
-    // Activation, and the exchange with the cache; what two values each have changed by, times `scale`.
-    __device__ __forceinline__ void renew(float2 (&delta)[4], float scale) const {
-        const uint4 old = kept.taken();
-        const uint4 x = taken16(place(next)), up = GATED ? taken16(place(next + NEURONS)) : x;
-        const u32 xs[4] = {x.x, x.y, x.z, x.w}, ups[4] = {up.x, up.y, up.z, up.w};
-        const u32 before[4] = {old.x, old.y, old.z, old.w};
-        u32 now[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const u32 live = left >= 2 * i + 2 ? 0xFFFFFFFF : left == 2 * i + 1 ? 0xFFFF : 0;
-            now[i] = activated(xs[i], ups[i]) & live | before[i] & ~live;
-            delta[i] = {(low(now[i]) - low(before[i])) * scale, (high(now[i]) - high(before[i])) * scale};
+    // The exchange with the cache; what values have changed by, two at a time.
+    __device__ __forceinline__ uint4 renew(int slot) const {
+        const uint4 old = kept.taken(slot), x = taken16(place(next)), up = GATED ? taken16(place(next + NEURONS)) : x;
+        uint4 now = {activated(x.x, up.x), activated(x.y, up.y), activated(x.z, up.z), activated(x.w, up.w)};
+        if (left < 8) {  // rows of the piece: others stay as they are
+            now.x = mixed(now.x, old.x, 0), now.y = mixed(now.y, old.y, 2);
+            now.z = mixed(now.z, old.z, 4), now.w = mixed(now.w, old.w, 6);
         }
-        store_once(hidden + (i64)id * pitch, {now[0], now[1], now[2], now[3]});
+        store_once(hidden + (i64)id * pitch, now);
+        return {minus(now.x, old.x), minus(now.y, old.y), minus(now.z, old.z), minus(now.w, old.w)};
+    }
+
+    // Of rows `row` and the next, the new values of those that there are, the old ones of others
+    __device__ __forceinline__ u32 mixed(u32 now, u32 old, int row) const {
+        const u32 live = left >= row + 2 ? 0xFFFFFFFF : left == row + 1 ? 0xFFFF : 0;
+        return now & live | old & ~live;
     }
 
     // Whether this tile leaves the second product neuron n of the list, or 0 in the rest of that one's last stage.
-    __device__ __forceinline__ bool leaves(int n) const {
+    __device__ __forceinline__ bool leaves(u32 n) const {
         const bool last = first + NEURONS >= p.listed;
         return (n < first + NEURONS || last) && n < (p.listed + DEPTH - 1) / DEPTH * DEPTH;
     }
 
-    __device__ __forceinline__ void leave(const float2 (&delta)[4]) const {
-        const int n = first + next;
+    __device__ __forceinline__ void leave(uint4 delta) const {
+        const u32 n = first + next;
         char *const to = change + (i64)(n / DEPTH) * LEFT + number * (DEPTH * LINE) + n % DEPTH * LINE;
-        if (leaves(n))
-            store(to + ((piece() ^ n) & 7) * 16, uint4{pack(delta[0].x, delta[0].y), pack(delta[1].x, delta[1].y),
-                                                      pack(delta[2].x, delta[2].y), pack(delta[3].x, delta[3].y)});
+        if (leaves(n)) store(to + ((piece() ^ n) & 7) * 16, delta);
     }
 
     // As rows of the second product's stage have it, neurons side by side: four at a time.
-    __device__ __forceinline__ void leave_turned(const float2 (&delta)[4]) {
+    __device__ __forceinline__ void leave_turned(uint4 delta, float scale) {
+        const u32 words[4] = {delta.x, delta.y, delta.z, delta.w};
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            const u32 x = pack8(delta[2 * i].x, delta[2 * i].y) | pack8(delta[2 * i + 1].x, delta[2 * i + 1].y) << 16;
+            const u32 y = words[2 * i], z = words[2 * i + 1];
+            const u32 x = pack8(low(y) * scale, high(y) * scale) | pack8(low(z) * scale, high(z) * scale) << 16;
 #pragma unroll
             for (int r = 0; r < 4; r++) turned[4 * i + r] = __byte_perm(turned[4 * i + r], x, 0x4321 + (r << 12));
         }
         if (time % 4 < 3) return;
-        const int n = first + next / 4 * 4;
+        const u32 n = first + next / 4 * 4;
         char *const to = change + (i64)(n / DEPTH) * LEFT + (number * 64 + piece() * 8) * SPAN + n % 16;
         if (!leaves(n)) return;
 #pragma unroll
         for (int r = 0; r < 8; r++) store(to + swizzled(r, n % DEPTH / 16), turned[r]);
     }
 
-    __device__ __forceinline__ void run() {
-        float2 delta[4] = {};
-        if (id >= 0) renew(delta, FP8 ? 1 / *p.change_scale : 1.0f);
-        if (FP8) leave_turned(delta);
+    __device__ __forceinline__ void exchange(int slot = 0) {
+        const uint4 delta = id >= 0 ? renew(slot) : uint4{0, 0, 0, 0};
+        if (FP8) leave_turned(delta, 1 / *p.change_scale);
         else leave(delta);
+    }
+
+    __device__ __forceinline__ void run() {
+        wait_for_kept();
+        exchange();
         time++;
         fetch();
+    }
+
+    // All of the last tile, and a little past its end
+    __device__ __forceinline__ void run_all(const Shared &shared, int times) {
+        kept = ring_for_kept(shared);
+        while (time < times) {
+            int nexts[LAST_AT_ONCE], ids[LAST_AT_ONCE];
+#pragma unroll
+            for (int i = 0; i < LAST_AT_ONCE; i++, time++) {
+                fetch(i);
+                nexts[i] = next, ids[i] = id;
+            }
+            time -= LAST_AT_ONCE;
+            wait_for_kept();
+#pragma unroll
+            for (int i = 0; i < LAST_AT_ONCE; i++, time++) {
+                next = nexts[i], id = ids[i];
+                exchange(i);
+            }
+        }
     }
 };
 
@@ -244,13 +272,13 @@ __device__ __forceinline__ void consume(const Problem &p, const Shared &shared) 
             for (int i = 0; i < SPAN / 32; i++)
                 multiply(d, described<SPAN>(left + number * 64 * SPAN + i * 32), described<SPAN>(right + i * 32), add || i > 0);
         };
-        const u32 last = multiply_all(h, p.steps, ring, shared, stage, times, [&] { exchange.run(); });
+        const u32 last = multiply_all(h, p.steps, ring, shared, stage, times, TOGETHER, [&] { exchange.run(); });
         finish(h, shared, last);
         exchange.begin(h, at, Tables(shared, turn++));
         // in fp8 a cluster's tiles may end in the middle of the second product's last stage
         times = TIMES + (FP8 && exchange.first + NEURONS >= p.listed ? 4 : 0);
     });
-    for (int i = 0; i < times; i++) exchange.run();
+    if (times) exchange.run_all(shared, times);
 }
 
 extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 1) exchange_listed(const __grid_constant__ Problem p) {

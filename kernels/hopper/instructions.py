@@ -12,11 +12,22 @@ def preamble(element: str, **constants: int | bool) -> str:
 
 
 # pack: two fp32 to the nearest, x in the low half; low and high: back. volatile, or packing moves ahead of a wait for
-# products that still read the registers it packs into. pack8: two in e4m3, to the nearest or, too large, the largest.
+# products that still read the registers it packs into. pack8: two in e4m3, to the nearest or, too large, the largest. minus and
+# times: of two pairs, rounded.
 _PACK = """
 __device__ __forceinline__ unsigned int pack(float x, float y) {
     unsigned int z;
     asm volatile("cvt.rn.ELEMENTx2.f32 %0, %1, %2;" : "=r"(z) : "f"(y), "f"(x));
+    return z;
+}
+__device__ __forceinline__ unsigned int minus(unsigned int x, unsigned int y) {
+    unsigned int z;
+    asm("sub.rn.ELEMENTx2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+    return z;
+}
+__device__ __forceinline__ unsigned int times(unsigned int x, unsigned int y) {
+    unsigned int z;
+    asm("mul.rn.ELEMENTx2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
     return z;
 }
 __device__ __forceinline__ unsigned int pack8(float x, float y) {

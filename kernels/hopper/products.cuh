@@ -58,13 +58,14 @@ __device__ __forceinline__ void give_back(const Shared &shared, u32 slot) {
 }
 
 // result = left right over `steps` stages; returns the slot that `finish` gives back. multiply_stage(result, left, right, add)
-// makes the products of one stage; aside(): other work, done `times` in all, spread over the stages while they multiply, and
-// not by all consumers at once.
+// makes the products of one stage; aside(): other work, done `times` in all, spread over the stages while they multiply, by all
+// consumers at once where `together`.
 template <class Multiply, class Aside>
 __device__ __forceinline__ u32 multiply_all(
-    float (&result)[COLUMNS / 2], int steps, Ring &ring, const Shared &shared, Multiply multiply_stage, int times, Aside aside) {
+    float (&result)[COLUMNS / 2], int steps, Ring &ring, const Shared &shared, Multiply multiply_stage, int times, bool together,
+    Aside aside) {
     u32 last = 0;
-    int due = (int)(threadIdx.x / 128 - 1) * steps / CONSUMERS;
+    int due = together ? 0 : (int)(threadIdx.x / 128 - 1) * steps / CONSUMERS;
 #pragma unroll 1
     for (int step = 0; step < steps; step++) {
         barrier_wait(shared.full + ring.slot * 8, ring.parity);
@@ -90,20 +91,25 @@ __device__ __forceinline__ void finish(float (&result)[COLUMNS / 2], const Share
     give_back(shared, last);
 }
 
-// What was kept comes to a thread's own 16 bytes of shared memory: a register that waits for it would make every wait for a
-// barrier wait, too.
+// What was kept comes to 16 bytes of shared memory of a thread's own, of which it has several, KEPT bytes apart: a register that
+// waits for it would make every wait for a barrier wait, too.
 struct Kept {
     u32 place;
-    __device__ __forceinline__ explicit Kept(const Shared &shared) : place(shared.kept + (threadIdx.x - 128) * 16) {}
-    __device__ __forceinline__ void fetch(const void *from) const { copy16(place, (u64)from); }
-    __device__ __forceinline__ uint4 taken() const {
-        asm volatile("cp.async.wait_all;" ::: "memory");
-        return taken16(place);
-    }
+    __device__ __forceinline__ explicit Kept(u32 base) : place(base + (threadIdx.x - 128) * 16) {}
+    __device__ __forceinline__ void fetch(const void *from, int slot = 0) const { copy16(place + slot * KEPT, (u64)from); }
+    __device__ __forceinline__ uint4 taken(int slot = 0) const { return taken16(place + slot * KEPT); }
 };
+
+__device__ __forceinline__ void wait_for_kept() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // All threads of a consumer meet.
 __device__ __forceinline__ void meet(int number) { asm volatile("bar.sync %0, 128;" ::"r"(2 + number) : "memory"); }
+
+// After the last tile the ring is free: what was kept may come there.
+__device__ __forceinline__ Kept ring_for_kept(const Shared &shared) {
+    asm volatile("bar.sync %0, %1;" ::"n"(2 + CONSUMERS), "n"(128 * CONSUMERS) : "memory");
+    return Kept(shared.stages);
+}
 
 // Where a tile lies. list: batch entry and group; first: row in the order of groups; part: of the group; block: of both;
 // column: tile of columns of the result.

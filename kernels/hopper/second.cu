@@ -88,12 +88,12 @@ __device__ __forceinline__ void consume(const Problem &p, const Shared &shared) 
                 multiply(d, described(left + number * BLOCK + i * 16 * LINE, BLOCK),
                          described(right + i * 16 * LINE, BLOCK), add || i > 0);
         };
-        const u32 last = multiply_all(d, steps, ring, shared, stage, times, [&] { part.run(); });
+        const u32 last = multiply_all(d, steps, ring, shared, stage, times, false, [&] { part.run(); });
         finish(d, shared, last);
         part.begin(d, at, number);
         times = Part::TIMES;
     });
-    for (int i = 0; i < Part::TIMES; i++) part.run();
+    if (times) part.run_all(shared);
 }
 
 extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 1) add_listed(const __grid_constant__ Problem p) {

@@ -143,7 +143,7 @@ __device__ __forceinline__ void consume(const Problem &p, const Shared &shared) 
         part.begin(d, at, number);
         times = Part::TIMES;
     });
-    for (int i = 0; i < Part::TIMES; i++) part.run();
+    if (times) part.run_all(shared);
 }
 
 extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 1) add_listed(const __grid_constant__ Problem p) {
