@@ -134,7 +134,8 @@ struct Consumer {
     const Shared &shared;
     const int number;
     Ring ring;
-    u32 given = 0;  // slot of the ring that is given back next
+    u32 given = 0;       // slot of the ring that is given back next
+    bool alone = false;  // the only one at work: always its turn
 
     // the next tile of the ring, when it is there
     __device__ __forceinline__ u32 take() {
@@ -150,8 +151,21 @@ struct Consumer {
         if (++given == BUFFERS) given = 0;
     }
 
-    __device__ __forceinline__ void wait_turn() { named_wait(1 + number); }
-    __device__ __forceinline__ void pass_turn() { named_pass(1 + (number + 1) % CONSUMERS); }
+    __device__ __forceinline__ void wait_turn() {
+        if (!alone) named_wait(1 + number);
+    }
+    __device__ __forceinline__ void pass_turn() {
+        if (!alone) named_pass(1 + (number + 1) % CONSUMERS);
+    }
+
+    // what others have to do
+    __device__ __forceinline__ void pass_by(int count) {
+#pragma unroll 1
+        for (; count; count--) {
+            take();
+            give_back();
+        }
+    }
 
     // the last step of a turn
     __device__ __forceinline__ void begin_scores(float (&s)[COLUMNS / 2], u32 keys) {
@@ -166,8 +180,14 @@ __device__ __forceinline__ void consume(const Problem &p, const Shared &shared) 
     Consumer me{shared, number, Ring()};
     if (number == CONSUMERS - 1) me.pass_turn();
     u32 turn = 0;
-    for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
-        const Listed listed(p, tile);
+    for (int task = blockIdx.x; task < p.tasks; task += gridDim.x) {
+        const Task of(p, task);
+        const Listed listed(p, of.tile);
+        me.alone = of.only >= 0;
+        if (me.alone && of.only != number) {
+            me.pass_by(2 * listed.tiles);
+            continue;
+        }
         float o[WIDTH / 2], s[COLUMNS / 2], fade[2];
         u32 weights[COLUMNS / 4];
         Softmax softmax = {{none(), none()}, {0, 0}};
@@ -210,7 +230,7 @@ __device__ __forceinline__ void consume(const Problem &p, const Shared &shared) 
             products_begin();
             add_values(o, weights, values);
         }
-        const Place at = locate(p, again(tile));  // kept out of the registers of the loop
+        const Place at = locate(p, Task(p, again(task)).tile);  // kept out of the registers of the loop
         const Rows rows(p, at.first + number * 64);
         uint2 old[2][PAIRS];
         if (!MERGING) {

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from chipmunk_fx.kernels import devices
 from chipmunk_fx.kernels.hopper import nvrtc, tuning
 from chipmunk_fx.kernels.hopper.instructions import ELEMENTS, multiply, preamble
 from chipmunk_fx.kernels.hopper.tuning import Settings
@@ -26,7 +27,7 @@ class Problem(ctypes.Structure):
         *((f"{name}_{axis}", c_longlong) for name in ("old", "result") for axis in ("batch", "head", "row")),
         *((name, c_void_p) for name in ("order", "lists", "share", "lse")),
         *((name, c_int) for name in ("heads", "shared_by", "rows", "grouped", "keys", "groups", "columns")),
-        *((name, c_int) for name in ("parts", "tiles", "group_rows")),
+        *((name, c_int) for name in ("parts", "whole", "tasks", "group_rows")),
         *((name, c_float) for name in ("scale", "power")),
         ("padded", c_int),
     ]
@@ -62,15 +63,17 @@ def _launch(
     batch, heads, rows, _ = q.shape
     parts = group_rows // settings.rows
     tiles = batch * heads * lists.shape[2] * parts
+    whole = tuning.whole_tiles(tiles, settings.consumers, devices.units(q.device))
+    tasks = whole + settings.consumers * (tiles - whole)
     problem = Problem(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), *strides(q), *strides(k), *strides(v),
         old.data_ptr(), result.data_ptr(), *strides(old), *strides(result),
         None if order is None else order.data_ptr(), lists.data_ptr(), share.data_ptr(),
         None if lse is None else lse.data_ptr(),
         heads, heads // k.shape[1], rows, rows if order is None else order.shape[0], k.shape[2], *lists.shape[2:],
-        parts, tiles, group_rows, scale * LOG2E, power, short,
+        parts, whole, tasks, group_rows, scale * LOG2E, power, short,
     )  # fmt: skip
-    nvrtc.kernel("attend_columns", source, q.device.index, settings).launch(tiles, problem, q.device)
+    nvrtc.kernel("attend_columns", source, q.device.index, settings).launch(tasks, problem, q.device)
 
 
 def source(settings: Settings) -> str:

@@ -12,9 +12,21 @@ struct Problem {
     const int *order, *lists;    // [grouped] or null, [batch x heads, groups, columns]
     float *share;                // [batch x heads, rows]
     float *lse;                  // [batch x heads, rows] or null
-    int heads, shared_by, rows, grouped, keys, groups, columns, parts, tiles, group_rows;
+    int heads, shared_by, rows, grouped, keys, groups, columns, parts, whole, tasks, group_rows;
     float scale, power;          // scale times log2 e
     int padded;                  // lists may end in `keys`, which stands for no column
+};
+
+// What a block does at once: a tile of rows, or of those from `whole` on, too few for all blocks, the 64 of one consumer.
+struct Task {
+    int tile, only;  // only: the consumer, or -1: all
+
+    __device__ __forceinline__ Task(const Problem &p, int number) : tile(number), only(-1) {
+        if (number >= p.whole) {
+            tile = p.whole + (number - p.whole) / CONSUMERS;
+            only = (number - p.whole) % CONSUMERS;
+        }
+    }
 };
 
 struct Place {  // of a tile of rows; line: batch entry and head; first: row, in the order of groups
@@ -119,7 +131,9 @@ __device__ __forceinline__ void produce(const Problem &p, const Shared &shared) 
         barrier_arrive_after_copies(shared.full + ring.slot * 8);
         ring.advance();
     };
-    for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
+    for (int number = blockIdx.x; number < p.tasks; number += gridDim.x) {
+        const Task task(p, number);
+        const int tile = task.tile;
         const Listed listed(p, tile);
         if (!listed.tiles) continue;
         const Place at = locate(p, tile);
@@ -138,6 +152,7 @@ __device__ __forceinline__ void produce(const Problem &p, const Shared &shared) 
                 const char *q = p.q + at.batch * p.q_batch + at.head * p.q_head + lane % CHUNKS * 16;
 #pragma unroll 1
                 for (int c = 0; c < CONSUMERS; c++) {
+                    if (task.only >= 0 && task.only != c) continue;
                     int of = min(at.first + c * 64 + row, p.grouped - 1);
                     if (p.order) of = p.order[of];
                     barrier_wait(shared.queries_empty + c * 8, turn ^ 1);

@@ -56,6 +56,12 @@ def columns_settings(element: str, width: int, group_rows: int) -> Settings:
     return Settings(element, 2, width, columns=128, buffers={64: 11, 128: 6}[width])
 
 
+def whole_tiles(tiles: int, consumers: int, units: int) -> int:
+    """How many tiles of rows all consumers of a block work on; what is left goes to them one by one, if that takes one round."""
+    left = tiles % units
+    return tiles - left if left * consumers <= units else tiles
+
+
 # TFLOP/s of attention over all keys in two parts, by rows of a group, and dense: without and with flash-attn-4. H100, bf16, 40
 # heads of 75,600 rows, ms: 196, cuDNN 211, flash-attn-4 173. With groups of 128 rows 24 heads of 16,384 reach 480, of 4352 420.
 OWN_RATE = {192: 597, 128: 430}

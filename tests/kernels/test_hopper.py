@@ -220,6 +220,15 @@ def test_the_last_round_of_tiles_is_filled_well(rows: int, listed: int, gated: b
     assert (settings.columns, settings.cluster) == tile
 
 
+@pytest.mark.parametrize("consumers", [2, 3])
+@pytest.mark.parametrize(("tiles", "alone"), [(552, 24), (1, 1), (44, 44), (67, 0), (132, 0), (528, 0), (15_760, 0)])
+def test_tiles_too_few_for_a_round_go_to_single_consumers(tiles: int, alone: int, consumers: int):
+    """FLUX: 24 heads of 23 groups are 4 rounds of 132 and 24 more."""
+    whole = tuning.whole_tiles(tiles, consumers, 132)
+    assert tiles - whole == alone
+    assert whole % 132 == 0 or whole == tiles  # one each: a block's ring of queries has turns of all consumers before it
+
+
 @needs_nvrtc
 def test_what_does_not_compile_is_shown():
     with pytest.raises(nvrtc.CudaError, match="undeclared_name"):
