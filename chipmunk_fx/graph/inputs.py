@@ -64,6 +64,7 @@ class Roles:
 
     Where the latents are not known, no input is taken for text: it could be the latents, new at every call.
     `constant`: the timestep, where it is a number that this graph was made for. `beside`: of a list of latents, all others.
+    `doubtful`: inputs that may be the timestep as well as the one that stands for it, where no name tells.
     """
 
     timestep: int | None
@@ -73,6 +74,7 @@ class Roles:
     constant: Constant | None = None
     rest: tuple[int, ...] = ()
     beside: tuple[int, ...] = ()
+    doubtful: tuple[int, ...] = ()
 
     @property
     def timed(self) -> bool:
@@ -100,9 +102,17 @@ def classify(capture: Capture) -> Roles:
     others = [i for i in streams if i not in (latents, *beside) and rank(nodes[i]) > 0]
     constant = _constant(capture, embeds) if timestep is None else None
     text = () if latents is None else _text(capture, others, nodes, latents)
-    taken = {timestep, latents, *beside, *text, *ids}
+    doubtful = _doubtful(timestep, times, names | numbers)
+    taken = {timestep, latents, *beside, *text, *ids, *doubtful}
     rest = tuple(i for i, entry in enumerate(capture.inputs) if not entry.is_parameter and i not in taken)
-    return Roles(timestep, latents, text, ids, constant, rest, beside)
+    return Roles(timestep, latents, text, ids, constant, rest, beside, doubtful)
+
+
+def _doubtful(timestep: int | None, times: Sequence[int], names: dict[int, str]) -> tuple[int, ...]:
+    """Of `times`, others that may be the time: their names say no more of it than that of `timestep` does."""
+    if timestep is None or any(_word(word)(names[timestep]) for word in _TIME_NAMES):
+        return ()
+    return tuple(i for i in times if i != timestep and not any(word in names[i] for word in _NOT_TIME))
 
 
 def _beside(capture: Capture, nodes: Sequence[fx.Node], latents: int, free: Sequence[int]) -> tuple[int, ...]:

@@ -43,7 +43,7 @@ def steady(region: Region | str, orders: Orders) -> Region | str:
 
 def _activations(capture: Capture, roles: Roles) -> list[fx.Node]:
     """The latents and, mostly in a piece of a model, streams whose role is not known."""
-    told = {roles.timestep, *roles.ids, *roles.text}
+    told = {roles.timestep, *roles.doubtful, *roles.ids, *roles.text}
     inputs = [n for n in capture.module.graph.nodes if n.op == "placeholder"]
     return [
         node

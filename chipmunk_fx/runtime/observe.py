@@ -10,24 +10,28 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from chipmunk_fx.graph.inputs import Roles
+from chipmunk_fx.log import logger
 from chipmunk_fx.schedule.run import Observation
 
 _SAMPLE = 96  # values of the latents that are compared from call to call
 _TIMES = 64  # a batch of timesteps longer than this (one a token) is summed up
 _KEPT = 1 << 16  # values at most of a tensor that are kept to be compared with those of a later call
 
+Numbers = tuple[float, ...]
+
 
 @dataclass(frozen=True)
 class Sight:
     """What a call shows: what is `told` at once, and numbers that the device may have yet to compute.
 
-    numbers: fp64 on the host, first the timesteps where `told` has none, so `many`, then the sample of the latents. arrived:
-    recorded behind their transfer; None where they are there.
+    numbers: fp64 on the host, first the timesteps where `told` has none, so many of each input that may be it as `times` says,
+    then the sample of the latents. arrived: recorded behind their transfer; None where they are there.
     """
 
     told: Observation
     numbers: torch.Tensor | None = None
-    many: int = 0
+    times: tuple[int, ...] = ()
+    which: TimeInput | None = None
     arrived: torch.cuda.Event | None = None
 
     def whole(self) -> Observation:
@@ -36,12 +40,36 @@ class Sight:
             return self.told
         if self.arrived is not None:
             self.arrived.synchronize()
-        values = tuple(self.numbers.tolist())
-        return replace(
-            self.told,
-            timestep=values[: self.many] if self.told.timestep is None else self.told.timestep,
-            latents=values[self.many :] or None,
-        )
+        sizes = [*self.times, len(self.numbers) - sum(self.times)]
+        *times, latents = (tuple(part.tolist()) for part in self.numbers.split(sizes))
+        told = replace(self.told, latents=latents or None)
+        return replace(told, timestep=self.which.read(times, told.latents)) if times and self.which else told
+
+
+class TimeInput:
+    """Which of several inputs is the timestep: the first, until one of them is seen to move, with other latents, before it does.
+
+    Two branches of guidance may differ in one of them, too: their latents are the same.
+    """
+
+    def __init__(self) -> None:
+        self._first: tuple[Sequence[Numbers], Numbers | None] | None = None
+        self._chosen: int | None = None
+
+    def read(self, times: Sequence[Numbers], latents: Numbers | None) -> Numbers:
+        """Of the values of each, those of the timestep."""
+        if self._first is None:
+            self._first = times, latents
+        before, latents_before = self._first
+        if self._chosen is None and (latents is None or latents != latents_before):
+            moved = (len(now) == len(old) and now != old for now, old in zip(times, before, strict=False))
+            self._chosen = next((place for place, so in enumerate(moved) if so), None)
+            if self._chosen:
+                logger("runtime").info(
+                    "the timestep is another input than the one taken for it at first, which did not move"
+                )
+        chosen = self._chosen or 0
+        return times[chosen if chosen < len(times) else 0]  # another graph may have fewer
 
 
 class Observer:
@@ -49,6 +77,7 @@ class Observer:
 
     def __init__(self) -> None:
         self._texts: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> (version, fingerprint)
+        self._time = TimeInput()
 
     def observe(self, roles: Roles, values: Sequence[Any], graph: Hashable = None) -> Sight:
         """Begins one device-to-host transfer for timestep and sample; reads each text that was not seen before.
@@ -58,18 +87,19 @@ class Observer:
         """
         if not roles.timed:
             return Sight(Observation(shape=_piece_signature(roles, values)))
-        times = _numbers(roles.constant.value if roles.constant else values[roles.timestep])  # pyright: ignore
+        times = [_numbers(roles.constant.value if roles.constant else values[roles.timestep])]  # pyright: ignore
+        times += [_numbers(values[index]) for index in roles.doubtful]
         text = tuple(self._text(values[index]) for index in roles.text) or None
         latents = None if roles.latents is None else values[roles.latents]
         known_by = None if roles.constant else graph  # else each timestep has a graph
         rest = None if graph is None else self._rest(known_by, [values[i] for i in roles.rest])
         told = Observation(text=text, shape=None if latents is None else _signature(latents), rest=rest)
         parts = [] if latents is None else [_sample(latents)]
-        if times.device.type == "cpu":
-            told = replace(told, timestep=tuple(times.tolist()))
+        if len(times) == 1 and times[0].device.type == "cpu":
+            told = replace(told, timestep=tuple(times[0].tolist()))
         else:
-            parts = [times, *parts]
-        return _transfer(told, parts, len(times)) if parts else Sight(told)
+            parts = [*times, *parts]
+        return _transfer(told, parts, times, self._time) if parts else Sight(told)
 
     def _rest(self, graph: Hashable, values: Sequence[Any]) -> Callable[[], Hashable]:
         """Reads the content of tensors among `values` when it is called; what has changed by then is like nothing else."""
@@ -93,18 +123,20 @@ class Observer:
         return print_
 
 
-def _transfer(told: Observation, parts: Sequence[torch.Tensor], times: int) -> Sight:
-    """`parts`: of the timesteps, where `told` has none, and of the latents. Nothing that CUDA devices do is waited for."""
-    device, many = parts[-1].device, times if told.timestep is None else 0
+def _transfer(
+    told: Observation, parts: Sequence[torch.Tensor], times: Sequence[torch.Tensor], which: TimeInput
+) -> Sight:
+    """`parts`: the timesteps, where `told` has none, and of the latents. Nothing that CUDA devices do is waited for."""
+    device, sizes = parts[-1].device, tuple(map(len, times)) if told.timestep is None else ()
     numbers = torch.cat([part.to(device, torch.float64) for part in parts])
     if device.type != "cuda":
-        return Sight(told, numbers.to("cpu"), many)
+        return Sight(told, numbers.to("cpu"), sizes, which)
     # Said of every such tensor: torch.set_default_device may name another device.
     host = torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu", pin_memory=True)
     host.copy_(numbers, non_blocking=True)
     arrived = torch.cuda.Event()
     arrived.record(torch.cuda.current_stream(device))
-    return Sight(told, host, many, arrived)
+    return Sight(told, host, sizes, which, arrived)
 
 
 def _held(tensor: torch.Tensor) -> torch.Tensor:

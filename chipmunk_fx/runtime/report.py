@@ -16,6 +16,7 @@ from torch import fx, nn
 from chipmunk_fx.config import Config
 from chipmunk_fx.errors import ChipmunkError
 from chipmunk_fx.graph.flops import node_flops
+from chipmunk_fx.graph.inputs import Roles
 from chipmunk_fx.graph.match import Candidate
 from chipmunk_fx.graph.plan import Plan, Site
 from chipmunk_fx.graph.sizes import hint, is_data_dependent
@@ -127,9 +128,20 @@ def report_of(plan: Plan, names: Sequence[str], notes: Sequence[str] = ()) -> Re
         tuple(names[i] for i in roles.text),
         plan.geometry.source,
         done / plan.total_flops if plan.total_flops else 0.0,
-        tuple(notes),
+        (*notes, *_doubts(roles, names)),
         plan.total_flops,
     )
+
+
+def _doubts(roles: Roles, names: Sequence[str]) -> list[str]:
+    """What is said of a timestep that no name tells."""
+    if not roles.doubtful or roles.timestep is None:
+        return []
+    others = ", ".join(names[i] for i in roles.doubtful)
+    return [
+        f"no name tells whether the timestep is {names[roles.timestep]} or {others}: the first of them to move from step to step "
+        "is taken for it; a name (timestep, t, sigma) would tell it at once"
+    ]
 
 
 def merge(reports: Sequence[Report], notes: Sequence[str] = ()) -> Report:

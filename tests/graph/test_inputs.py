@@ -17,6 +17,13 @@ class Guided(TinyDiT):
         return super().forward(latents, timestep, text) + super().forward(latents, guidance, text)
 
 
+class Unsure(TinyDiT):
+    """Two sinusoids, of which no name tells which is the time."""
+
+    def forward(self, latents, a, b, text):
+        return super().forward(latents, a, text) + super().forward(latents, b, text)
+
+
 class Listed(TinyDiT):
     """Latents, and texts, come as lists with one tensor a sample."""
 
@@ -370,3 +377,11 @@ def test_diffusers_models(name: str):
     text = ("class_labels",) if name == "DiT" else ("encoder_hidden_states",)
     assert seen.role("text")[:1] == text
     assert ("img_ids" in seen.role("ids")) == (name == "Flux")
+
+
+def test_a_time_that_no_name_tells_is_doubtful():
+    values = (noise(), torch.tensor([3.0]), torch.tensor([0.9]), words())
+    seen = captured(Unsure(), *values)
+    assert seen.role("timestep") == "a" and len(seen.roles.doubtful) == 1
+    assert not {*seen.roles.doubtful} & {*seen.roles.rest, *seen.roles.text, seen.roles.timestep}
+    assert captured(Guided(), *values).roles.doubtful == ()

@@ -32,9 +32,11 @@ def late(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Has a CPU tell its numbers as late as a GPU does; of each call begun ahead, whether it was what it was taken for."""
     transfer, confirmed, kept = observe._transfer, Session._confirmed, []
 
-    def transferred(told: observe.Observation, parts: Sequence[Tensor], times: int) -> observe.Sight:
-        numbers = [torch.tensor(told.timestep), *parts]
-        return replace(transfer(replace(told, timestep=None), numbers, times), arrived=Arrival())  # pyright: ignore
+    def transferred(
+        told: observe.Observation, parts: Sequence[Tensor], times: Sequence[Tensor], which: observe.TimeInput
+    ) -> observe.Sight:
+        numbers = parts if told.timestep is None else [*times, *parts]
+        return replace(transfer(replace(told, timestep=None), numbers, times, which), arrived=Arrival())  # pyright: ignore
 
     def noting(self: Session, early: Any, *rest: Any) -> Any:
         made = confirmed(self, early, *rest)

@@ -30,6 +30,23 @@ def test_interleaved_generations_are_what_each_is_alone():
     assert chipmunk_fx.summary(model, key=0).phases == chipmunk_fx.summary(model, key=1).phases == PHASES
 
 
+class Unsure(TinyDiT):
+    """Of its two times no name tells which moves."""
+
+    def forward(self, latents, a, b, text):
+        return super().forward(latents, a, text) + super().forward(latents, b, text)
+
+
+def test_the_time_that_moves_tells_pictures_apart():
+    """The first of the two, which is the same at all calls, would let a like picture go on with the caches of the one before."""
+    model = compiled(Unsure())
+    inputs = [(latents, torch.tensor([7.0]), time, text) for latents, time, text in calls(TIMES)]
+    for _ in range(3):
+        run(model, inputs)
+    assert chipmunk_fx.summary(model).phases == PHASES
+    assert any("no name tells" in note for note in chipmunk_fx.explain(Unsure(), *inputs[0]).notes)
+
+
 def test_generations_with_two_branches_interleave():
     model = compiled(TinyDiT())
     texts = [words(1), words(2)]

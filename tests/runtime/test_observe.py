@@ -110,3 +110,20 @@ def test_fingerprints_tell_places_and_shapes():
         torch.view_as_complex(text.clone().reshape(4, 16, 2))
     )
     assert fingerprint(torch.zeros(0, 4)) == fingerprint(torch.zeros(0, 4))
+
+
+def moving(*steps: tuple[float, float, int]) -> list[tuple[float, ...]]:
+    """The timesteps read of two inputs and of the latents of a seed, call by call."""
+    roles, observer = Roles(0, 1, (2,), (), doubtful=(3,)), Observer()
+    read = []
+    for first, second, seed in steps:
+        values = [torch.tensor([first]), noise(seed), words(), torch.tensor([second])]
+        read.append(observer.observe(roles, values).whole().timestep)
+    return read
+
+
+def test_of_two_inputs_that_may_be_the_timestep_the_first_to_move_is():
+    assert moving((7, 900, 1), (7, 700, 2), (7, 500, 3), (7, 900, 4)) == [(7,), (700,), (500,), (900,)]
+    assert moving((900, 7, 1), (700, 7, 2), (900, 8, 3)) == [(900,), (700,), (900,)]
+    # another branch of guidance is told by the second: the latents are the same
+    assert moving((900, 0, 1), (900, 1, 1), (700, 0, 2), (700, 1, 2)) == [(900,), (900,), (700,), (700,)]
