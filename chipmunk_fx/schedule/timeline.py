@@ -28,6 +28,11 @@ ALTERNATING = (
     "latents of another shape at the timestep of the call before: calls of either shape begin a generation, and none of them is "
     "sparse. Call those of one shape inside chipmunk_fx.generation(model, key=...) of their own"
 )
+RESHAPED = (
+    "latents of another shape while the timestep goes on: a generation begins with them, with caches of its own, and its steps "
+    "count from 0 again (for schedule.dense_steps and other lists of steps). Where guidance makes the batch larger in some of "
+    "the steps, call its branches one by one, or make all steps with the same batch"
+)
 MOVING = (
     "every step so far has had a text or condition of its own, and caches of its own for it, made anew: if that is one picture "
     "whose conditioning moves from step to step, give schedule.branches (1 without guidance)"
@@ -121,7 +126,7 @@ class Timeline:
             begins = self._restarts(run, seen, related)
             if begins:
                 self._cut = self._cut + 1 if related and run.step < 2 else 0
-            remark = CHURNING if begins and self._cut == _CHURNED else _remark(run, seen, related, begins)
+            remark = CHURNING if begins and self._cut == _CHURNED else self._remark(run, seen, related, begins)
         if run is None or begins:
             seen = plain
             self._end()
@@ -217,6 +222,15 @@ class Timeline:
         self._contradictions += 1
         return True
 
+    def _remark(self, run: Run, seen: Observation, related: bool | None, begins: bool) -> str | None:
+        """What is odd about a call after those of `run`."""
+        if not begins:
+            return OTHER_PICTURE if related is False else None
+        if run.opening or not run.timestep or seen.timestep is None or seen.shape in run.shapes.values():
+            return None
+        moves = _moves(run.timestep, collapsed(seen.timestep))
+        return ALTERNATING if not moves else RESHAPED if moves == {self._direction} else None
+
     def _count(self, run: Run) -> tuple[int, str | None]:
         """Branch by position where there is no timestep: needs both settings, or generations that the caller marks."""
         run.step, branch = divmod(run.calls, self._branches or 1)
@@ -283,14 +297,6 @@ def _too_many(number: int, branches: int | None) -> str | None:
     if number >= MOST_BRANCHES:
         return f"more than {MOST_BRANCHES} different texts in one generation: give schedule.branches"
     return None
-
-
-def _remark(run: Run, seen: Observation, related: bool | None, begins: bool) -> str | None:
-    """What is odd about a call after those of `run`."""
-    if not begins:
-        return OTHER_PICTURE if related is False else None
-    again = seen.timestep is not None and collapsed(seen.timestep) == run.timestep
-    return ALTERNATING if again and not run.opening and seen.shape not in run.shapes.values() else None
 
 
 def _mean(timestep: tuple[float, ...]) -> float:

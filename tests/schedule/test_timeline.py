@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chipmunk_fx.schedule import Observation, Timeline
-from chipmunk_fx.schedule.timeline import ALTERNATING, CHURNING, MOVING, OTHER_PICTURE
+from chipmunk_fx.schedule.timeline import ALTERNATING, CHURNING, MOVING, OTHER_PICTURE, RESHAPED
 
 SIZE = 64
 
@@ -511,6 +511,23 @@ def test_shapes_that_take_turns_are_marked():
     shapes = [(900, None), (600, None), (600, small), (300, None), (300, small), (900, None), (900, small)]
     remarks = [timeline.advance(see(t, shape=shape)).remark for t, shape in shapes]
     assert remarks == [None, None, ALTERNATING, None, None, None, None]
+
+
+def test_shapes_that_change_on_the_way_are_marked():
+    """Guidance in an interval of steps, as a batch of two."""
+    timeline, double = Timeline(), (2, 16, 8, 8)
+    shapes = [
+        (900, None),
+        (800, None),
+        (700, double),
+        (600, double),
+        (500, None),
+        (900, None),
+        (800, None),
+        (900, double),
+    ]
+    remarks = [timeline.advance(see(t, shape=shape)).remark for t, shape in shapes]
+    assert remarks == [None, None, RESHAPED, None, RESHAPED, None, None, None]
 
 
 @st.composite
