@@ -253,7 +253,7 @@ EARLIER_CASES = (
     AttentionCase(rows=300, keys=517, width=128, group_rows=192, columns=1, random_density=0.0, power=0.0, again=True),
 )
 LONG_ATTENTION_CASES = (
-    AttentionCase(rows=4353, keys=4353, width=128, group_rows=128, columns=768, mass_stride=4, grouped=4353, heads=3),
+    AttentionCase(rows=4353, keys=4353, width=128, group_rows=128, columns=768, mass_stride=4, grouped=4353, heads=4),
     AttentionCase(rows=1000, keys=4353, width=80, group_rows=256, columns=320, batch=3, present=(4353, 1000, 63)),
     AttentionCase(rows=1000, keys=1000, width=128, group_rows=192, columns=256, layout="fused", grouped=936, fixed=64),
     AttentionCase(
@@ -262,7 +262,7 @@ LONG_ATTENTION_CASES = (
     AttentionCase(rows=900, keys=900, width=128, group_rows=192, columns=500, grouped=860, fixed=20, near=300),
     AttentionCase(rows=900, keys=700, width=128, group_rows=256, columns=333, batch=2, present=(0, 500), power=0.0),
     AttentionCase(rows=500, keys=500, width=64, group_rows=384, columns=131, grouped=450, layout="heads_first"),
-    AttentionCase(rows=4353, keys=4353, width=128, group_rows=192, columns=900, mass_stride=4, heads=3, again=True),
+    AttentionCase(rows=4353, keys=4353, width=128, group_rows=192, columns=900, mass_stride=4, heads=6, again=True),
     AttentionCase(
         rows=900, keys=3000, width=128, group_rows=128, columns=2900, batch=2, grouped=860, near=700, again=True
     ),
@@ -282,7 +282,8 @@ MLP_CASES = (
     MlpCase(lead=(1, 2, 40), width=128, neurons=96, group_rows=16, columns=48, gated=True, activation="silu", fp8=True),
 )
 LONG_MLP_CASES = (
-    MlpCase(lead=(1, 4353), width=512, neurons=2048, group_rows=128, columns=640, result=512, ordered=True),
+    MlpCase(lead=(1, 4353), width=512, neurons=2048, group_rows=128, columns=1300, result=1088, ordered=True),
+    MlpCase(lead=(2, 4353), width=512, neurons=2048, group_rows=192, columns=1300, result=512),
     MlpCase(lead=(3, 1000), width=320, neurons=1000, group_rows=192, columns=300, result=320, gated=True),
     MlpCase(lead=(1, 1000), width=576, neurons=2000, group_rows=192, columns=333, result=640, ordered=True),
     MlpCase(
@@ -294,7 +295,7 @@ LONG_MLP_CASES = (
     MlpCase(
         lead=(1, 300), width=512, neurons=900, group_rows=128, columns=500, result=512, activation="relu2", narrow=True
     ),
-    MlpCase(lead=(1, 4353), width=512, neurons=2048, group_rows=192, columns=640, result=512, ordered=True, fp8=True),
+    MlpCase(lead=(1, 4353), width=512, neurons=2048, group_rows=192, columns=1300, result=1216, ordered=True, fp8=True),
     MlpCase(lead=(2, 1000), width=640, neurons=1000, group_rows=128, columns=333, result=320, fp8=True, biased=False),
     MlpCase(lead=(1, 700), width=768, neurons=900, group_rows=384, columns=200, result=576, gated=True, fp8=True),
     MlpCase(

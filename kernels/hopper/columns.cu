@@ -163,6 +163,7 @@ struct Consumer {
 #pragma unroll 1
         for (; count; count--) {
             take();
+            __syncwarp();  // no lane is left a whole ring behind
             give_back();
         }
     }

@@ -13,7 +13,8 @@
 constexpr int NEURONS = GATED ? COLUMNS / 2 : COLUMNS;
 constexpr int PIECES = SPAN / 16, AT_ONCE = 128 / PIECES;       // of 16 bytes, in a line of a stage; lines copied at once
 constexpr int PASSES = (COLUMNS + AT_ONCE - 1) / AT_ONCE;
-constexpr int LAST_AT_ONCE = 4;                                   // after the last tile: else each would wait for memory
+constexpr int LAST_AT_ONCE = 4;                           // after the last tile: else each would wait for memory
+static_assert(LAST_AT_ONCE * KEPT <= BUFFERS * STAGE, "");
 constexpr bool TOGETHER = FP8 || !GATED;  // all consumers do so at the same stages: 1 to 4 % faster there
 constexpr int TIMES = FP8 ? (NEURONS + 63) / 64 * 4 : (NEURONS + 15) / 16;  // a consumer exchanges 16 neurons at a time
 

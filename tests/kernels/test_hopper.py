@@ -16,6 +16,7 @@ from chipmunk_fx.kernels.hopper import columns, masses, mlp, nvrtc, packing, sel
 from chipmunk_fx.kernels.hopper.instructions import ACTIVATIONS
 from chipmunk_fx.kernels.hopper.tuning import RUN, ProductSettings, SelectSettings, Settings
 from chipmunk_fx.ops.activations import ACTIVATIONS as KNOWN
+from chipmunk_fx.ops.cases import LONG_ATTENTION_CASES, LONG_MLP_CASES
 
 needs_nvrtc = pytest.mark.skipif(nvrtc.library() is None, reason="needs NVRTC: pip install nvidia-cuda-nvrtc")
 EVERY = [
@@ -27,6 +28,7 @@ EVERY = [
 BEGIN = {2: 168, 3: 128}  # registers a thread of a block, by its multiplying warpgroups: BEGIN of primitives.cuh
 FIRST = [
     *(ProductSettings("bf16", 3, columns, 2, "gelu_tanh") for columns in (96, 176, 192)),
+    *(ProductSettings("bf16", c, n, 1, "gelu_tanh") for c, n in ((3, 192), (2, 256))),
     ProductSettings("bf16", 2, 256, 2, "gelu_tanh"),
     *(ProductSettings("f16", 3, 192, 2, name) for name in ("gelu", "relu2", "tanh")),
     *(
@@ -44,7 +46,8 @@ SECOND = [
 ]
 LONG = [
     *(ProductSettings("bf16", 3, columns, 2, "gelu_tanh") for columns in (112, 128, 144, 160)),
-    *(ProductSettings("bf16", 2, columns, 2, "gelu_tanh") for columns in (96, 176)),
+    *(ProductSettings("bf16", 2, columns, 2, "gelu_tanh") for columns in (96, 176, 208, 224, 240)),
+    *(ProductSettings("bf16", 3, columns, 1, "gelu_tanh", fp8=fp8) for columns in (96, 160) for fp8 in (False, True)),
     *(ProductSettings("bf16", 3, 192, 2, name) for name in ACTIVATIONS),
     *(ProductSettings("bf16", 3, columns, 2, "gelu", fp8=True) for columns in (96, 112, 192)),
 ]
@@ -239,6 +242,31 @@ def test_tiles_too_few_for_a_round_go_to_single_consumers(tiles: int, consumers:
     whole = tuning.whole_tiles(tiles, consumers, 132)
     assert tiles - whole == alone
     assert alone == 0 or whole % 132 == 0  # a block has one such task, its last: rings of queries stay in step
+
+
+@pytest.mark.parametrize("units", [114, 132])
+@pytest.mark.parametrize(("fp8", "group_rows"), [(False, 128), (False, 192), (True, 192)])
+def test_conformance_has_cases_of_several_tiles_a_block(fp8: bool, group_rows: int, units: int):
+    """What is left of a tile is done beside the next one's products, else only behind the last."""
+    rounds = {"first": 0.0, "second": 0.0}
+    for case in LONG_MLP_CASES:
+        if case.fp8 != fp8 or case.group_rows != group_rows or case.width < hopper.LEAST_WIDTH:
+            continue
+        groups = case.batch * -(-case.rows // group_rows)
+        first = tuning.first_settings("bf16", group_rows, groups, case.columns, "gelu", case.gated, fp8, units)
+        second = tuning.second_settings("bf16", group_rows, groups, case.result, fp8, units)
+        for name, settings, wide in (("first", first, case.columns), ("second", second, case.result)):
+            clusters = settings.clusters(groups * group_rows, wide)
+            rounds[name] = max(rounds[name], clusters / (units // settings.cluster))
+    assert min(rounds.values()) > 1
+
+
+@pytest.mark.parametrize("units", [114, 132])
+@pytest.mark.parametrize("group_rows", [128, 192])
+def test_conformance_has_tasks_of_single_consumers_behind_whole_tiles(group_rows: int, units: int):
+    cases = [case for case in LONG_ATTENTION_CASES if case.group_rows == group_rows and case.width == 128]
+    tiles = [case.batch * case.heads * -(-(case.grouped or case.rows) // group_rows) for case in cases]
+    assert any(0 < tuning.whole_tiles(n, group_rows // 64, units) < n for n in tiles)
 
 
 @needs_nvrtc
