@@ -15,16 +15,26 @@ aten = torch.ops.aten
 OVER = (aten.div.Tensor, aten.div_.Tensor)
 
 
-def exponentials(scores: Expression) -> OneOf:
-    """exp of scores, which may be less their maximum: softmax does not change with it. Casts may stand before and after."""
+def shifted(scores: Expression) -> OneOf:
+    """Scores, or scores less the maximum of each row or of all: a softmax does not change with it. Casts may stand before."""
     given = {"self": Var("unshifted"), "dim": Var("maximum dim"), "keepdim": Var("maximum keepdim")}
-    maximum = {"amax": Call((aten.amax.default,), given), "max": Call((aten.max.dim,), given, output=0)}
+    maximum = {
+        "amax": Call((aten.amax.default,), given),
+        "max": Call((aten.max.dim,), given, output=0),
+        "max of all": Call((aten.max.default,), {"self": Var("unshifted")}),
+    }
     top = Where(
-        lambda node: shape(node)[-1] == 1, "a maximum over the last dimension (keys)", OneOf("maximum", maximum)
+        lambda node: shape(node)[-1:] in ((), (1,)),
+        "a maximum over the last dimension (keys)",
+        OneOf("maximum", maximum),
     )
     less = Call((aten.sub.Tensor, aten.sub_.Tensor), {"self": Named("unshifted", cast("scaled", scores)), "other": top})
-    exponents = OneOf("shift", {"maximum": less, "none": cast("scaled", scores)})
-    exp = Call((aten.exp.default, aten.exp_.default), {"self": exponents})
+    return OneOf("shift", {"maximum": less, "none": cast("scaled", scores)})
+
+
+def exponentials(scores: Expression) -> OneOf:
+    """exp of scores, which may be less their maximum. Casts may stand before and after."""
+    exp = Call((aten.exp.default, aten.exp_.default), {"self": shifted(scores)})
     return cast("mixed", Named("exponentials", cast("summed", exp)))
 
 

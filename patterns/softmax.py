@@ -21,7 +21,7 @@ from chipmunk_fx.graph.pattern import Accepted, AttentionOperands, Example, Laid
 from chipmunk_fx.graph.walk import rank
 from chipmunk_fx.patterns.activations import cast
 from chipmunk_fx.patterns.attention import SelfAttention, attention_kind, operand_shapes
-from chipmunk_fx.patterns.exponentials import OVER, TOTAL, exponentials, is_divided
+from chipmunk_fx.patterns.exponentials import OVER, TOTAL, exponentials, is_divided, shifted
 from chipmunk_fx.patterns.layouts import equation, layout_of
 
 aten = torch.ops.aten
@@ -71,7 +71,7 @@ def masked(scores: Expression) -> OneOf:
 def weights(scores: Expression) -> OneOf:
     """softmax over the last dimension; casts, and dropouts that drop nothing, may stand before and after."""
     last = Literal(lambda value: value in (-1, 2, 3), "softmax over the last dimension (keys)")
-    softmax = {"self": cast("scaled", scores), "dim": last, "dtype": Var("softmax dtype")}
+    softmax = {"self": shifted(scores), "dim": last, "dtype": Var("softmax dtype")}
     over_sum = Call(OVER, {"self": exponentials(scores), "other": TOTAL})
     return cast("weights", OneOf("softmax by", {"op": Call((aten.softmax.int,), softmax), "sum": over_sum}))
 
@@ -258,6 +258,11 @@ def examples() -> Sequence[Example]:
         "exp over sum, einsum": lambda q, k, v: torch.einsum(
             "bhnm,bhmd->bhnd", (e := torch.einsum("bhnd,bhmd->bhnm", q, k).exp()) / e.sum(-1, keepdim=True), v
         ),
+        "softmax less the maximum": lambda q, k, v: ((s := q @ k.mT * 0.3) - s.amax(-1, keepdim=True)).softmax(-1) @ v,
+        "softmax less the maximum of all": lambda q, k, v: (
+            ((s := (q @ k.mT).double()) - s.max()).softmax(-1).to(q.dtype) @ v
+        ),
+        "exp over sum, less the maximum of all": _over_sum(lambda s: s.amax()),
         "padding filled in place": lambda q, k, v: (
             (q @ k.mT).masked_fill_(hidden[None, None, None].expand(2, 1, 1, 24), -1e9).softmax(-1) @ v
         ),
@@ -296,6 +301,14 @@ def near_misses() -> Sequence[Example]:
         "sum of others": (_over_sum(total=lambda e: e.flip(-1).cos().sum(-1, keepdim=True)), "the same exponentials"),
         "sum and a little": (_over_sum(total=lambda e: e.sum(-1, keepdim=True) + 1e-3), "saw add 0.001"),
         "maximum of others": (_over_sum(lambda s: s.sin().amax(-1, keepdim=True)), "the same unshifted"),
+        "softmax less a maximum over rows": (
+            lambda q, k, v: ((s := q @ k.mT) - s.amax(-2, keepdim=True)).softmax(-1) @ v,
+            last,
+        ),
+        "softmax less a maximum of others": (
+            lambda q, k, v: ((s := q @ k.mT) - s.cos().amax(-1, keepdim=True)).softmax(-1) @ v,
+            "the same unshifted",
+        ),
         "exponentials also used": (told, "also used by"),
         "divided after by rows": (
             lambda q, k, v: ((e := (q @ k.mT).exp()) @ v) / e.sum(-2, keepdim=True).mT,
