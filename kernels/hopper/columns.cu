@@ -158,7 +158,7 @@ struct Consumer {
         if (!alone) named_pass(1 + (number + 1) % CONSUMERS);
     }
 
-    // what others have to do
+    // what the others have to do with its tiles
     __device__ __forceinline__ void pass_by(int count) {
 #pragma unroll 1
         for (; count; count--) {
@@ -173,6 +173,28 @@ struct Consumer {
         products_begin();
         scores_of(s, shared.queries + number * QUERY_BYTES, keys);
         pass_turn();
+    }
+
+    // o += the weights times the values of one tile, s = the scores of the next
+    __device__ __forceinline__ void take_turn(float (&o)[WIDTH / 2], float (&s)[COLUMNS / 2], const u32 (&weights)[COLUMNS / 4]) {
+        const u32 values = take();
+        u32 keys = BEHIND ? take() : 0;
+        wait_turn();
+        products_begin();
+        add_values(o, weights, values);
+        if (!BEHIND) {
+            products_wait(o);
+            give_back();
+            keys = take();
+        }
+        begin_scores(s, keys);
+        if (BEHIND) {
+            products_wait_but_last();
+            give_back();
+        }
+        products_wait(s);
+        if (BEHIND) keep(o);
+        give_back();
     }
 };
 
@@ -205,24 +227,7 @@ __device__ __forceinline__ void consume(const Problem &p, const Shared &shared) 
             pack_all(weights, s);
 #pragma unroll 1
             for (int left = listed.tiles - 1; left > 0; left--) {
-                const u32 values = me.take();
-                u32 keys = BEHIND ? me.take() : 0;
-                me.wait_turn();
-                products_begin();
-                add_values(o, weights, values);
-                if (!BEHIND) {
-                    products_wait(o);
-                    me.give_back();
-                    keys = me.take();
-                }
-                me.begin_scores(s, keys);
-                if (BEHIND) {
-                    products_wait_but_last();
-                    me.give_back();
-                }
-                products_wait(s);
-                if (BEHIND) keep(o);
-                me.give_back();
+                me.take_turn(o, s, weights);
                 if (softmax.advance(s, p.scale, listed.live(left), fade)) fade_result(o, fade);
                 pack_all(weights, s);
             }
