@@ -18,7 +18,7 @@ _PRODUCTS = (aten.linear.default, aten.matmul.default, aten.mm.default, aten.add
 _PARTS = (aten.select.int, aten.slice.Tensor, *CASTS)
 _SCALES = (aten.mul.Tensor, aten.mul.Scalar, *CASTS)
 _QUANTISED = ("aten._int_mm", "aten._scaled_mm", "aten._weight_int", "aten._mixed_dtypes_linear")
-UNTRANSPOSED = "matmul, untransposed"
+UNTRANSPOSED = ("matmul, untransposed", "matmul, untransposed, bias")
 _NATIVE = ("aten.", "prims.", "chipmunk.", "<")
 
 
@@ -28,15 +28,21 @@ def linear(x: Expression, weight: str, bias: str) -> OneOf:
     vector = Where(lambda node: rank(node) == 1, "a bias vector", Var(bias))
     product = Call((aten.matmul.default,), {"self": x, "other": matrix})
     stored = Where(_is_stored, "a matrix", Var(weight))
-    biased = Call((aten.add.Tensor,), {"other": vector, "self": product}, commutes=("self", "other"))
+    untransposed = Call((aten.matmul.default,), {"self": x, "other": stored})
+
+    def biased(product: Expression) -> Where:
+        sums = Call((aten.add.Tensor,), {"other": vector, "self": product}, commutes=("self", "other"))
+        return Where(_is_biased, "a product with a bias", sums)
+
     return OneOf(
         f"{weight} by",
         {
             "matmul": product,
-            "matmul, bias": Where(_is_biased, "a product with a bias", biased),
+            "matmul, bias": biased(product),
             "mm": Call((aten.mm.default,), {"self": x, "mat2": matrix}),
             "addmm": Call((aten.addmm.default,), {"self": vector, "mat1": x, "mat2": matrix}),
-            UNTRANSPOSED: Call((aten.matmul.default,), {"self": x, "other": stored}),
+            UNTRANSPOSED[0]: untransposed,
+            UNTRANSPOSED[1]: biased(untransposed),
             "linear": Call((aten.linear.default,), {"input": x, "weight": Var(weight), "bias": Var(bias)}),
         },
     )
@@ -87,7 +93,7 @@ def linear_refusal(found: Found) -> str | None:
         weight = bound.get(name)
         if weight is None:
             continue
-        if bound[f"{name} by"] == UNTRANSPOSED:
+        if bound[f"{name} by"] in UNTRANSPOSED:
             return f"weight {weight} is kept as [in, out]; [out, in], as linears have it, is supported"
         if reason := weight_refusal(weight):
             return reason

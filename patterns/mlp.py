@@ -183,6 +183,7 @@ def plain_near_misses() -> Sequence[Example]:
         "low-rank update": (lambda: (LowRank(F.gelu), tokens()), "LoRA"),
         "weight of the input": (lambda: (Hyper(F.gelu), tokens()), "may change from step to step"),
         "untransposed": (lambda: (Untransposed(F.gelu), tokens()), "is kept as [in, out]"),
+        "untransposed, with a bias": (lambda: (Untransposed(F.gelu, biased=True), tokens()), "is kept as [in, out]"),
         "rows picked": (lambda: (Picked(F.gelu), tokens()), "a routed expert"),
         "another precision": (lambda: (MixedMlp(F.gelu), tokens()), "mixed or integer dtypes"),
     }

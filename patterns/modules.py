@@ -103,14 +103,16 @@ class Matmul(Mlp):
 
 
 class Untransposed(Mlp):
-    """The first weight as [16, 32], one of several."""
+    """The first weight as [16, 32], one of several; a bias where it is `biased`."""
 
-    def __init__(self, act: Act) -> None:
+    def __init__(self, act: Act, biased: bool = False) -> None:
         super().__init__(act)
         self.kept = nn.Parameter(torch.randn(2, 16, 32) / 4)
+        self.bias = nn.Parameter(torch.randn(32)) if biased else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.act(self.norm(x) @ self.kept[1]))
+        h = self.norm(x) @ self.kept[1]
+        return self.fc2(self.act(h if self.bias is None else h + self.bias))
 
 
 class Picked(Mlp):

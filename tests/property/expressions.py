@@ -31,7 +31,7 @@ from tests.property.source import Pen, Spelling
 
 C, HIDDEN, ROWS, HEADS, WIDTH = 16, 24, 33, 2, 8  # WIDTH of a head
 PATTERNS = [pattern for pattern in ALL if pattern is not CONVOLVED]  # which is laid out otherwise
-REFUSED = ("foreign", UNTRANSPOSED)  # ops of others, weights of other sizes
+REFUSED = ("foreign", *UNTRANSPOSED)  # ops of others, weights of other sizes
 MATRICES_ONLY = ("mm", "addmm")  # tags of alternatives that take no batch
 LITERALS = (
     None,
