@@ -126,7 +126,7 @@ class Observer:
 def _transfer(
     told: Observation, parts: Sequence[torch.Tensor], times: Sequence[torch.Tensor], which: TimeInput
 ) -> Sight:
-    """`parts`: the timesteps, where `told` has none, and of the latents. Nothing that CUDA devices do is waited for."""
+    """`parts`: the timesteps, where `told` has none, and a sample of the latents. Nothing that CUDA devices do is waited for."""
     device, sizes = parts[-1].device, tuple(map(len, times)) if told.timestep is None else ()
     numbers = torch.cat([part.to(device, torch.float64) for part in parts])
     if device.type != "cuda":

@@ -7,7 +7,7 @@ from torch import nn
 
 from tests.graph.capturing import captured, captured_from_zoo, captured_tiny
 from tests.harness.zoo import facts
-from tests.runtime.models import WIDTH, Block, TinyDiT, calls, noise, words
+from tests.runtime.models import WIDTH, Block, TinyDiT, Unsure, calls, noise, words
 
 
 class Guided(TinyDiT):
@@ -15,13 +15,6 @@ class Guided(TinyDiT):
 
     def forward(self, latents, timestep, guidance, text):
         return super().forward(latents, timestep, text) + super().forward(latents, guidance, text)
-
-
-class Unsure(TinyDiT):
-    """Two sinusoids, of which no name tells which is the time."""
-
-    def forward(self, latents, a, b, text):
-        return super().forward(latents, a, text) + super().forward(latents, b, text)
 
 
 class Listed(TinyDiT):

@@ -262,9 +262,8 @@ def test_mlp_sparse(implementation: str, dtype: torch.dtype, case: MlpCase, rene
         assert torch.equal(values["mean"], before["mean"])
 
     exact_out, exact_hidden = oracle.sparse_mlp(oracle.wide(before), values["lists"])
-    ways = (
-        [False, True] if dtype == torch.float32 else [False]
-    )  # to add up; where results are rounded they come to the same
+    # Ways to add up: where results are rounded both come to the same.
+    ways = [False, True] if dtype == torch.float32 else [False]
     outs, hiddens = zip(*(oracle.sparse_mlp(before, values["lists"], batched) for batched in ways), strict=True)
     plain_out, plain_hidden = worst(outs, exact_out), worst(hiddens, exact_hidden)
     assert torch.equal(values["hidden"].isnan(), exact_hidden.isnan())

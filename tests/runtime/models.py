@@ -73,6 +73,13 @@ class TinyDiT(nn.Module):
         return x.permute(0, 5, 1, 3, 2, 4).reshape(b, CHANNELS, h, w)
 
 
+class Unsure(TinyDiT):
+    """Two sinusoids, of which no name tells which is the time."""
+
+    def forward(self, latents: Tensor, a: Tensor, b: Tensor, text: Any) -> Tensor:
+        return super().forward(latents, a, text) + super().forward(latents, b, text)
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Tensors of a few thousand numbers are not worth a second one."""

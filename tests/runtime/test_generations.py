@@ -6,7 +6,18 @@ import torch
 import chipmunk_fx
 from chipmunk_fx.runtime import registry
 from chipmunk_fx.runtime.generations import Clock
-from tests.runtime.models import TinyDiT, assert_same, calls, chipmunk, compiled, exactly, identical, run, words
+from tests.runtime.models import (
+    TinyDiT,
+    Unsure,
+    assert_same,
+    calls,
+    chipmunk,
+    compiled,
+    exactly,
+    identical,
+    run,
+    words,
+)
 
 TIMES = (900, 700, 500, 300)
 PHASES = {0: ["refresh", "sparse", "sparse", "sparse"]}
@@ -28,13 +39,6 @@ def test_interleaved_generations_are_what_each_is_alone():
     assert identical(mixed[0], alone[0]) and identical(mixed[1], alone[1])
     assert not torch.equal(mixed[0][-1], mixed[1][-1])
     assert chipmunk_fx.summary(model, key=0).phases == chipmunk_fx.summary(model, key=1).phases == PHASES
-
-
-class Unsure(TinyDiT):
-    """Of its two times no name tells which moves."""
-
-    def forward(self, latents, a, b, text):
-        return super().forward(latents, a, text) + super().forward(latents, b, text)
 
 
 def test_the_time_that_moves_tells_pictures_apart():
