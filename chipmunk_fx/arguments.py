@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.machinery import PathFinder
 from importlib.util import find_spec, module_from_spec
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,17 @@ def share_of(text: str) -> float:
     if not 0 < share <= 1:
         raise ArgumentTypeError(f"{text!r} is not a share: a number above 0 and at most 1")
     return share
+
+
+def seconds_of(text: str) -> float:
+    """A number of seconds, at least 0."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < inf:
+        raise ArgumentTypeError(f"{text!r} is not a number of seconds: a number of at least 0")
+    return seconds
 
 
 def device_of(text: str) -> str:

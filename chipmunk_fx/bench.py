@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import product
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from chipmunk_fx.arguments import count_of, device_of, share_of
+from chipmunk_fx.arguments import count_of, device_of, seconds_of, share_of
 from chipmunk_fx.config import AttentionConfig, ScheduleConfig
 from chipmunk_fx.errors import BenchError
 from chipmunk_fx.kernels import choose, group_rows, refreshes_in_parts
@@ -37,6 +38,7 @@ STRIDE = AttentionConfig().mass_stride
 RENEW_EVERY = ScheduleConfig().refresh_every
 DENSITIES = (0.03, 0.06, 0.12, 0.25, 0.5)
 ROWS = tuple(1 << i for i in range(10, 18))
+Timed = Callable[[Callable[[], Any]], float]  # milliseconds of a call
 DENSE = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 
 
@@ -142,6 +144,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--only", choices=("published", "sweep"), help="the published shapes or the sweep (default: both)")
     add("--rows", type=count_of, nargs="+", metavar="N", help="of the sweep (default: 1024 to 131072)")
     add("--density", type=share_of, nargs="+", metavar="SHARE", help="of the sweep (default: 0.03 to 0.5)")
+    add("--rest", type=seconds_of, default=0.0, metavar="SECONDS",
+        help="idle before each figure, of which three calls are timed: on a cool card (default: 0)")  # fmt: skip
     add("--json", nargs="?", const=True, type=Path, metavar="FILE", help="print JSON, or write it there too")
     add("--plot", type=Path, metavar="PNG", help="draw the sweep there")
 
@@ -155,8 +159,11 @@ def sweep(rows: Sequence[int] = ROWS, densities: Sequence[float] = DENSITIES) ->
             yield Shape("sweep", "mlp", n, neurons, width=3072, neurons=12288)
 
 
-def measure(shapes: Iterable[Shape], dtype: torch.dtype, device: str, seconds: float = 0.1) -> Iterator[Row]:
-    """Time refresh and sparse step of every shape beside its dense form. seconds: spent on each figure, about."""
+def measure(
+    shapes: Iterable[Shape], dtype: torch.dtype, device: str, seconds: float = 0.1, rest: float = 0.0
+) -> Iterator[Row]:
+    """Time refresh and sparse step of every shape beside its dense form. seconds, rest: as of `milliseconds`."""
+    timed = partial(milliseconds, device=torch.device(device), seconds=seconds, rest=rest)
     dense: dict[tuple, tuple[float, str]] = {}
     for shape in shapes:
         with torch.no_grad():
@@ -169,13 +176,13 @@ def measure(shapes: Iterable[Shape], dtype: torch.dtype, device: str, seconds: f
             _refresh_again(shape, values, rows, dtype)
             site = (shape.kind, shape.rows, shape.heads, shape.width, shape.neurons, shape.gated)
             if site not in dense:
-                dense[site] = min(_dense(shape, values, seconds))
+                dense[site] = min(_dense(shape, values, timed))
             for phase in ("refresh", "sparse"):  # in this order: the refresh fills the caches
                 op = f"{shape.kind}_{phase}"
                 values["clock"][1] = int(op != "mlp_refresh" or shape.first)
                 if shape.kept and op != "mlp_refresh":
                     _keep_lists(op, values)
-                yield _row(shape, op, values, *dense[site], seconds)
+                yield _row(shape, op, values, *dense[site], timed)
 
 
 def _refresh_again(shape: Shape, values: dict[str, Any], group_rows: int, dtype: torch.dtype) -> None:
@@ -203,12 +210,12 @@ def _run(op: str, values: Mapping[str, Any]) -> Any:
     return getattr(torch.ops.chipmunk, op)(*args, **kwargs)
 
 
-def _row(shape: Shape, op: str, values: dict[str, Any], dense_ms: float, dense_by: str, seconds: float) -> Row:
+def _row(shape: Shape, op: str, values: dict[str, Any], dense_ms: float, dense_by: str, timed: Timed) -> Row:
     by = choose(op, arguments(op, values))[1] if values["clock"].is_cuda else "reference"
     steps = [values]
     if shape.kind == "mlp":  # x moves from step to step: what has not changed multiplies zeros
         steps.append(values | {"x": torch.randn_like(values["x"])})
-    ms = milliseconds(lambda: [_run(op, step) for step in steps], values["clock"].device, seconds) / len(steps)
+    ms = timed(lambda: [_run(op, step) for step in steps]) / len(steps)
     computed = shape.density if op.endswith("sparse") else 1.0
     return Row(
         shape.name, op, shape.rows, shape.density, by, ms, shape.dense_flops * computed / ms / 1e9,
@@ -216,7 +223,7 @@ def _row(shape: Shape, op: str, values: dict[str, Any], dense_ms: float, dense_b
     )  # fmt: skip
 
 
-def _dense(shape: Shape, values: dict[str, Any], seconds: float) -> Iterator[tuple[float, str]]:
+def _dense(shape: Shape, values: dict[str, Any], timed: Timed) -> Iterator[tuple[float, str]]:
     """(ms, name) of each dense kernel that takes the shape."""
     device = values["clock"].device
     if shape.kind == "mlp":
@@ -228,20 +235,20 @@ def _dense(shape: Shape, values: dict[str, Any], seconds: float) -> Iterator[tup
             h = F.gelu(h, approximate="tanh") if wu is None else F.silu(h) * F.linear(x, wu, bu)
             return F.linear(h, w2, b2)
 
-        yield milliseconds(linears, device, seconds), name
+        yield timed(linears), name
         return
     q, k, v, scale = (values[name] for name in ("q", "k", "v", "scale"))
     for backend in DENSE if device.type == "cuda" else (None,):
         with sdpa_kernel(backend) if backend else nullcontext():
             try:
                 yield (
-                    milliseconds(lambda: F.scaled_dot_product_attention(q, k, v, scale=scale), device, seconds),
+                    timed(lambda: F.scaled_dot_product_attention(q, k, v, scale=scale)),
                     backend.name.lower().removesuffix("_attention") if backend else "sdpa",
                 )
             except RuntimeError:  # not built in, or not for this card or dtype
                 continue
     if flash4.pays(capability(device), q.dtype, shape.width, flash4.ROWS) and flash4.works(q, k):
-        yield milliseconds(lambda: flash4.attend(q, k, v, scale), device, seconds), "flash4"
+        yield timed(lambda: flash4.attend(q, k, v, scale)), "flash4"
 
 
 def capability(device: torch.device) -> tuple[int, int]:
@@ -249,11 +256,15 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
-def milliseconds(function: Callable[[], Any], device: torch.device, seconds: float = 0.1) -> float:
-    """Median time of a call; on a GPU of the replays of a graph of it, so that launches do not count."""
+def milliseconds(function: Callable[[], Any], device: torch.device, seconds: float = 0.1, rest: float = 0.0) -> float:
+    """Median time of a call; on a GPU of the replays of a graph of it, so that launches do not count.
+
+    seconds: spent on calls, about. rest: seconds idle before, after which three calls are timed, whatever `seconds` says: later
+    ones find a GPU at its power limit.
+    """
     if device.type != "cuda":
         function()
-        return _median(lambda: _host_ms(function), seconds)
+        return _median(lambda: _host_ms(function), seconds, rest)
     stream = torch.cuda.Stream(device)
     with torch.cuda.stream(stream):
         function()
@@ -272,7 +283,7 @@ def milliseconds(function: Callable[[], Any], device: torch.device, seconds: flo
         stop.synchronize()
         return start.elapsed_time(stop)
 
-    return _median(replayed, seconds)
+    return _median(replayed, seconds, rest)
 
 
 def _host_ms(function: Callable[[], Any]) -> float:
@@ -281,9 +292,11 @@ def _host_ms(function: Callable[[], Any]) -> float:
     return 1e3 * (time.perf_counter() - began)
 
 
-def _median(sample: Callable[[], float], seconds: float) -> float:
+def _median(sample: Callable[[], float], seconds: float, rest: float) -> float:
+    time.sleep(rest)
     taken = [sample() for _ in range(3)]
-    taken += [sample() for _ in range(min(100, int(1e3 * seconds / statistics.median(taken))))]
+    if not rest:
+        taken += [sample() for _ in range(min(100, int(1e3 * seconds / statistics.median(taken))))]
     return statistics.median(taken)
 
 

@@ -112,7 +112,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     dtype = getattr(torch, arguments.dtype)
     rows: list[bench.Row] = []
     try:
-        rows.extend(bench.measure(_progress(shapes, "bench"), dtype, arguments.device))
+        rows.extend(bench.measure(_progress(shapes, "bench"), dtype, arguments.device, rest=arguments.rest))
     finally:  # what was measured before an interruption counts
         text = bench.to_json(rows, arguments.device, dtype)
         print(text if arguments.json is True else bench.table(rows))

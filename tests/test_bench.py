@@ -28,6 +28,14 @@ def test_rows_of_a_table():
     assert "attention_sparse" in bench.table(rows)
 
 
+def test_with_rest_three_calls_are_timed_after_it(monkeypatch: pytest.MonkeyPatch):
+    rests: list[float] = []
+    calls: list[int] = []
+    monkeypatch.setattr(bench.time, "sleep", rests.append)
+    bench.milliseconds(lambda: calls.append(len(rests)), torch.device("cpu"), rest=1.5)
+    assert (rests, calls) == ([1.5], [0, 1, 1, 1])  # one before, to warm up
+
+
 def test_operations_count_products_alone():
     assert ATTENTION.dense_flops == 2 * 2 * 2 * 256 * 256 * 16  # two products, two heads
     assert MLP.dense_flops == 2 * 2 * 256 * 32 * 128

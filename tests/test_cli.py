@@ -258,6 +258,8 @@ def test_help_is_given_on_each_command(capsys: pytest.CaptureFixture[str], comma
         (["explain", "--model", ".", "--size", "3"], "'3' is not HxW or HxWxF"),
         (["explain", "--model", ".", "--size", "0x64"], "'0x64' is not HxW or HxWxF"),
         (["bench", "kernels", "--density", "3"], "'3' is not a share"),
+        (["bench", "kernels", "--rest", "-1"], "'-1' is not a number of seconds"),
+        (["bench", "kernels", "--rest", "long"], "'long' is not a number of seconds"),
         (["bench", "kernels", "--rows", "0"], "'0' is not a whole number of at least 1"),
         (["bench", "kernels", "--device", "foo"], "'foo' is no device here"),
         (["bench", "model", "flux", "--device", "meta"], "'meta' is no device here"),
