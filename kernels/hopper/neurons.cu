@@ -75,8 +75,7 @@ struct Threshold {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) select_neurons(const __grid_constant__ Problem p) {
-    __shared__ Shared shared;
+__device__ __forceinline__ void select(const Problem &p, Shared &shared) {
     if (p.clock[1] == 0) return;  // lists are kept
     const Share row(p.total, p.columns - p.drawn, p.drawn);
     for (int number = blockIdx.x; number < p.rows; number += gridDim.x) {
@@ -85,4 +84,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) select_neurons(const __
         write_list(p, row, number, threshold.above, true, shared.sums, [&](int) { return run.against(threshold.rank); });
         __syncthreads();
     }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) select_neurons(const __grid_constant__ Problem p) {
+    __shared__ Shared shared;
+    select(p, shared);
 }

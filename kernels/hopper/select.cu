@@ -145,8 +145,7 @@ __device__ __forceinline__ void find_threshold(const Problem &p, const Row &row,
     __syncthreads();
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) select_keys(const __grid_constant__ Problem p) {
-    __shared__ Shared shared;
+__device__ __forceinline__ void select(const Problem &p, Shared &shared) {
     for (int number = blockIdx.x; number < p.rows; number += gridDim.x) {
         const Row row = row_of(p, number);
         const Share share = share_of(p, row, number, shared);
@@ -156,4 +155,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) select_keys(const 
                    [&](int at) { return Run(row, at, p.total).against(threshold); });
         __syncthreads();
     }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) select_keys(const __grid_constant__ Problem p) {
+    __shared__ Shared shared;
+    select(p, shared);
 }

@@ -1,4 +1,4 @@
-// What pack.cu asks of CUDA and of the texts before it, for a CPU. Threads are contexts of one process, which take turns where
+// What pack.cu, select.cu and neurons.cu ask of CUDA and of the texts before it, for a CPU. Threads are contexts of one process, which take turns where
 // they wait for each other; clusters run one after the other.
 //   HALF  values are fp16, else bf16
 
@@ -17,10 +17,12 @@
 #define __cluster_dims__(...)
 
 typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
 using std::max;
 using std::min;
 
-struct float4 { float x, y, z, w; };
+struct alignas(16) float4 { float x, y, z, w; };
 struct uint2 { u32 x, y; };
 struct alignas(16) uint4 { u32 x, y, z, w; };
 static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
@@ -75,9 +77,10 @@ static inline void __syncthreads() { meet(blocks[rank_in_cluster()]); }
 
 static inline void __syncwarp() {}
 
-static inline float taken_from(u32 rank, const float *mine) {
+template <class T>
+static inline T taken_from(u32 rank, const T *mine) {
     const size_t place = (const char *)mine - memories[rank_in_cluster()].data();
-    return *(const float *)(memories[rank].data() + place);
+    return *(const T *)(memories[rank].data() + place);
 }
 
 // What the lanes of a warp show: 32 words.
@@ -90,6 +93,22 @@ static inline const u32 *shown(u32 x) {
 }
 
 static inline int __shfl_sync(u32, int x, int lane) { return shown(x)[lane]; }
+static inline u32 __shfl_up_sync(u32, u32 x, int lanes) {
+    const u32 *of_warp = shown(x);
+    const int lane = threadIdx.x % 32;
+    return of_warp[lane < lanes ? lane : lane - lanes];
+}
+template <class T>
+static inline T atomicAdd(T *to, u32 x) { return (*to += x) - x; }
+static inline int __popc(u32 x) { return __builtin_popcount(x); }
+static inline int __ffs(u32 x) { return __builtin_ffs(x); }
+static inline int __clz(u32 x) { return x ? __builtin_clz(x) : 32; }
+static inline u32 __umulhi(u32 a, u32 b) { return (u64)a * b >> 32; }
+static inline int __float_as_int(float x) {
+    int y;
+    memcpy(&y, &x, 4);
+    return y;
+}
 static inline u32 __reduce_max_sync(u32, u32 x) {
     const u32 *of_warp = shown(x);
     return *std::max_element(of_warp, of_warp + 32);
