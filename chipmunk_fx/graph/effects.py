@@ -23,7 +23,7 @@ def repeatable(graph: fx.Graph) -> bool:
     """Whether a call that is made over leaves all as one call does: it changes no input and draws no random numbers, and has no
     operator of others', which need not say what they do."""
     called = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
-    return all(_is_known(node) and not _draws(node) for node in called) and not writes_inputs(graph)
+    return all(_is_known(node) and not draws(node) for node in called) and not writes_inputs(graph)
 
 
 def _is_known(node: fx.Node) -> bool:
@@ -34,7 +34,7 @@ def _is_known(node: fx.Node) -> bool:
     return getattr(node.target, "__module__", None) in _MODULES
 
 
-def _draws(node: fx.Node) -> bool:
+def draws(node: fx.Node) -> bool:
     """Whether it takes random numbers: not where it would drop values, but none in fact."""
     if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
         return False

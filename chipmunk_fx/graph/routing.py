@@ -1,4 +1,4 @@
-"""Rows that content chooses or orders (expert choice, mixture of depths, tokens sorted or merged by likeness).
+"""Rows that content chooses or orders (expert choice, mixture of depths, tokens sorted or merged by likeness), or chance.
 
 From step to step they are other tokens, so that nothing kept of one is of any use to the next.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import fx
 
 from chipmunk_fx.graph.capture import Capture
+from chipmunk_fx.graph.effects import draws
 from chipmunk_fx.graph.inputs import Roles
 from chipmunk_fx.graph.moves import follow
 from chipmunk_fx.graph.orders import Orders
@@ -15,12 +16,13 @@ from chipmunk_fx.graph.pattern import AttentionOperands, MlpOperands
 from chipmunk_fx.graph.region import Region
 from chipmunk_fx.graph.walk import rank
 
-_REASON = "tokens are chosen or ordered by their content, which changes from step to step"
+_REASON = "tokens are chosen or ordered by their content or at random, not alike from step to step"
 
 
 def orders_of(capture: Capture, roles: Roles) -> Orders:
-    """How what the latents, or other activations, hold orders the rows of all nodes."""
-    orders = Orders(_activations(capture, roles))
+    """How what the latents, or other activations, hold orders the rows of all nodes, or what is drawn at random."""
+    drawn = filter(draws, capture.module.graph.nodes)
+    orders = Orders([*_activations(capture, roles), *drawn])
     for node in capture.module.graph.nodes:
         follow(node, orders)
     return orders

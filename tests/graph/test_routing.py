@@ -47,6 +47,17 @@ class Turned(Routed):
         return self.turned[None, : x.shape[1]]
 
 
+class Drawn(Routed):
+    """The places are drawn anew at every call."""
+
+    def __init__(self, draw: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(TAKES["gather"], added)
+        self.draw = draw
+
+    def places(self, x: Tensor) -> Tensor:
+        return self.draw(x).reshape(1, -1)[:, : x.shape[1] // 2]
+
+
 class Gated(Routed):
     """Every token stays where it is and is weighted by the largest of its scores."""
 
@@ -335,6 +346,23 @@ def test_an_order_that_never_changes_is_none_of_the_content(take: str):
     assert verdicts(Turned(TAKES[take], added)) == [("blocks.0", "mlp", True), *LATER]
 
 
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda x: torch.randperm(x.shape[1]),
+        lambda x: torch.rand(x.shape[1]).argsort(),
+        lambda x: torch.randn_like(x[..., 0]).argsort(1),
+        lambda x: torch.rand(1, x.shape[1]).topk(40).indices,
+        lambda x: torch.ones(x.shape[1]).multinomial(40),
+        lambda x: (torch.arange(x.shape[1]) + torch.randint(72, ())) % x.shape[1],
+        lambda x: torch.empty(x.shape[1]).uniform_().argsort(),
+    ],
+    ids=["permutation", "ranks", "ranks alike", "best", "multinomial", "shift", "in place"],
+)
+def test_tokens_drawn_at_random_are_refused(draw: Callable[[Tensor], Tensor]):
+    assert verdicts(Drawn(draw)) == [("blocks.0", "mlp", False), *LATER]
+
+
 def kinds(x: Tensor) -> Tensor:
     return x[..., :2].argmax(-1)
 
@@ -359,6 +387,9 @@ BESIDE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mask of the best": lambda x, _: (
         x * torch.zeros_like(x[..., 0]).scatter(1, x[..., 0].topk(9, 1).indices, 1)[..., None]
     ),
+    "noise": lambda x, _: x + torch.randn_like(x),
+    "tokens dropped at random": lambda x, _: x * (torch.rand_like(x[..., :1]) > 0.1),
+    "dropout": lambda x, _: F.dropout(x, 0.1, training=True),
     "mean of the nearest": lambda x, _: x + x[0][(x @ x.mT).topk(4).indices].mean(2),
 }
 
