@@ -23,6 +23,7 @@ from chipmunk_fx.patterns.linears import first_linear, linear_refusal, second_li
 from chipmunk_fx.patterns.modules import (
     Addmm,
     Attending,
+    Contracted,
     Folded,
     GatedMlp,
     Hyper,
@@ -144,6 +145,12 @@ def plain_examples() -> Sequence[Example]:
         "part of a linear": lambda: (Mlp(lambda h: F.gelu(h[..., :24]), 24), tokens()),
         "matmul": lambda: (Matmul(F.gelu), tokens()),
         "addmm": lambda: (Addmm(F.gelu), tokens()),
+        "einsum": lambda: (Contracted(F.gelu, lambda x, w: torch.einsum("bnc,fc->bnf", x, w)), tokens()),
+        "einsum, weight first": lambda: (
+            Contracted(F.gelu, lambda x, w: torch.einsum("oi,...i->...o", w, x)),
+            tokens(),
+        ),
+        "tensordot": lambda: (Contracted(F.gelu, lambda x, w: torch.tensordot(x, w, dims=([2], [1]))), tokens()),
         "qkv and MLP in one linear": lambda: (OneLinearMlp(lambda h: h.split([48, 32], -1)), tokens()),
         "MLP first": lambda: (OneLinearMlp(lambda h: (h[..., 32:], h[..., :32])), tokens()),
         "weight norm": lambda: (weight_normed(), tokens()),
@@ -184,6 +191,14 @@ def plain_near_misses() -> Sequence[Example]:
         "weight of the input": (lambda: (Hyper(F.gelu), tokens()), "may change from step to step"),
         "untransposed": (lambda: (Untransposed(F.gelu), tokens()), "is kept as [in, out]"),
         "untransposed, with a bias": (lambda: (Untransposed(F.gelu, biased=True), tokens()), "is kept as [in, out]"),
+        "untransposed, einsum": (
+            lambda: (Contracted(F.gelu, lambda x, w: torch.einsum("bnc,cf->bnf", x, w), turned=True), tokens()),
+            "is kept as [in, out]",
+        ),
+        "untransposed, tensordot": (
+            lambda: (Contracted(F.gelu, lambda x, w: torch.tensordot(x, w, dims=1), turned=True), tokens()),
+            "is kept as [in, out]",
+        ),
         "rows picked": (lambda: (Picked(F.gelu), tokens()), "a routed expert"),
         "another precision": (lambda: (MixedMlp(F.gelu), tokens()), "mixed or integer dtypes"),
     }

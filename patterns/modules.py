@@ -115,6 +115,23 @@ class Untransposed(Mlp):
         return self.fc2(self.act(h if self.bias is None else h + self.bias))
 
 
+class Contracted(Mlp):
+    """Products as `product` writes them, of x and a weight, which is [in, out] where `turned`."""
+
+    def __init__(
+        self, act: Act, product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], turned: bool = False
+    ) -> None:
+        super().__init__(act)
+        self.product = product
+        if turned:
+            for linear in (self.fc1, self.fc2):
+                linear.weight = nn.Parameter(linear.weight.detach().mT.contiguous())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.act(self.product(self.norm(x), self.fc1.weight) + self.fc1.bias)
+        return self.product(h, self.fc2.weight) + self.fc2.bias
+
+
 class Picked(Mlp):
     """A third of all rows, those with the largest first value."""
 

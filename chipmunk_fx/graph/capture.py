@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from chipmunk_fx.graph.contractions import to_products
 from chipmunk_fx.graph.inplace import out_of_place
 from chipmunk_fx.graph.opening import open_up
 from chipmunk_fx.graph.repeat import Repeating
@@ -102,12 +103,15 @@ def capture(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Capt
         with fx_traceback.preserve_node_meta(), context.fake_mode, torch.no_grad():  # pyright: ignore[reportOptionalContextManager]
             traced = make_fx(run, pre_dispatch=True, tracing_mode="real")(*fakes)
     except Exception as error:  # any tracing failure leaves the user's graph as it was
-        raise Uncapturable(f"re-tracing failed: {type(error).__name__}: {error}") from error
+        said = str(error).partition("\n")[0]  # the rest tells of PyTorch's own code
+        raise Uncapturable(f"re-tracing failed: {type(error).__name__}: {said}") from error
     if any(isinstance(_attribute(traced, n), FakeTensor) for n in traced.graph.nodes if n.op == "get_attr"):
         raise Uncapturable("the re-trace captured a tensor made inside the graph as a constant")
     _one_spelling(traced)
     out_of_place(traced.graph)
     inputs = _describe(graph_module, traced, fakes)
+    to_products(traced.graph)
+    traced.recompile()
     dynamic = any(isinstance(f, torch.SymInt) or _has_symbols(f) for f in fakes) or _takes_floats(graph_module)
     return Capture(traced, inputs, context, dynamic, _numbers())
 

@@ -17,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from chipmunk_fx.graph.alike import FOLDS, alike
 from chipmunk_fx.graph.calls import dtype, is_identity
+from chipmunk_fx.graph.effects import draws
 from chipmunk_fx.graph.sizes import unbacked
 from chipmunk_fx.graph.walk import (
     PROJECTIONS,
@@ -146,6 +147,8 @@ def probe_refusal(node: fx.Node) -> str | None:
     behind = _behind(node)
     if costly := next((n for n in behind if n.target in _COSTLY), None):
         return f"its values come out of {costly}"
+    if drawn := next(filter(draws, behind), None):
+        return f"its values are drawn at random by {drawn}"
     if constant := next((n for n in behind if n.op not in ("placeholder", "call_function", "get_attr")), None):
         return f"its values come out of {constant}"
     given = {storage(n) for n in behind if n.op != "call_function"}

@@ -22,7 +22,7 @@ from chipmunk_fx.state.health import Health
 from chipmunk_fx.state.slots import Slot
 from chipmunk_fx.state.store import CacheOutOfMemory, Cell, Home, Place, Store
 
-_REGION = -1  # in place of a site's ordinal
+_REGION = -1, 0  # in place of a site's ordinal, and how many there are
 
 Room = Callable[[int, Place], None]
 """Makes room for so many bytes, or raises."""
@@ -123,7 +123,8 @@ class Assembly:
         ]
         changes = [Slot(f"change_{i}", (1,), torch.float32) for i in range(len(slots) if self.plan.measured else 0)]
         owner = self.values[self.graph.owner]
-        kept = self._cell(self.branch.caches, owner, _REGION, [*slots, *changes], Place(self.device)).tensors
+        key = (*_REGION, *(slot.shape for slot in slots), evaluate(self.plan.shifts, self.symbols))
+        kept = self._cell(self.branch.caches, owner, key, [*slots, *changes], Place(self.device)).tensors
         if changes:
             self.branch.changes = tuple(kept[slot.name] for slot in changes)
         return kept
@@ -142,27 +143,30 @@ class Assembly:
         slots = site_slots(site, self.sizes[site.index], columns, len(self._tables(site).order))
         place = Place(self.device, on_host=site.passage is not None)
         tensors: dict[str, torch.Tensor] = {}
-        for home, shared in ((self.branch.caches, False), (self.store.shared, True)):
-            some = [slot for slot in slots if slot.shared is shared]
-            tensors |= self._cell(home, owner, site.ordinal, some, place).tensors if some else {}
+        own = self.graph.kept_by(site, self.symbols)
+        for home, key in ((self.branch.caches, own), (self.store.shared, self.graph.shared_by(site))):
+            some = [slot for slot in slots if slot.shared is (home is self.store.shared)]
+            tensors |= self._cell(home, owner, key, some, place).tensors if some else {}
         if passage := site.passage:
             for lane in (passage.early, passage.late):
                 self.store.staged(lane, [slot for slot in slots if passage.lane(slot.name) == lane], self.device)
-        own = {slot.name: slot.bytes for slot in slots if not slot.shared}
         self.cells[site.index] = tensors
         self.shared_bytes[site.index] = {slot.name: slot.bytes for slot in slots if slot.shared}
-        self.branch.held[site.index] = Held(share, own)
+        self.branch.held[site.index] = Held(share, {slot.name: slot.bytes for slot in slots if not slot.shared})
 
-    def _cell(self, home: Home, owner: torch.Tensor, ordinal: int, slots: Sequence[Slot], place: Place) -> Cell:
-        """The buffers of one site, of one branch or shared by all; allocated where they do not fit the slots."""
+    def _cell(self, home: Home, owner: torch.Tensor, key: tuple[Any, ...], slots: Sequence[Slot], place: Place) -> Cell:
+        """The buffers of one site, of one branch or shared by all; allocated where they do not fit the slots, in place of those
+        that earlier generations had for it with other sizes."""
         sites = home.setdefault(owner, {})
-        if ordinal not in sites or not sites[ordinal].holds(slots, place):
-            if old := sites.pop(ordinal, None):
-                self.store.spare(old)
+        if home is self.branch.caches:
+            self.branch.used.add((id(owner), key))
+        if key not in sites or not sites[key].holds(slots, place):
+            for old in [k for k in sites if k == key or (k[:2] == key[:2] and (id(owner), k) not in self.branch.used)]:
+                self.store.spare(sites.pop(old))
             self.room(sum(s.bytes for s in slots), place)
-            sites[ordinal] = self.store.make(slots, place)
+            sites[key] = self.store.make(slots, place)
             self.whole = False
-        return sites[ordinal]
+        return sites[key]
 
     def _available(self, site: Site) -> int:
         """Columns to choose from: densities are shares of the valid keys."""

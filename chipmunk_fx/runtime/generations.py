@@ -12,8 +12,10 @@ import torch
 
 from chipmunk_fx.graph.geometry import Grid
 from chipmunk_fx.runtime.faults import Faults
-from chipmunk_fx.runtime.graphs import Graph, Named
+from chipmunk_fx.runtime.graphs import Graph, Named, Names
 from chipmunk_fx.runtime.known import Known
+from chipmunk_fx.runtime.observe import Numbers
+from chipmunk_fx.runtime.registry import Scope
 from chipmunk_fx.runtime.tables import Tables
 from chipmunk_fx.schedule.phase import Phase
 from chipmunk_fx.schedule.policies import Drift, History
@@ -45,19 +47,31 @@ class Record:
     renewed: bool = True
 
 
+@dataclass
+class Filled:
+    """What a refresh has left in the caches of its sites: at which `step`, what was `known` of masks then, and how many `sparse`
+    steps it has had since."""
+
+    step: int
+    known: Known
+    sparse: int = 0
+
+
 @dataclass(frozen=True)
 class Made:
-    """A call that was made as if it were at `position`: what came of it, or the problem; what its branch had `before` (its last
-    refresh, the last step computed); whether lists were renewed, and whether the graph was a rewritten one."""
+    """A call that was made as if it were at `position`: what came of it, or the problem; what its branch had `before` (filled
+    caches, the last step computed); whether lists were renewed, and whether the graph was a rewritten one; `names`: as
+    of `Graph.named`."""
 
     position: Position
     graph: Graph
     phase: Phase
     result: Any
     problem: Exception | None
-    before: tuple[int | None, int | None]
+    before: tuple[dict[Names, Filled], int | None]
     renew: bool
     rewritten: bool
+    names: tuple[Names, Names]
 
 
 @dataclass(frozen=True)
@@ -70,25 +84,36 @@ class Held:
 
 @dataclass
 class Branch:
-    """Caches of one branch: Parameter -> ordinal -> cell."""
+    """Caches of one branch: Parameter -> what tells its sites apart -> cell. `used`: those of the generation under way."""
 
     caches: Home = field(default_factory=Home)
+    used: set[Named] = field(default_factory=set)
     held: dict[int, Held] = field(default_factory=dict)  # by site index
-    last_refresh: int | None = None
+    filled: dict[Names, Filled] = field(
+        default_factory=dict
+    )  # by the sites of a refresh, no two of which have one in common
     last_computed: int | None = None  # a step whose residual can serve again
     apart: int | None = None  # steps between it and the one computed before
     changes: tuple[torch.Tensor, ...] = ()  # of the residual of each stream between the two, fp32 [1] on the device
-    known: Known = Known()  # what was known of masks at that refresh
-    filled: frozenset[Named] = frozenset()  # sites that it wrote
-    stack: frozenset[Named] = frozenset()  # sites of the graph that left the residual
-    sparse_steps: int = 0  # since the last refresh
+    stack: Names = frozenset()  # sites of the graph that left the residual
     health: Health | None = None
 
-    def forget(self) -> None:
-        """Nothing cached is valid; buffers are kept for reuse."""
-        self.last_refresh = self.last_computed = self.apart = None
+    def forget(self, names: Names | None = None) -> None:
+        """Nothing cached is valid, or nothing that has to do with these sites; buffers are kept for reuse."""
+        self.filled = {} if names is None else {n: f for n, f in self.filled.items() if n.isdisjoint(names)}
+        self.last_computed = self.apart = None
 
-    def computed(self, step: int, stack: frozenset[Named]) -> None:
+    def refreshed(self, step: int, names: Names, known: Known) -> None:
+        """`step` has filled the caches of these sites."""
+        self.filled = {n: f for n, f in self.filled.items() if n.isdisjoint(names)} | {names: Filled(step, known)}
+
+    def of(self, names: Names) -> Filled | None:
+        """What the caches of all these sites hold; None where no single refresh has filled them."""
+        if not names or names in self.filled:
+            return self.filled.get(names)
+        return next((filled for more, filled in self.filled.items() if names <= more), None)
+
+    def computed(self, step: int, stack: Names) -> None:
         """`step` has left a residual that can serve again, in graphs with these sites."""
         self.apart = None if self.last_computed is None else step - self.last_computed
         self.last_computed, self.stack = step, stack
@@ -98,9 +123,10 @@ class Branch:
         """Whether nan or inf is known to be in its caches."""
         return self.health is not None and self.health.told
 
-    @property
-    def history(self) -> History:
-        return History(self.last_refresh, self.last_computed, self.drift)
+    def history(self, names: Names) -> History:
+        """As far as it concerns these sites."""
+        filled = self.of(names)
+        return History(None if filled is None else filled.step, self.last_computed, self.drift)
 
     @property
     def drift(self) -> Drift | None:
@@ -112,11 +138,12 @@ class Branch:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The state tensors of one graph and branch, good while every owner is the same Parameter object."""
+    """The state tensors of one graph and branch, and its sites' names, good while every owner is the same Parameter object."""
 
     owners: tuple[tuple[int, weakref.ref], ...]
     known: Known
     state: list[torch.Tensor]
+    names: tuple[Names, Names]
 
     def serves(self, values: Sequence[Any], known: Known) -> bool:
         return known is self.known and all(values[index] is owner() for index, owner in self.owners)
@@ -170,6 +197,26 @@ class Track:
     last_call: int = 0
     begun: int = 0  # larger for the generation that began later, over all sessions
     shape: Hashable = None  # of the latents
+    scope: Scope | None = None  # the caller's `generation` block around the call that came last
+    tokens: Numbers = ()  # some values of those that came first
+
+    def ready(self, graph: Graph, branch: Branch, values: Sequence[Any], known: Known) -> Prepared | None:
+        """What is prepared for such a call."""
+        prepared = self.prepared.get(_call_key(graph, branch, values))
+        return prepared if prepared is not None and prepared.serves(values, known) else None
+
+    def prepare(
+        self, graph: Graph, branch: Branch, values: Sequence[Any], known: Known, state: list[torch.Tensor]
+    ) -> Prepared:
+        owners = tuple((index, weakref.ref(values[index])) for index in graph.owners)
+        prepared = Prepared(owners, known, state, graph.named(values, known.lengths))
+        self.prepared[_call_key(graph, branch, values)] = prepared
+        return prepared
+
+    def named(self, graph: Graph, branch: Branch, values: Sequence[Any], known: Known) -> tuple[Names, Names]:
+        """As of the graph, which need not be asked again for a call that is prepared."""
+        prepared = self.ready(graph, branch, values, known)
+        return graph.named(values, known.lengths) if prepared is None else prepared.names
 
     def begin(self, shape: Hashable) -> tuple[Branch, ...]:
         """A generation of this shape begins: nothing cached is valid. Returns the branches whose buffers cannot serve it."""
@@ -178,8 +225,13 @@ class Track:
         self.begun = next(BIRTHS)
         for branch in self.branches.values():
             branch.forget()
+            branch.used = set()
         gone = tuple(self.branches.values()) if shape != self.shape else ()
         if gone:
             self.branches = {}
         self.faults, self.dropped, self.shape = Faults(), False, shape
         return gone
+
+
+def _call_key(graph: Graph, branch: Branch, values: Sequence[Any]) -> Any:
+    return weakref.ref(graph), id(branch), tuple([values[i].shape for i in graph.free])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -12,13 +13,16 @@ from chipmunk_fx.config import Config
 from chipmunk_fx.graph import effects
 from chipmunk_fx.graph.capture import Capture
 from chipmunk_fx.graph.kept_attention import has_long_attention
-from chipmunk_fx.graph.plan import Plan
+from chipmunk_fx.graph.plan import Plan, Site
+from chipmunk_fx.graph.sizes import bindings, evaluate
 from chipmunk_fx.graph.state import state_inputs
 from chipmunk_fx.runtime.variants import Variants
 from chipmunk_fx.schedule.phase import Phase
 
-Named = tuple[int, int]
-"""A site: the id of its Parameter object, whose caches are new where that is, and its ordinal."""
+Named = tuple[int, Hashable]
+"""A site as it is in a call: the id of its Parameter object, whose caches are new where that is, and what they are kept by."""
+
+Names = frozenset[Named]
 
 _PASSED = 3  # sessions in a row that were lost after one call, before caches are no longer tried
 
@@ -53,14 +57,25 @@ class Graph:
         # of MLPs; those that lie on the host pass through buffers that other sites use, too
         self.keeps_weights = not any(s.kind == "mlp" and s.passage for s in plan.rewritten)
         self.settings = [s for kind, s in (("attention", config.attention), ("mlp", config.mlp)) if kind in kinds]
+        self._counts = Counter(site.owner for site in plan.sites)
         self._without: dict[frozenset[int], Graph] = {}
         self._stranger: weakref.ref | None = None  # the session met last for the first time
         self._lost = 0  # such sessions in a row whose parameters were gone before they came again
 
-    def named(self, values: Sequence[Any], rewritten: bool) -> frozenset[Named]:
-        """Its sites in this call, or those that are rewritten."""
-        sites = self.plan.rewritten if rewritten else self.plan.sites
-        return frozenset((id(values[site.owner]), site.ordinal) for site in sites)
+    def named(self, values: Sequence[Any], lengths: Mapping[Any, int]) -> tuple[Names, Names]:
+        """Its sites in this call, those that are rewritten and all. lengths: those that depend on the data."""
+        symbols = bindings(self.capture.fakes, values) | lengths
+        names = {s.index: (id(values[s.owner]), self.kept_by(s, symbols)) for s in self.plan.sites}
+        return frozenset(names[site.index] for site in self.plan.rewritten), frozenset(names.values())
+
+    def shared_by(self, site: Site) -> tuple[int, int]:
+        """What tells sites of one Parameter apart: the ordinal among so many, since a module that serves several blocks may be
+        called without the first of them."""
+        return site.ordinal, self._counts[site.owner]
+
+    def kept_by(self, site: Site, symbols: Mapping[Any, int]) -> tuple[Any, ...]:
+        """The same of caches that hold rows: of other ones, or moved otherwise, they are others."""
+        return *self.shared_by(site), evaluate((*site.sizes, *self.plan.shifts), symbols)
 
     def without(self, reasons: Mapping[int, str]) -> Graph:
         """The same with some sites (index -> reason) dense, in graphs of its own.

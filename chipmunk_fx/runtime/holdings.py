@@ -65,7 +65,9 @@ class Holdings:
         """The site stays dense as long as `faults` last, and its caches go."""
         faults.exempt(owner, site, reason)
         for home in self._homes():
-            home.get(owner, {}).pop(site.ordinal, None)
+            sites = home.get(owner, {})
+            for key in [key for key in sites if key[0] == site.ordinal]:
+                del sites[key]
         for each in self.tracks.values():
             each.prepared.clear()
             for branch in each.branches.values():

@@ -15,6 +15,7 @@ from chipmunk_fx.schedule.run import Observation
 
 _SAMPLE = 96  # values of the latents that are compared from call to call
 _TIMES = 64  # a batch of timesteps longer than this (one a token) is summed up
+_ALIKE = 0.8  # of the values, where tokens are those of the call before; images to edit come to three quarters
 _KEPT = 1 << 16  # values at most of a tensor that are kept to be compared with those of a later call
 
 Numbers = tuple[float, ...]
@@ -179,10 +180,27 @@ def _sample(latents: torch.Tensor) -> torch.Tensor:
     return flat[: stride * _SAMPLE : stride]
 
 
+def tokens_of(roles: Roles, values: Sequence[Any]) -> Numbers:
+    """Some values of a piece's largest input, for which the device is waited."""
+    tokens = _largest(roles, values)
+    return () if tokens is None else tuple(_sample(tokens).tolist())
+
+
+def are_alike(tokens: Numbers, others: Numbers) -> bool:
+    """Whether nearly all are equal: of one step, though some may be a text's."""
+    same = sum(a == b for a, b in zip(tokens, others, strict=False))
+    return len(tokens) == len(others) and any(tokens) and same >= _ALIKE * len(tokens)
+
+
 def _piece_signature(roles: Roles, values: Sequence[Any]) -> Hashable:
-    """Of the largest input that is no parameter: the image's tokens."""
-    indices = [i for i in (roles.latents, *roles.text) if i is not None]
-    return _signature(max((values[i] for i in indices), key=lambda t: t.numel())) if indices else None
+    tokens = _largest(roles, values)
+    return None if tokens is None else _signature(tokens)
+
+
+def _largest(roles: Roles, values: Sequence[Any]) -> torch.Tensor | None:
+    """The largest input of a piece that is no parameter: the image's tokens."""
+    inputs = [values[i] for i in (roles.latents, *roles.text) if i is not None]
+    return max(inputs, key=lambda tensor: tensor.numel(), default=None)
 
 
 def _signature(tensor: torch.Tensor) -> Hashable:

@@ -13,7 +13,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +22,7 @@ from torch._dynamo import OptimizedModule
 from torch.utils.weak import WeakIdKeyDictionary
 
 from chipmunk_fx.errors import NotCompiledError
-from chipmunk_fx.log import Notices
+from chipmunk_fx.log import Notices, logger
 from chipmunk_fx.state.store import Account
 
 if TYPE_CHECKING:
@@ -78,13 +78,19 @@ _REGISTRY = _Registry()
 
 @dataclass(frozen=True)
 class Scope:
-    """Marks the calls of some parameters as belonging to the generation `key` (and to `branch`, if given)."""
+    """Marks the calls of some parameters as belonging to the generation `key` (and to `branch`, if given). doubts: why its calls
+    cannot be told apart, found by one piece of a model for all."""
 
     parameters: frozenset[int]
     key: Any
     branch: int | None
+    doubts: list[str] = field(default_factory=list, compare=False)
 
 
+_CROSSED = (
+    "a `generation` block was left before one that was entered after it, as where Python's generators take turns: calls between "
+    "them were taken for the inner one's. Enter the block around each call, with a key"
+)
 # Per thread and per asyncio task, so that interleaved requests do not see each other's scope.
 _SCOPES: contextvars.ContextVar[tuple[Scope, ...]] = contextvars.ContextVar("chipmunk_fx_scopes", default=())
 
@@ -165,11 +171,14 @@ class OfThread(Unnamed):
 def scope(model: nn.Module, key: Any, branch: int | None) -> Iterator[None]:
     own = Unnamed() if key is None else key
     entered = Scope(frozenset(id(p) for p in _tensors(model)), own, branch)
-    token = _SCOPES.set((*_SCOPES.get(), entered))
+    _SCOPES.set((*_SCOPES.get(), entered))
     try:
         yield
     finally:
-        _SCOPES.reset(token)
+        around = _SCOPES.get()
+        if around[-1] is not entered:
+            logger("runtime").warning(_CROSSED)
+        _SCOPES.set(tuple(scope for scope in around if scope is not entered))
         if isinstance(own, Unnamed):
             own.over = True
 

@@ -18,12 +18,12 @@ from chipmunk_fx.runtime.generations import BIRTHS, Branch, Fallback, Made, Prep
 from chipmunk_fx.runtime.graphs import Graph
 from chipmunk_fx.runtime.holdings import Holdings, OverBudget
 from chipmunk_fx.runtime.known import Known, Prober
-from chipmunk_fx.runtime.observe import Observer, Sight
+from chipmunk_fx.runtime.observe import Observer, Sight, are_alike, tokens_of
 from chipmunk_fx.runtime.placement import giving_way
 from chipmunk_fx.runtime.registry import active_scope, others, thread_key
 from chipmunk_fx.schedule.phase import Phase
 from chipmunk_fx.schedule.policies import policy_from
-from chipmunk_fx.schedule.timeline import Position, Timeline
+from chipmunk_fx.schedule.timeline import GUIDED, Position, Timeline
 from chipmunk_fx.state.store import Place
 
 _log = logger("runtime")
@@ -52,7 +52,7 @@ class Session(Holdings):
     def example_state(self, graph: Graph, values: Sequence[Any]) -> list[torch.Tensor]:
         """State of the right shapes for compiling `graph`, kept by no one."""
         track = Track(Timeline())
-        return self._state(graph, track, Branch(), values, self._known(graph, values))[0]
+        return self._state(graph, track, Branch(), values, self._known(graph, values))[0].state
 
     def reset(self) -> None:
         with self.lock:
@@ -66,6 +66,8 @@ class Session(Holdings):
         sight = self.observer.observe(graph.plan.roles, values, apart)
         early = self._ahead(graph, track, sight, named, values, known)
         position = self._locate(track, sight, named)
+        if graph.is_piece and self.arrival == 0 and named is None:
+            self._doubt(graph, track, position, values)
         branch = track.branches.setdefault(position.branch, Branch())
         made, early = self._confirmed(early, track, branch, position), None  # a result that is wrong takes no memory
         if made is None:
@@ -106,25 +108,29 @@ class Session(Holdings):
             return None
         if not branch.damaged:
             return early
-        branch.last_refresh, branch.last_computed = early.before
+        branch.filled, branch.last_computed = early.before
         return None
 
     def _is_usual(self, graph: Graph, track: Track, branch: Branch, values: Sequence[Any], known: Known) -> bool:
         """Whether the next call of `branch` has all that it needs and nothing is there to be said of it."""
-        began = (branch.last_refresh, branch.last_computed) != (None, None)
-        if not began or branch.damaged or track.dropped or (graph.rewrites and known.problem):
+        if branch.damaged or track.dropped or (graph.rewrites and known.problem):
             return False
         able = track.faults.able(self.faults.able(graph, values), values)
-        return self.faults.of(able) is None and self._prepared(able, track, branch, values, known) is not None
+        prepared = track.ready(able, branch, values, known)
+        if prepared is None or self.faults.of(able) is not None:
+            return False
+        return branch.last_computed is not None or branch.of(prepared.names[0]) is not None
 
     def _make(
         self, graph: Graph, track: Track, branch: Branch, position: Position, values: Sequence[Any], known: Known
     ) -> Made:
         graph, phase, state, renew = self._ready(graph, track, branch, position, values, known)
-        before = branch.last_refresh, branch.last_computed
-        branch.last_refresh = branch.last_computed = None  # an exception leaves the branch without valid caches
+        names = track.named(graph, branch, values, known)
+        before = branch.filled, branch.last_computed
+        branch.filled, branch.last_computed = {}, None  # an exception leaves the branch without valid caches
         result, problem = self._run(graph, phase, values, state, renew)
-        return Made(position, graph, phase, result, problem, before, renew, rewritten=state is not None)
+        rewritten = state is not None
+        return Made(position, graph, phase, result, problem, before, renew, rewritten, names)
 
     def _run(
         self, graph: Graph, phase: Phase, values: Sequence[Any], state: list[torch.Tensor] | None, renew: bool
@@ -159,7 +165,7 @@ class Session(Holdings):
         whether new lists are chosen."""
         while True:
             able = track.faults.able(self.faults.able(graph, values), values)
-            phase = self._phase(able, track, branch, position, known)
+            phase = self._phase(able, track, branch, position, values, known)
             problem = self.faults.of(able) or (able.rewrites and known.problem)
             if phase is Phase.DENSE and (not able.skips or not position.decided or problem):
                 return able, phase, None if problem else _masks(able, values, known), True
@@ -180,47 +186,39 @@ class Session(Holdings):
         known: Known,
     ) -> tuple[Phase, list[torch.Tensor], bool]:  # fmt: skip
         """The phase that the caches allow, its tensors, and whether it chooses new lists."""
-        state, whole = self._state(graph, track, branch, values, known)
+        prepared, whole = self._state(graph, track, branch, values, known)
         if not whole:  # caches are new where a parameter was replaced
-            branch.forget()
-        elif graph.rewrites and not graph.named(values, rewritten=True) <= branch.filled:
-            branch.last_refresh = None  # it was of a graph without some of the sites
+            branch.forget(prepared.names[0])
+        filled = branch.of(prepared.names[0])
         # lists are of no use where other keys are padding
-        listed = branch.last_refresh is not None and known.same(branch.known)
+        listed = filled is not None and known.same(filled.known)
         fresh = not whole or (phase is Phase.SPARSE and not listed)
-        fresh = fresh or (phase is Phase.SKIP and graph.named(values, rewritten=False) != branch.stack)
+        fresh = fresh or (phase is Phase.SKIP and prepared.names[1] != branch.stack)
         if fresh and phase in (Phase.SPARSE, Phase.SKIP):
             phase = Phase.REFRESH if graph.rewrites else Phase.DENSE
         if track.clock is not None:
-            first = branch.last_refresh is None or not graph.keeps_weights
-            anew = first if phase is Phase.REFRESH else branch.sparse_steps % self.config.mlp.list_lifetime == 0
+            first = filled is None or not graph.keeps_weights
+            steps = 0 if filled is None else filled.sparse
+            anew = first if phase is Phase.REFRESH else steps % self.config.mlp.list_lifetime == 0
             track.clock.tell(position.step, anew)
         renew = phase is not Phase.REFRESH or not listed or not graph.keeps_lists
         if track.known is not None:
             track.known.fill_(listed)
-        return phase, state[: graph.counts[phase]], renew
+        return phase, prepared.state[: graph.counts[phase]], renew
 
     def _state(
         self, graph: Graph, track: Track, branch: Branch, values: Sequence[Any], known: Known
-    ) -> tuple[list[torch.Tensor], bool]:
+    ) -> tuple[Prepared, bool]:
         """The tensors after a call's own inputs, and whether all caches were there already."""
-        if (prepared := self._prepared(graph, track, branch, values, known)) is not None:
-            return prepared.state, True
+        if (prepared := track.ready(graph, branch, values, known)) is not None:
+            return prepared, True
         layer = self.arrival if graph.is_piece else None
         assembly = Assembly(
             graph, self.config, self.store, track, branch, values, known, self.shared_bytes, self._make_room, layer
         )
         state = assembly.state()
         self.held = self.account()
-        owners = tuple((index, weakref.ref(values[index])) for index in graph.owners)
-        track.prepared[_call_key(graph, branch, values)] = Prepared(owners, known, state)
-        return state, assembly.whole
-
-    def _prepared(
-        self, graph: Graph, track: Track, branch: Branch, values: Sequence[Any], known: Known
-    ) -> Prepared | None:
-        prepared = track.prepared.get(_call_key(graph, branch, values))
-        return prepared if prepared is not None and prepared.serves(values, known) else None
+        return track.prepare(graph, branch, values, known, state), assembly.whole
 
     def _known(self, graph: Graph, values: Sequence[Any]) -> Known:
         if graph.plan.probe is None:
@@ -238,7 +236,7 @@ class Session(Holdings):
             timeline = Timeline(schedule.steps, schedule.branches, bounded=scope is not None)
             self.tracks[key] = Track(timeline, **self._inherited())
         self.calls += 1
-        self.tracks[key].last_call, self.latest = self.calls, key
+        self.tracks[key].last_call, self.tracks[key].scope, self.latest = self.calls, scope, key
         return self.tracks[key], scope.branch if scope else None
 
     def _locate(self, track: Track, sight: Sight, named: int | None) -> Position:
@@ -250,27 +248,41 @@ class Session(Holdings):
             self.notices.once(_log, position.remark, key=position.remark)
         return position
 
-    def _phase(self, graph: Graph, track: Track, branch: Branch, position: Position, known: Known) -> Phase:
+    def _doubt(self, graph: Graph, track: Track, position: Position, values: Sequence[Any]) -> None:
+        """The first two calls of a generation that the caller marks, without saying how many make a step: if they bring the same
+        tokens to the first block, both are of one step."""
+        if track.scope is None or self.config.schedule.branches is not None or position.step > 1:
+            return
+        before, track.tokens = track.tokens, tokens_of(graph.plan.roles, values)
+        if position.step == 1 and are_alike(before, track.tokens):
+            track.scope.doubts.append(GUIDED)
+
+    def _phase(
+        self, graph: Graph, track: Track, branch: Branch, position: Position, values: Sequence[Any], known: Known
+    ) -> Phase:
         if graph.is_piece and any(settings.is_dense(self.arrival) for settings in graph.settings):
             return Phase.DENSE
         if not position.decided:
             reason = position.reason or "its place in the generation is undecidable"
             return self._fall_back(track, position, reason + _CUT * graph.resumed)
+        if graph.is_piece and track.scope is not None and track.scope.doubts:
+            return self._fall_back(track, position, track.scope.doubts[0])
         if problem := (graph.rewrites and known.problem) or self.faults.of(graph):
             return self._fall_back(track, position, problem)
+        history = branch.history(track.named(graph, branch, values, known)[0])
         if not graph.rewrites:
-            phase = self.policy.phase(position.step, replace(branch.history, last_refresh=None))
+            phase = self.policy.phase(position.step, history)
             return phase if phase is Phase.SKIP else Phase.DENSE
         if graph.skips:
-            return self.policy.phase(position.step, branch.history)
+            return self.policy.phase(position.step, history)
         if self.policy is not self.computing and self.policy != self.computing:
             why = "a block does not show what is around it" if graph.is_piece else graph.plan.region
             self.notices.once(_log, f"no step is skipped, whatever schedule.skip_* say ({why})", key="skip")
-        return self.computing.phase(position.step, branch.history)
+        return self.computing.phase(position.step, history)
 
     def _look_for_damage(self, track: Track, branch: Branch, position: Position) -> None:
         """Caches with nan or inf in them are made anew."""
-        if branch.health is not None and branch.health.broken() and branch.last_refresh is not None:
+        if branch.health is not None and branch.health.broken() and branch.filled:
             branch.forget()
             self._fall_back(track, position, _BROKEN, Phase.REFRESH)
 
@@ -285,14 +297,14 @@ class Session(Holdings):
     def _passed(self, track: Track, branch: Branch, made: Made, values: Sequence[Any], known: Known) -> Any:
         """The result of a call that is what it was made as."""
         step, phase = made.position.step, made.phase
-        branch.last_refresh, branch.last_computed = made.before
+        branch.filled, branch.last_computed = made.before
         if phase is Phase.REFRESH:
-            branch.last_refresh, branch.known = step, known
-            branch.filled = made.graph.named(values, rewritten=True)
+            branch.refreshed(step, made.names[0], known)
         if phase is not Phase.SKIP:
-            branch.sparse_steps = branch.sparse_steps + 1 if phase is Phase.SPARSE else 0
+            if (filled := branch.of(made.names[0])) is not None:
+                filled.sparse = filled.sparse + 1 if phase is Phase.SPARSE else 0
             if made.rewritten and made.graph.skips and made.graph.plan.stores(phase):
-                branch.computed(step, made.graph.named(values, rewritten=False))
+                branch.computed(step, made.names[1])
             if branch.health is not None:
                 branch.health.send()
         track.records.append(Record(step, made.position.branch, phase, weakref.ref(made.graph), made.renew))
@@ -320,10 +332,6 @@ class Session(Holdings):
             self._fall_back(track, position, reason, Phase.REFRESH)
         self._forsake(track.faults, values[site.owner], site, f"memory budget: {over}")
         return True
-
-
-def _call_key(graph: Graph, branch: Branch, values: Sequence[Any]) -> Any:
-    return weakref.ref(graph), id(branch), tuple([values[i].shape for i in graph.free])
 
 
 def _masks(graph: Graph, values: Sequence[Any], known: Known) -> list[torch.Tensor] | None:

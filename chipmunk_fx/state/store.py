@@ -12,7 +12,7 @@ from chipmunk_fx.state.pinned import pinned
 from chipmunk_fx.state.slots import Slot
 
 Home = WeakIdKeyDictionary
-"""Caches by Parameter and ordinal of the site: dict[int, Cell]. They go with the parameter."""
+"""Caches by Parameter and what tells its sites apart: dict[tuple, Cell]. They go with the parameter."""
 
 
 @dataclass(frozen=True)

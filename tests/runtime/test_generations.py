@@ -1,5 +1,7 @@
 """Generations and branches that the caller names."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -146,6 +148,23 @@ def test_a_generation_is_left_when_its_block_raises():
     run(model, calls(TIMES))
     assert chipmunk_fx.summary(model).phases == PHASES
     assert chipmunk_fx.summary(model, key="a").phases == {0: ["refresh"]}
+
+
+def test_blocks_that_are_left_in_another_order_stay_with_nobody(caplog: pytest.LogCaptureFixture):
+    ours = compiled(TinyDiT())
+
+    def pictures(key: str) -> Iterator[None]:
+        with chipmunk_fx.generation(ours, key=key):
+            yield
+
+    a, b = pictures("a"), pictures("b")
+    next(a), next(b)
+    with caplog.at_level("WARNING", logger="chipmunk_fx"):
+        assert next(a, None) is next(b, None) is None
+    assert [record.message for record in caplog.records if "generators take turns" in record.message]
+    run(ours, calls(TIMES))
+    with pytest.raises(KeyError):
+        chipmunk_fx.summary(ours, key="a")
 
 
 def test_the_innermost_block_counts_and_only_for_its_model():

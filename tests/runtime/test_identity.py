@@ -55,7 +55,7 @@ def test_one_weight_used_twice_in_a_forward_has_caches_for_each_use():
     assert len(sites) == 4 and all(site.status == "rewritten" and site.cache_bytes for site in sites)
     (session,) = registry.sessions(ours)
     (branch,) = session.tracks[None].branches.values()
-    assert sorted(ordinal for cells in branch.caches.values() for ordinal in cells) == [0, 0, 1, 1]
+    assert sorted(key[:2] for cells in branch.caches.values() for key in cells) == [(0, 2), (0, 2), (1, 2), (1, 2)]
 
 
 def test_a_block_compiled_alone_and_used_twice_a_step_is_two_branches_of_itself():

@@ -216,6 +216,23 @@ def test_a_mask_that_the_model_computes_stays_dense():
     assert site.status == "dense" and "come out of linear" in site.reason
 
 
+def test_a_mask_that_is_drawn_at_random_is_no_padding():
+    """The model draws it anew at every call, and nobody else may take numbers from its generator."""
+
+    def drawn(present: Tensor) -> Tensor:
+        return (torch.rand(present.shape) > 0.3)[:, None, None]
+
+    ours, dense = exactly(Masked(drawn)), Masked(drawn)
+    for step, call in enumerate(steps()):
+        torch.manual_seed(step)
+        (want,), state = run(dense, [call]), torch.get_rng_state()
+        torch.manual_seed(step)
+        assert_same(run(ours, [call]), [want])
+        assert torch.equal(torch.get_rng_state(), state)
+    (first, _) = (s for s in chipmunk_fx.explain(Masked(drawn), *steps()[0]).sites if s.kind == "attention")
+    assert first.status == "dense" and "drawn at random by rand" in first.reason
+
+
 @pytest.fixture
 def lengths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many keys each dense attention saw: 64 + 5 are no padding, of 72."""

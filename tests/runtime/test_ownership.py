@@ -137,8 +137,9 @@ def test_a_freed_model_frees_its_state():
     run(ours, calls(TIMES))
     (kept,) = registry.sessions(ours)
     sites = next(iter(kept.tracks[None].branches[0].caches.values()))
-    session, cache = weakref.ref(kept), weakref.ref(sites[0].tensors["lists"])
-    del model, ours, kept, sites
+    (cell,) = sites.values()
+    session, cache = weakref.ref(kept), weakref.ref(cell.tensors["lists"])
+    del model, ours, kept, sites, cell
     gc.collect()
     assert session() is None and cache() is None
 

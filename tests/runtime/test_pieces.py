@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import chipmunk_fx
+from chipmunk_fx.errors import FallbackError
 from tests.runtime.models import EXACT, SPARSE, TinyDiT, assert_same, calls, chipmunk, identical, run, words
 
 TIMES = (900, 700, 500)
@@ -114,6 +115,34 @@ def test_blocks_inside_a_generation_need_no_settings():
     with chipmunk_fx.generation(model, key="a"):
         assert_same(run(model, calls(TIMES)), run(TinyDiT(depth=2), calls(TIMES)))
     assert chipmunk_fx.summary(model, key="a").phases == PHASES
+
+
+def test_guidance_inside_a_generation_has_to_say_how_many_calls_make_a_step(caplog: pytest.LogCaptureFixture):
+    """The second call brings the tokens of the first: it must not go on with its caches."""
+    model, steps = blockwise(TinyDiT(depth=2), SPARSE), calls(TIMES, [words(1), words(2)])
+    with chipmunk_fx.generation(model, key="a"), caplog.at_level("WARNING", logger="chipmunk_fx"):
+        assert_same(run(model, steps), run(TinyDiT(depth=2), steps))
+    assert chipmunk_fx.summary(model, key="a").phases == {0: ["refresh"] + ["dense"] * 5}
+    assert len(caplog.records) == 1 and "schedule.branches" in caplog.records[0].message
+    with chipmunk_fx.generation(model, key="b"):  # another one begins without doubt
+        run(model, calls(TIMES))
+    assert chipmunk_fx.summary(model, key="b").phases == PHASES
+
+
+def test_guidance_whose_branches_the_caller_names():
+    model, steps = blockwise(TinyDiT(depth=2), EXACT), calls(TIMES, [words(1), words(2)])
+    got = []
+    for number, call in enumerate(steps):
+        with chipmunk_fx.generation(model, key="a", branch=number % 2):
+            got += run(model, [call])
+    assert_same(got, run(TinyDiT(depth=2), steps))
+    assert chipmunk_fx.summary(model, key="a").phases == {0: PHASES[0], 1: PHASES[0]}
+
+
+def test_a_strict_generation_of_guidance_raises():
+    model = blockwise(TinyDiT(depth=2), SPARSE | {"strict": True})
+    with chipmunk_fx.generation(model), pytest.raises(FallbackError, match="the same tokens"):
+        run(model, calls(TIMES, [words(1), words(2)]))
 
 
 def test_blocks_are_dense_otherwise_and_say_so_once(caplog: pytest.LogCaptureFixture):

@@ -1,0 +1,144 @@
+"""Graphs of one model that take turns within a generation each keep and refresh what is theirs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import chipmunk_fx
+from chipmunk_fx.runtime import registry
+from tests.runtime.models import CHANNELS, WIDTH, Call, TinyDiT, assert_same, calls, compiled, exactly, run, words
+
+TIMES = range(1000, 880, -10)  # twelve steps
+ODD = [step % 2 == 1 for step in range(len(TIMES))]
+
+
+class Shifted(TinyDiT):
+    """Tokens are moved on by `shift` before the blocks and back behind them: no result depends on it."""
+
+    shift = 0
+
+    def __init__(self) -> None:
+        super().__init__(depth=2)
+        blocks = self.blocks
+        self.blocks = nn.ModuleList([_Rolled(self, 1), *blocks, _Rolled(self, -1)])
+
+
+class _Rolled(nn.Module):
+    def __init__(self, model: Shifted, way: int) -> None:
+        super().__init__()
+        self.of, self.way = [model], way  # a list: no submodule
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.roll(self.way * self.of[0].shift, 1)
+
+
+class Coarse(TinyDiT):
+    """Patches twice as large where `large`."""
+
+    large = False
+
+    def __init__(self) -> None:
+        super().__init__(depth=2)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            self.wide, self.fine = nn.Conv2d(CHANNELS, WIDTH, 4, 4), self.embed
+
+    def forward(self, latents: Tensor, timestep: Tensor, text: Any = None) -> Tensor:
+        if not self.large:
+            return super().forward(latents, timestep, text)
+        small = nn.functional.avg_pool2d(latents, 2)
+        return nn.functional.interpolate(super().forward(small, timestep, text), scale_factor=2)
+
+
+class Shared(TinyDiT):
+    """One module in place of four blocks, of which `left_out` is called in none."""
+
+    left_out: int | None = None
+
+    def __init__(self) -> None:
+        super().__init__(depth=1)
+        block = self.blocks[0]
+        self.blocks = nn.ModuleList([_Optional(self, number, block) for number in range(4)])
+
+
+class _Optional(nn.Module):
+    def __init__(self, model: Shared, number: int, block: nn.Module) -> None:
+        super().__init__()
+        self.of, self.number, self.block = [model], number, block
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.of[0].left_out == self.number else self.block(x)
+
+
+def in_turns(ours: Any, name: str, values: Sequence[Any], inputs: Sequence[Call]) -> list[Tensor]:
+    """Calls with the model's attribute `name` set to each of `values`."""
+    results = []
+    for value, call in zip(values, inputs, strict=True):
+        setattr(registry.unwrap(ours), name, value)
+        results += run(ours, [call])
+    return results
+
+
+def by_turn(phases: Sequence[str]) -> tuple[str, str]:
+    """First letters of the phases of even steps, and of odd ones."""
+    letters = "".join(phase[0] for phase in phases)
+    return letters[::2], letters[1::2]
+
+
+ALTERNATING = [
+    (Shifted, "shift", [16 * odd for odd in ODD]),
+    (Coarse, "large", ODD),
+    (Shared, "left_out", [0 if odd else None for odd in ODD]),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "values"), ALTERNATING, ids=["shifted", "other sizes", "a block left out"])
+def test_each_is_refreshed_when_it_is_due(kind: type[TinyDiT], name: str, values: list[Any]):
+    ours = compiled(kind(), schedule__refresh_every=4)
+    in_turns(ours, name, values, calls(TIMES))
+    # steps 0, 4 and 8 are due, and the first call from then on of whom they are not
+    assert by_turn(chipmunk_fx.summary(ours).phases[0]) == ("rsrsrs", "rsrsrs")
+
+
+@pytest.mark.parametrize(("kind", "name", "values"), ALTERNATING, ids=["shifted", "other sizes", "a block left out"])
+def test_density_one_is_dense(kind: type[TinyDiT], name: str, values: list[Any]):
+    dense = in_turns(kind(), name, values, calls(TIMES))
+    assert_same(in_turns(exactly(kind(), schedule__refresh_every=4), name, values, calls(TIMES)), dense)
+
+
+@pytest.mark.parametrize(("kind", "name", "values"), ALTERNATING[:2], ids=["shifted", "other sizes"])
+def test_a_graph_is_not_told_of_the_other(kind: type[TinyDiT], name: str, values: list[Any]):
+    """Its results are those of calls without the other's, where no columns are drawn by the number of a step."""
+    inputs, chosen = calls(TIMES), {"attention__random_density": 0.0, "mlp__random_density": 0.0}
+    both = in_turns(compiled(kind(), schedule__refresh_every=100, **chosen), name, values, inputs)
+    alone = compiled(kind(), schedule__refresh_every=100, **chosen)
+    assert_same(both[2::2], in_turns(alone, name, values[::2], inputs[::2])[1:])
+
+
+def test_tokens_that_python_moves_are_as_good_where_they_lie():
+    """A sparse step among moved tokens is as near to dense as one where nothing was moved."""
+    inputs = calls(TIMES)
+    dense = run(TinyDiT(depth=2), inputs)
+    still, moved = (
+        in_turns(compiled(Shifted(), schedule__refresh_every=100), "shift", shifts, inputs)
+        for shifts in ([0] * len(TIMES), [16 * odd for odd in ODD])
+    )
+    off = [max((a - b).abs().max().item() for a, b in zip(got[2:], dense[2:], strict=True)) for got in (still, moved)]
+    assert 0 < off[1] < 1.5 * off[0]
+
+
+@pytest.mark.parametrize("skipped", [(), (4, 7)])
+def test_sizes_of_earlier_generations_are_given_up(skipped: tuple[int, ...]):
+    """Texts of other lengths: caches are as large after three generations as after the first."""
+    ours = compiled(TinyDiT(), schedule__skip_steps=skipped or None)
+    held = []
+    for count in (8, 24, 8, 16):
+        run(ours, calls(TIMES, [words(count=count)]))
+        (session,) = registry.sessions(ours)
+        (branch,) = session.tracks[None].branches.values()
+        held.append(sum(len(cells) for cells in branch.caches.values()))
+        assert session.held == session.account()
+    assert len(set(held)) == 1
