@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from chipmunk_fx.graph.walk import is_parameter, placeholders, rank
+from chipmunk_fx.graph.sizes import hint
+from chipmunk_fx.graph.walk import is_parameter, placeholders, rank, shape
 
 aten = torch.ops.aten
 
@@ -40,15 +41,26 @@ def _of_einsum(equation: str, operands: Any) -> tuple[fx.Node, fx.Node, bool] | 
     for (x, term), (weight, letters) in (pair, pair[::-1]):
         inner, outer = term[-1:], letters.replace(term[-1:], "")
         product = len(letters) == 2 and len(outer) == 1 and outer not in term and term.count(inner) == 1
-        if product and result == term[:-1] + outer and _is_matrix(weight):
+        if product and result == term[:-1] + outer and _is_matrix(weight) and _fits(x, weight, letters.index(inner)):
             return x, weight, letters[0] == inner
     return None
 
 
 def _of_tensordot(x: Any, weight: Any, dims: list[int], others: list[int]) -> tuple[fx.Node, fx.Node, bool] | None:
     """The same of a product over the last dimension of x."""
-    over_last = len(dims) == 1 and dims[0] % rank(x) == rank(x) - 1
-    return (x, weight, others[0] % 2 == 0) if over_last and _is_matrix(weight) else None
+    if (
+        len(dims) != 1
+        or dims[0] % rank(x) != rank(x) - 1
+        or not _is_matrix(weight)
+        or not _fits(x, weight, others[0] % 2)
+    ):
+        return None
+    return x, weight, others[0] % 2 == 0
+
+
+def _fits(x: fx.Node, weight: fx.Node, dim: int) -> bool:
+    """Whether the inner dimension is as long in both: einsum repeats one of length 1."""
+    return hint(shape(x)[-1]) == hint(shape(weight)[dim])
 
 
 def _is_matrix(weight: Any) -> bool:

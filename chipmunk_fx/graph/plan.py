@@ -22,7 +22,7 @@ from chipmunk_fx.graph.match import Candidate
 from chipmunk_fx.graph.passage import Passage
 from chipmunk_fx.graph.pattern import AttentionOperands, MlpOperands
 from chipmunk_fx.graph.region import Region, Stream, dead_after_skip, find_region
-from chipmunk_fx.graph.routing import choice_refusal, orders_of, shifts_of, steady
+from chipmunk_fx.graph.routing import Move, choice_refusal, moves_of, orders_of, steady
 from chipmunk_fx.graph.sizes import Size, bindings, evaluate, hints, unbacked
 from chipmunk_fx.graph.walk import ancestors, placeholders, projections, shape
 from chipmunk_fx.ops.groups import GROUP_ROWS
@@ -97,7 +97,7 @@ class Plan:
     skips: bool = False  # steps are to be skipped
     skip_flops: int = 0  # operations of a skipped step
     measured: bool = False  # computed steps tell how far what the blocks add has moved
-    shifts: tuple[Size, ...] = ()  # numbers of the graph by which rows are moved
+    moves: tuple[Move, ...] = ()  # of rows of activations
     tells_known: bool = (
         False  # refreshes are told whether there has been one before; else it takes a graph more to keep lists
     )
@@ -198,7 +198,7 @@ def make_plan(
     skips = (bool(config.schedule.skip_steps) or measured) and not isinstance(region, str)
     return Plan(
         tuple(sites), tuple(refused), roles, geometry, rest, total, windowed, probe, region, skips,
-        product_flops(capture.module, spared), measured, shifts_of(capture, orders),
+        product_flops(capture.module, spared), measured, moves_of(capture, orders),
     )  # fmt: skip
 
 

@@ -1,33 +1,30 @@
-"""Rows that content chooses or orders (expert choice, mixture of depths, tokens sorted or merged by likeness), the timestep or
-chance.
+"""Rows that content chooses or orders (expert choice, mixture of depths, tokens sorted or merged by likeness), or chance.
 
-From step to step they are other tokens, so that nothing kept of one is of any use to the next. Where numbers of Python's order
-them (windows that are shifted in every other step), graphs that differ in these have caches of their own.
+From step to step they are other tokens, so that nothing kept of one is of any use to the next. Where Python orders them
+(windows that are shifted in every other step), graphs that do it otherwise have caches of their own.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import fx
 
 from chipmunk_fx.graph.capture import Capture
 from chipmunk_fx.graph.effects import draws
+from chipmunk_fx.graph.indexing import PICKS, SENDS
 from chipmunk_fx.graph.inputs import Roles
 from chipmunk_fx.graph.moves import follow
 from chipmunk_fx.graph.orders import Orders, name
 from chipmunk_fx.graph.pattern import AttentionOperands, MlpOperands
 from chipmunk_fx.graph.region import Region
 from chipmunk_fx.graph.sizes import Size, unbacked
-from chipmunk_fx.graph.walk import rank
+from chipmunk_fx.graph.walk import NORMS, PROJECTIONS, ancestors, is_pointwise, rank
 
-_REASON = "tokens are chosen or ordered by their content, by the timestep or at random, not alike from step to step"
-_MOVES = ("roll", "flip", "rot90", "constant_pad_nd", "slice", "select")
+_REASON = "tokens are chosen or ordered by their content or at random, not alike from step to step"
 
 
 def orders_of(capture: Capture, roles: Roles) -> Orders:
-    """How what the latents, or other activations, hold orders the rows of all nodes, or the timestep, or what is drawn."""
+    """How what the latents, or other activations, hold orders the rows of all nodes, or what is drawn at random."""
     drawn = filter(draws, capture.module.graph.nodes)
     orders = Orders([*_activations(capture, roles), *drawn])
     for node in capture.module.graph.nodes:
@@ -35,18 +32,35 @@ def orders_of(capture: Capture, roles: Roles) -> Orders:
     return orders
 
 
-def shifts_of(capture: Capture, orders: Orders) -> tuple[Size, ...]:
-    """The numbers by which the graph itself moves rows of activations, in its order; where a slice ends is not among them."""
-    moves = [node for node in capture.module.graph.nodes if name(node) in _MOVES and node.args[0] in orders.content]
-    return tuple(n for node in moves for arg in node.args[1:3] for n in _numbers(arg))
+Move = tuple[str, tuple[Size, ...]]
+"""An op, with the numbers that it is given."""
 
 
-def _numbers(arg: Any) -> list[Size]:
-    """Of an argument; none of one that only the data tell."""
-    if isinstance(arg, (tuple, list)):
-        return [number for part in arg for number in _numbers(part)]
-    value = arg.meta.get("val") if isinstance(arg, fx.Node) else arg
-    return [value] if isinstance(value, (int, torch.SymInt)) and not unbacked([value]) else []
+def moves_of(capture: Capture, orders: Orders) -> tuple[Move, ...]:
+    """What the graph itself does to rows of activations, each once: so that a block more or less makes no difference."""
+    inputs = (n for n in capture.module.graph.nodes if n.op == "placeholder")
+    names = {n: entry.name for n, entry in zip(inputs, capture.inputs, strict=True)}
+    moves: dict[str, Move] = {}
+    for node in capture.module.graph.nodes:
+        if node not in orders.content or not isinstance(node.meta.get("val"), torch.Tensor) or _keeps_rows(node):
+            continue
+        told = [n for n in node.all_input_nodes if n not in orders.content] if name(node) in (*PICKS, *SENDS) else []
+        for part in (node, *(n for index in told for n in ancestors(index, lambda _: False))):
+            move = names.get(part) or str(part.target), tuple(_numbers(part))
+            moves[str(move)] = move
+    return tuple(moves.values())
+
+
+def _keeps_rows(node: fx.Node) -> bool:
+    return is_pointwise(node) or node.target in (*PROJECTIONS, *NORMS)
+
+
+def _numbers(node: fx.Node) -> list[Size]:
+    """Whole numbers among the arguments, but for those that only the data tell, and where a slice ends."""
+    given = node.args[1:3] if name(node) == "slice" else (*node.args, *node.kwargs.values())
+    parts = [part for arg in given for part in (arg if isinstance(arg, (tuple, list)) else [arg])]
+    values = [part.meta.get("val") if isinstance(part, fx.Node) else part for part in parts]
+    return [v for v in values if isinstance(v, (int, torch.SymInt)) and not unbacked([v])]
 
 
 def choice_refusal(operands: AttentionOperands | MlpOperands | None, orders: Orders) -> str | None:
@@ -65,13 +79,12 @@ def steady(region: Region | str, orders: Orders) -> Region | str:
 
 
 def _activations(capture: Capture, roles: Roles) -> list[fx.Node]:
-    """The latents, the timestep and, mostly in a piece of a model, streams whose role is not known."""
-    told, times = {*roles.ids, *roles.text}, (roles.timestep, *roles.doubtful)
+    """The latents and, mostly in a piece of a model, streams whose role is not known."""
+    told = {roles.timestep, *roles.doubtful, *roles.ids, *roles.text}
     inputs = [n for n in capture.module.graph.nodes if n.op == "placeholder"]
     return [
         node
         for index, (node, entry) in enumerate(zip(inputs, capture.inputs, strict=True))
         if index == roles.latents
-        or index in times
         or (index not in told and not entry.is_parameter and rank(node) >= 3 and entry.value.is_floating_point())
     ]

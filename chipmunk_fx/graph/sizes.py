@@ -50,6 +50,14 @@ def bindings(fakes: Sequence[Any], values: Sequence[Any]) -> dict[Any, int]:
     return known
 
 
+def evaluated(size: Size, known: Mapping[Any, int]) -> int | None:
+    """The size in one call; None where that hangs on something else (a float of Python's)."""
+    if isinstance(size, int):
+        return size
+    told = size.node.expr.xreplace(dict(known))
+    return None if getattr(told, "free_symbols", None) else int(told)  # a number of Python's where all of it was known
+
+
 def evaluate(sizes: Iterable[Size], known: Mapping[Any, int]) -> tuple[int, ...]:
     """Concrete sizes for one call."""
     return tuple(s if isinstance(s, int) else int(s.node.expr.xreplace(dict(known))) for s in sizes)

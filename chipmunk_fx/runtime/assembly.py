@@ -22,6 +22,7 @@ from chipmunk_fx.state.health import Health
 from chipmunk_fx.state.slots import Slot
 from chipmunk_fx.state.store import CacheOutOfMemory, Cell, Home, Place, Store
 
+_SIZES = 4  # of a site that are kept at once
 _REGION = -1, 0  # in place of a site's ordinal, and how many there are
 
 Room = Callable[[int, Place], None]
@@ -63,6 +64,7 @@ class Assembly:
         self.shared_bytes, self.room, self.layer = shared_bytes, room, layer
         self.symbols = bindings(graph.capture.fakes, values) | known.lengths
         self.device: torch.device = values[graph.owner].device
+        self.keys, self.moved = graph.kept_by(self.symbols)
         self.whole = True
         self.sizes: dict[int, tuple[int, ...]] = {s.index: evaluate(s.sizes, self.symbols) for s in self.plan.rewritten}
         if self.plan.has_grid and track.grids is None:
@@ -123,7 +125,7 @@ class Assembly:
         ]
         changes = [Slot(f"change_{i}", (1,), torch.float32) for i in range(len(slots) if self.plan.measured else 0)]
         owner = self.values[self.graph.owner]
-        key = (*_REGION, *(slot.shape for slot in slots), evaluate(self.plan.shifts, self.symbols))
+        key = (*_REGION, *(slot.shape for slot in slots), self.moved)
         kept = self._cell(self.branch.caches, owner, key, [*slots, *changes], Place(self.device)).tensors
         if changes:
             self.branch.changes = tuple(kept[slot.name] for slot in changes)
@@ -143,7 +145,7 @@ class Assembly:
         slots = site_slots(site, self.sizes[site.index], columns, len(self._tables(site).order))
         place = Place(self.device, on_host=site.passage is not None)
         tensors: dict[str, torch.Tensor] = {}
-        own = self.graph.kept_by(site, self.symbols)
+        own = self.keys[site.index]
         for home, key in ((self.branch.caches, own), (self.store.shared, self.graph.shared_by(site))):
             some = [slot for slot in slots if slot.shared is (home is self.store.shared)]
             tensors |= self._cell(home, owner, key, some, place).tensors if some else {}
@@ -156,13 +158,16 @@ class Assembly:
 
     def _cell(self, home: Home, owner: torch.Tensor, key: tuple[Any, ...], slots: Sequence[Slot], place: Place) -> Cell:
         """The buffers of one site, of one branch or shared by all; allocated where they do not fit the slots, in place of those
-        that earlier generations had for it with other sizes."""
+        that earlier generations had for it with other sizes, or of the oldest of many."""
         sites = home.setdefault(owner, {})
         if home is self.branch.caches:
             self.branch.used.add((id(owner), key))
         if key not in sites or not sites[key].holds(slots, place):
-            for old in [k for k in sites if k == key or (k[:2] == key[:2] and (id(owner), k) not in self.branch.used)]:
-                self.store.spare(sites.pop(old))
+            alike = [k for k in sites if k[:2] == key[:2] and k != key]
+            old = [k for k in alike if (id(owner), k) not in self.branch.used] or alike[: 1 - _SIZES]
+            for k in (*old, *([key] if key in sites else ())):
+                self.store.spare(sites.pop(k))
+                self.track.prepared.clear()  # may hold what was spared
             self.room(sum(s.bytes for s in slots), place)
             sites[key] = self.store.make(slots, place)
             self.whole = False

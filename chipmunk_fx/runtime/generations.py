@@ -198,7 +198,8 @@ class Track:
     begun: int = 0  # larger for the generation that began later, over all sessions
     shape: Hashable = None  # of the latents
     scope: Scope | None = None  # the caller's `generation` block around the call that came last
-    tokens: Numbers = ()  # some values of those that came first
+    inputs: tuple[Numbers, ...] = ()  # some values of those of its first call
+    doubt: str | None = None  # why branches cannot be told apart
 
     def ready(self, graph: Graph, branch: Branch, values: Sequence[Any], known: Known) -> Prepared | None:
         """What is prepared for such a call."""
@@ -226,6 +227,7 @@ class Track:
         for branch in self.branches.values():
             branch.forget()
             branch.used = set()
+        self.doubt = None
         gone = tuple(self.branches.values()) if shape != self.shape else ()
         if gone:
             self.branches = {}
@@ -234,4 +236,4 @@ class Track:
 
 
 def _call_key(graph: Graph, branch: Branch, values: Sequence[Any]) -> Any:
-    return weakref.ref(graph), id(branch), tuple([values[i].shape for i in graph.free])
+    return weakref.ref(graph), id(branch), *[values[i].shape for i in graph.free], *[values[i] for i in graph.numbers]

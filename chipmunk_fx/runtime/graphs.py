@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import weakref
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -14,12 +15,15 @@ from chipmunk_fx.graph import effects
 from chipmunk_fx.graph.capture import Capture
 from chipmunk_fx.graph.kept_attention import has_long_attention
 from chipmunk_fx.graph.plan import Plan, Site
-from chipmunk_fx.graph.sizes import bindings, evaluate
+from chipmunk_fx.graph.sizes import bindings, evaluate, evaluated
 from chipmunk_fx.graph.state import state_inputs
 from chipmunk_fx.runtime.variants import Variants
 from chipmunk_fx.schedule.phase import Phase
 
-Named = tuple[int, Hashable]
+Key = tuple[Any, ...]
+"""What tells caches of one Parameter apart, the ordinal of their site and the number of its sites first."""
+
+Named = tuple[int, Key]
 """A site as it is in a call: the id of its Parameter object, whose caches are new where that is, and what they are kept by."""
 
 Names = frozenset[Named]
@@ -57,6 +61,8 @@ class Graph:
         # of MLPs; those that lie on the host pass through buffers that other sites use, too
         self.keeps_weights = not any(s.kind == "mlp" and s.passage for s in plan.rewritten)
         self.settings = [s for kind, s in (("attention", config.attention), ("mlp", config.mlp)) if kind in kinds]
+        self.numbers = [i for i, entry in enumerate(capture.inputs) if not entry.is_tensor]
+        self._kept: tuple[tuple[int, ...], dict[int, Key], str] | None = None  # the answer given last
         self._counts = Counter(site.owner for site in plan.sites)
         self._without: dict[frozenset[int], Graph] = {}
         self._stranger: weakref.ref | None = None  # the session met last for the first time
@@ -64,8 +70,10 @@ class Graph:
 
     def named(self, values: Sequence[Any], lengths: Mapping[Any, int]) -> tuple[Names, Names]:
         """Its sites in this call, those that are rewritten and all. lengths: those that depend on the data."""
-        symbols = bindings(self.capture.fakes, values) | lengths
-        names = {s.index: (id(values[s.owner]), self.kept_by(s, symbols)) for s in self.plan.sites}
+        told = sorted([*self.free, *self.numbers])  # sizes of parameters are no symbols
+        symbols = bindings([self.capture.inputs[i].value for i in told], [values[i] for i in told])
+        keys, _ = self.kept_by(symbols | lengths)
+        names = {site.index: (id(values[site.owner]), keys[site.index]) for site in self.plan.sites}
         return frozenset(names[site.index] for site in self.plan.rewritten), frozenset(names.values())
 
     def shared_by(self, site: Site) -> tuple[int, int]:
@@ -73,9 +81,16 @@ class Graph:
         called without the first of them."""
         return site.ordinal, self._counts[site.owner]
 
-    def kept_by(self, site: Site, symbols: Mapping[Any, int]) -> tuple[Any, ...]:
-        """The same of caches that hold rows: of other ones, or moved otherwise, they are others."""
-        return *self.shared_by(site), evaluate((*site.sizes, *self.plan.shifts), symbols)
+    def kept_by(self, symbols: Mapping[Any, int]) -> tuple[dict[int, Key], str]:
+        """By index of each site, the same of its caches that hold rows: of others, or moved otherwise, they are others. And how
+        rows are moved."""
+        told = tuple(symbols.values())
+        if (known := self._kept) is None or known[0] != told:
+            moves = [(op, *(evaluated(n, symbols) for n in numbers)) for op, numbers in self.plan.moves]
+            moved = hashlib.sha256(str(moves).encode()).hexdigest()
+            keys = {s.index: (*self.shared_by(s), evaluate(s.sizes, symbols), moved) for s in self.plan.sites}
+            self._kept = known = told, keys, moved
+        return known[1:]
 
     def without(self, reasons: Mapping[int, str]) -> Graph:
         """The same with some sites (index -> reason) dense, in graphs of its own.

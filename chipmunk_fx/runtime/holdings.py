@@ -10,7 +10,7 @@ import torch
 
 from chipmunk_fx.graph.plan import Site
 from chipmunk_fx.runtime.faults import Faults
-from chipmunk_fx.runtime.generations import Track
+from chipmunk_fx.runtime.generations import Branch, Track
 from chipmunk_fx.runtime.registry import Unnamed, held
 from chipmunk_fx.state.store import Account, Home, Place, Store, account
 
@@ -74,6 +74,13 @@ class Holdings:
                 branch.held.pop(site.index, None)
         self.shared_bytes.pop(site.index, None)
         self.held = self.account()
+
+    def _sweep(self, branches: Iterable[Branch]) -> None:
+        """Give up caches that the generation that is over did not use: they are of other sizes, or of other blocks."""
+        for branch in branches:
+            for owner, sites in list(branch.caches.items()):
+                for key in [key for key in sites if branch.used and (id(owner), key) not in branch.used]:
+                    self.store.spare(sites.pop(key))
 
     def _make_room(self, need: int, place: Place) -> None:
         """Drop the caches of the generations that were called longest ago until `need` bytes fit the budget."""

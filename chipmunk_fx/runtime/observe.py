@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +16,7 @@ from chipmunk_fx.schedule.run import Observation
 
 _SAMPLE = 96  # values of the latents that are compared from call to call
 _TIMES = 64  # a batch of timesteps longer than this (one a token) is summed up
-_ALIKE = 0.8  # of the values, where tokens are those of the call before; images to edit come to three quarters
+_ALIKE, _OTHER = 0.4, 0.5  # a share of values that are equal; a distance, relative to the larger, between texts
 _KEPT = 1 << 16  # values at most of a tensor that are kept to be compared with those of a later call
 
 Numbers = tuple[float, ...]
@@ -180,16 +181,24 @@ def _sample(latents: torch.Tensor) -> torch.Tensor:
     return flat[: stride * _SAMPLE : stride]
 
 
-def tokens_of(roles: Roles, values: Sequence[Any]) -> Numbers:
-    """Some values of a piece's largest input, for which the device is waited."""
-    tokens = _largest(roles, values)
-    return () if tokens is None else tuple(_sample(tokens).tolist())
+def inputs_of(roles: Roles, values: Sequence[Any]) -> tuple[Numbers, ...]:
+    """Some values of each sequence of tokens that a piece is given, for which the device is waited."""
+    inputs = [values[i] for i in (roles.latents, *roles.text) if i is not None]
+    return tuple(tuple(_sample(x).tolist()) for x in inputs if x.dim() >= 3 and x.is_floating_point())
 
 
-def are_alike(tokens: Numbers, others: Numbers) -> bool:
-    """Whether nearly all are equal: of one step, though some may be a text's."""
-    same = sum(a == b for a, b in zip(tokens, others, strict=False))
-    return len(tokens) == len(others) and any(tokens) and same >= _ALIKE * len(tokens)
+def are_branches(first: Sequence[Numbers], second: Sequence[Numbers]) -> bool:
+    """Whether two calls are branches of one step: some tokens are the same, and the others wholly different, as texts are. From
+    step to step texts are the same, and the others move little."""
+    if [len(x) for x in first] != [len(x) for x in second]:
+        return False
+    pairs = [pair for x, y in zip(first, second, strict=True) for pair in zip(x, y, strict=True)]
+    moved = [(a, b) for a, b in pairs if a != b]
+    alike = sum(a == b != 0 for a, b in pairs)
+    if not moved or alike < _ALIKE * len(pairs):
+        return False
+    size = max(math.hypot(*side) for side in zip(*moved, strict=True))
+    return math.dist(*zip(*moved, strict=True)) > _OTHER * size
 
 
 def _piece_signature(roles: Roles, values: Sequence[Any]) -> Hashable:

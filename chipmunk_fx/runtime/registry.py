@@ -79,12 +79,17 @@ _REGISTRY = _Registry()
 @dataclass(frozen=True)
 class Scope:
     """Marks the calls of some parameters as belonging to the generation `key` (and to `branch`, if given). doubts: why its calls
-    cannot be told apart, found by one piece of a model for all."""
+    cannot be told apart, found by the piece that is called first for all; `first`: the session of that one, by 0."""
 
     parameters: frozenset[int]
     key: Any
     branch: int | None
     doubts: list[str] = field(default_factory=list, compare=False)
+    first: dict[int, Any] = field(default_factory=dict, compare=False)
+
+    def asks(self, session: Session) -> bool:
+        """Whether the caller names no branch, and the session is of the piece that is called first."""
+        return self.branch is None and self.first.setdefault(0, session) is session
 
 
 _CROSSED = (
@@ -175,12 +180,12 @@ def scope(model: nn.Module, key: Any, branch: int | None) -> Iterator[None]:
     try:
         yield
     finally:
-        around = _SCOPES.get()
-        if around[-1] is not entered:
-            logger("runtime").warning(_CROSSED)
-        _SCOPES.set(tuple(scope for scope in around if scope is not entered))
         if isinstance(own, Unnamed):
             own.over = True
+        around = _SCOPES.get()
+        if around[-1:] != (entered,):
+            logger("runtime").warning(_CROSSED)
+        _SCOPES.set(tuple(scope for scope in around if scope is not entered))
 
 
 def active_scope(owner: torch.Tensor) -> Scope | None:

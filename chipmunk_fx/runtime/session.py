@@ -18,7 +18,7 @@ from chipmunk_fx.runtime.generations import BIRTHS, Branch, Fallback, Made, Prep
 from chipmunk_fx.runtime.graphs import Graph
 from chipmunk_fx.runtime.holdings import Holdings, OverBudget
 from chipmunk_fx.runtime.known import Known, Prober
-from chipmunk_fx.runtime.observe import Observer, Sight, are_alike, tokens_of
+from chipmunk_fx.runtime.observe import Observer, Sight, are_branches, inputs_of
 from chipmunk_fx.runtime.placement import giving_way
 from chipmunk_fx.runtime.registry import active_scope, others, thread_key
 from chipmunk_fx.schedule.phase import Phase
@@ -66,8 +66,7 @@ class Session(Holdings):
         sight = self.observer.observe(graph.plan.roles, values, apart)
         early = self._ahead(graph, track, sight, named, values, known)
         position = self._locate(track, sight, named)
-        if graph.is_piece and self.arrival == 0 and named is None:
-            self._doubt(graph, track, position, values)
+        self._doubt(graph, track, position, values)
         branch = track.branches.setdefault(position.branch, Branch())
         made, early = self._confirmed(early, track, branch, position), None  # a result that is wrong takes no memory
         if made is None:
@@ -243,19 +242,23 @@ class Session(Holdings):
         seen = sight.whole()
         position = track.timeline.advance(seen, named)
         if position.begins:
+            self._sweep(track.branches.values())
             self.store.drop([branch.caches for branch in track.begin(seen.shape)])
         if position.remark:
             self.notices.once(_log, position.remark, key=position.remark)
         return position
 
     def _doubt(self, graph: Graph, track: Track, position: Position, values: Sequence[Any]) -> None:
-        """The first two calls of a generation that the caller marks, without saying how many make a step: if they bring the same
-        tokens to the first block, both are of one step."""
-        if track.scope is None or self.config.schedule.branches is not None or position.step > 1:
+        """What the first two calls of a marked generation bring to the first block tells whether both are of one step."""
+        scope, told = track.scope, self.config.schedule.branches
+        if told or not graph.is_piece or scope is None or not scope.asks(self):
             return
-        before, track.tokens = track.tokens, tokens_of(graph.plan.roles, values)
-        if position.step == 1 and are_alike(before, track.tokens):
-            track.scope.doubts.append(GUIDED)
+        if position.step <= 1:
+            before, track.inputs = track.inputs, inputs_of(graph.plan.roles, values)
+            if position.step == 1 and are_branches(before, track.inputs):
+                track.doubt = GUIDED
+        if track.doubt:
+            scope.doubts.append(track.doubt)
 
     def _phase(
         self, graph: Graph, track: Track, branch: Branch, position: Position, values: Sequence[Any], known: Known

@@ -407,30 +407,18 @@ def test_weights_of_a_router_choose_no_tokens():
 
 
 class Masked(TinyDiT):
-    """Takes the words that a mask, which is an input, puts first."""
+    """Takes the words that a mask, which is an input, puts first, and tokens in the order of the timestep's choice."""
 
     def forward(self, latents: Tensor, timestep: Tensor, text: Tensor, mask: Tensor) -> Tensor:
         words = text[torch.arange(len(text))[:, None], mask.argsort(dim=1, descending=True, stable=True)]
-        return super().forward(latents, timestep, words)
+        order = (torch.arange(latents.shape[2]) * timestep[0]).argsort()
+        return super().forward(latents[:, :, order], timestep, words)
 
 
-def test_masks_are_no_content():
+def test_masks_and_times_are_no_content():
     latents, timestep, _ = CALL
     plan = captured(Masked(), latents, timestep, torch.randn(1, 8, 16), torch.ones(1, 8, dtype=torch.bool)).plan()
     assert len(plan.sites) == 2 and not plan.refused
-
-
-class Timed(TinyDiT):
-    """Takes tokens in the order of the timestep's choice."""
-
-    def forward(self, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-        order = ((torch.arange(latents.shape[2]) + timestep[0].long()) % latents.shape[2]).argsort()
-        return super().forward(latents[:, :, order], timestep, text)
-
-
-def test_tokens_in_the_order_of_the_timestep_are_refused():
-    plan = captured(Timed(), *CALL).plan()
-    assert not plan.sites and [REASON in (c.reason or "") for c in plan.refused] == [True, True]
 
 
 def test_sizes_of_activations_are_no_content():

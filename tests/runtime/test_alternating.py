@@ -1,6 +1,6 @@
 """Graphs of one model that take turns within a generation each keep and refresh what is theirs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -9,30 +9,43 @@ from torch import Tensor, nn
 
 import chipmunk_fx
 from chipmunk_fx.runtime import registry
-from tests.runtime.models import CHANNELS, WIDTH, Call, TinyDiT, assert_same, calls, compiled, exactly, run, words
+from tests.runtime.models import (
+    CHANNELS,
+    SPARSE,
+    WIDTH,
+    Call,
+    TinyDiT,
+    assert_same,
+    calls,
+    chipmunk,
+    compiled,
+    exactly,
+    run,
+    words,
+)
 
 TIMES = range(1000, 880, -10)  # twelve steps
 ODD = [step % 2 == 1 for step in range(len(TIMES))]
 
 
 class Shifted(TinyDiT):
-    """Tokens are moved on by `shift` before the blocks and back behind them: no result depends on it."""
+    """Tokens are moved on by `shift` before the blocks and back behind them, as `by` does: no result depends on it."""
 
     shift = 0
 
-    def __init__(self) -> None:
+    def __init__(self, by: Callable[[Tensor, int], Tensor] = lambda x, shift: x.roll(shift, 1)) -> None:
         super().__init__(depth=2)
         blocks = self.blocks
-        self.blocks = nn.ModuleList([_Rolled(self, 1), *blocks, _Rolled(self, -1)])
+        self.blocks = nn.ModuleList([_Moved(self, 1, by), *blocks, _Moved(self, -1, by)])
 
 
-class _Rolled(nn.Module):
-    def __init__(self, model: Shifted, way: int) -> None:
+class _Moved(nn.Module):
+    def __init__(self, model: Shifted, way: int, by: Callable[[Tensor, int], Tensor]) -> None:
         super().__init__()
-        self.of, self.way = [model], way  # a list: no submodule
+        self.of, self.way, self.by = [model], way, by  # a list: no submodule
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.roll(self.way * self.of[0].shift, 1)
+        return self.by(x, self.way * self.of[0].shift)
 
 
 class Coarse(TinyDiT):
@@ -118,6 +131,55 @@ def test_a_graph_is_not_told_of_the_other(kind: type[TinyDiT], name: str, values
     assert_same(both[2::2], in_turns(alone, name, values[::2], inputs[::2])[1:])
 
 
+WAYS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "index": lambda x, shift: x[:, (torch.arange(72) - shift) % 72],
+    "index_select": lambda x, shift: x.index_select(1, (torch.arange(72) - shift) % 72),
+    "split": lambda x, shift: torch.cat([x[:, 72 - shift % 72 :], x[:, : 72 - shift % 72]], 1),
+    "narrow": lambda x, shift: torch.cat(
+        [x.narrow(1, 72 - shift % 72, shift % 72), x.narrow(1, 0, 72 - shift % 72)], 1
+    ),
+    "padding": lambda x, shift: nn.functional.pad(x.mT, (shift % 72, 0), mode="circular")[..., :72].mT,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_whatever_moves_them(way: str):
+    ours = compiled(Shifted(WAYS[way]), schedule__refresh_every=100)
+    in_turns(ours, "shift", [16 * odd for odd in ODD], calls(TIMES))
+    assert by_turn(chipmunk_fx.summary(ours).phases[0]) == ("rsssss", "rsssss")
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize(
+    "way", [lambda x, n: x.roll(n, 1), lambda x, n: x.roll(int(n / 2 * 2.0), 1)], ids=["int", "float"]
+)
+def test_by_a_number_that_is_an_input(way: Callable[[Tensor, Any], Tensor], dynamic: bool | None):
+    class Told(TinyDiT):
+        def forward(self, latents: Tensor, timestep: Tensor, text: Any = None, shift: Any = 0) -> Tensor:
+            self.shift = shift
+            return super().forward(latents, timestep, text)
+
+    model = Told()
+    model.blocks.insert(0, Told())  # replaced below: a place for what moves
+    model.blocks[0] = _Called(model, way)
+    torch._dynamo.reset()
+    ours = chipmunk(model, options=SPARSE | {"schedule.refresh_every": 100}, dynamic=dynamic)
+    with torch.no_grad():
+        for step, call in enumerate(calls(TIMES)):
+            ours(*call, 24 if step % 2 else 16)
+    phases = "".join(phase[0] for phase in chipmunk_fx.summary(ours).phases[0])
+    assert phases.startswith("rr") and phases.endswith("ssssss")
+
+
+class _Called(nn.Module):
+    def __init__(self, model: Any, way: Callable[[Tensor, Any], Tensor]) -> None:
+        super().__init__()
+        self.of, self.way = [model], way
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.way(x, self.of[0].shift)
+
+
 def test_tokens_that_python_moves_are_as_good_where_they_lie():
     """A sparse step among moved tokens is as near to dense as one where nothing was moved."""
     inputs = calls(TIMES)
@@ -128,6 +190,16 @@ def test_tokens_that_python_moves_are_as_good_where_they_lie():
     )
     off = [max((a - b).abs().max().item() for a, b in zip(got[2:], dense[2:], strict=True)) for got in (still, moved)]
     assert 0 < off[1] < 1.5 * off[0]
+
+
+def test_of_many_sizes_the_newest_are_kept():
+    """A context that grows with every step, in one branch."""
+    ours = compiled(TinyDiT(), schedule__branches=1)
+    for step, (latents, timestep, _) in enumerate(calls(TIMES)):
+        run(ours, [(latents, timestep, words(count=8 + step))])
+    (session,) = registry.sessions(ours)
+    (branch,) = session.tracks[None].branches.values()
+    assert sum(len(cells) for cells in branch.caches.values()) == 2 * 4
 
 
 @pytest.mark.parametrize("skipped", [(), (4, 7)])

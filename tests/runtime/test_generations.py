@@ -1,6 +1,7 @@
 """Generations and branches that the caller names."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -165,6 +166,15 @@ def test_blocks_that_are_left_in_another_order_stay_with_nobody(caplog: pytest.L
     run(ours, calls(TIMES))
     with pytest.raises(KeyError):
         chipmunk_fx.summary(ours, key="a")
+
+
+def test_a_block_may_be_left_in_another_thread():
+    """As a server does that closes a generator."""
+    entered = chipmunk_fx.generation(compiled(TinyDiT()))
+    entered.__enter__()
+    with ThreadPoolExecutor(1) as threads:
+        assert not threads.submit(entered.__exit__, None, None, None).result()
+    registry._SCOPES.set(())  # of this thread
 
 
 def test_the_innermost_block_counts_and_only_for_its_model():

@@ -129,6 +129,36 @@ def test_guidance_inside_a_generation_has_to_say_how_many_calls_make_a_step(capl
     assert chipmunk_fx.summary(model, key="b").phases == PHASES
 
 
+@pytest.mark.parametrize("tokens", [8, 40])
+def test_the_same_where_the_block_around_each_call_has_a_key(tokens: int):
+    """Of the second model that is compiled, too."""
+    run(blockwise(TinyDiT(), SPARSE), calls(TIMES)[:1])
+    model, steps = TinyDiT(depth=2), calls(TIMES, [words(1, tokens), words(2, tokens)])
+    for block in model.blocks:
+        block.compile(backend="chipmunk", fullgraph=True, options=SPARSE)
+    got = []
+    for call in steps:
+        with chipmunk_fx.generation(model, key="a"):
+            got += run(model, [call])
+    assert_same(got, run(TinyDiT(depth=2), steps))
+    assert chipmunk_fx.summary(model, key="a").phases == {0: ["refresh"] + ["dense"] * 5}
+
+
+class References(TinyDiT):
+    """An image to edit stands beside the tokens, as large as all of them and more."""
+
+    def forward(self, latents: Any, timestep: Any, text: Any = None) -> Any:
+        beside = torch.randn(1, 90, 16, generator=torch.Generator().manual_seed(5))
+        return super().forward(latents, timestep * 0, torch.cat([text, beside], 1))
+
+
+def test_an_image_to_edit_is_no_sign_of_guidance():
+    model = blockwise(References(depth=2), EXACT)
+    with chipmunk_fx.generation(model, key="a"):
+        assert_same(run(model, calls(TIMES)), run(References(depth=2), calls(TIMES)))
+    assert chipmunk_fx.summary(model, key="a").phases == PHASES
+
+
 def test_guidance_whose_branches_the_caller_names():
     model, steps = blockwise(TinyDiT(depth=2), EXACT), calls(TIMES, [words(1), words(2)])
     got = []
@@ -141,7 +171,7 @@ def test_guidance_whose_branches_the_caller_names():
 
 def test_a_strict_generation_of_guidance_raises():
     model = blockwise(TinyDiT(depth=2), SPARSE | {"strict": True})
-    with chipmunk_fx.generation(model), pytest.raises(FallbackError, match="the same tokens"):
+    with chipmunk_fx.generation(model), pytest.raises(FallbackError, match="the same tokens and another text"):
         run(model, calls(TIMES, [words(1), words(2)]))
 
 
