@@ -46,9 +46,15 @@ def moves_of(capture: Capture, orders: Orders) -> tuple[Move, ...]:
             continue
         told = [n for n in node.all_input_nodes if n not in orders.content] if name(node) in (*PICKS, *SENDS) else []
         for part in (node, *(n for index in told for n in ancestors(index, lambda _: False))):
-            move = names.get(part) or str(part.target), tuple(_numbers(part))
+            move = names.get(part) or _content(part, capture), tuple(_numbers(part))
             moves[str(move)] = move
     return tuple(moves.values())
+
+
+def _content(node: fx.Node, capture: Capture) -> str:
+    """What it is: the op, or the values of a constant (an order that is written as a list)."""
+    value = getattr(capture.module, str(node.target), None) if node.op == "get_attr" else None
+    return str(value.flatten().tolist()) if isinstance(value, torch.Tensor) else str(node.target)
 
 
 def _keeps_rows(node: fx.Node) -> bool:

@@ -257,7 +257,7 @@ class Session(Holdings):
             before, track.inputs = track.inputs, inputs_of(graph.plan.roles, values)
             if position.step == 1 and are_branches(before, track.inputs):
                 track.doubt = GUIDED
-        if track.doubt:
+        if track.doubt and not scope.doubts:
             scope.doubts.append(track.doubt)
 
     def _phase(

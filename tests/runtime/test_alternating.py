@@ -134,6 +134,8 @@ def test_a_graph_is_not_told_of_the_other(kind: type[TinyDiT], name: str, values
 WAYS: dict[str, Callable[[Tensor, int], Tensor]] = {
     "index": lambda x, shift: x[:, (torch.arange(72) - shift) % 72],
     "index_select": lambda x, shift: x.index_select(1, (torch.arange(72) - shift) % 72),
+    "list": lambda x, shift: x[:, [(i - shift) % 72 for i in range(72)]],
+    "constant": lambda x, shift: x[:, torch.tensor([(i - shift) % 72 for i in range(72)])],
     "split": lambda x, shift: torch.cat([x[:, 72 - shift % 72 :], x[:, : 72 - shift % 72]], 1),
     "narrow": lambda x, shift: torch.cat(
         [x.narrow(1, 72 - shift % 72, shift % 72), x.narrow(1, 0, 72 - shift % 72)], 1
