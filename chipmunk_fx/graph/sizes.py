@@ -37,6 +37,12 @@ def unbacked(sizes: Iterable[Size]) -> set[Any]:
     return {symbol for size in sizes for symbol in free_unbacked_symbols(size)}
 
 
+def symbols_in(sizes: Iterable[Size]) -> tuple[Any, ...]:
+    """The symbols that sizes are made of, each once."""
+    found = (size.node.expr for size in sizes if isinstance(size, torch.SymInt))
+    return tuple(dict.fromkeys(symbol for expr in found for symbol in sorted(expr.free_symbols, key=str)))
+
+
 def bindings(fakes: Sequence[Any], values: Sequence[Any]) -> dict[Any, int]:
     """What the symbols of the compiled graph stand for in this call; while compiling, what they are seen to be, unguarded."""
     known: dict[Any, int] = {}

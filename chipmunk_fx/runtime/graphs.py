@@ -15,7 +15,7 @@ from chipmunk_fx.graph import effects
 from chipmunk_fx.graph.capture import Capture
 from chipmunk_fx.graph.kept_attention import has_long_attention
 from chipmunk_fx.graph.plan import Plan, Site
-from chipmunk_fx.graph.sizes import bindings, evaluate, evaluated
+from chipmunk_fx.graph.sizes import bindings, evaluate, evaluated, symbols_in
 from chipmunk_fx.graph.state import state_inputs
 from chipmunk_fx.runtime.variants import Variants
 from chipmunk_fx.schedule.phase import Phase
@@ -61,8 +61,10 @@ class Graph:
         # of MLPs; those that lie on the host pass through buffers that other sites use, too
         self.keeps_weights = not any(s.kind == "mlp" and s.passage for s in plan.rewritten)
         self.settings = [s for kind, s in (("attention", config.attention), ("mlp", config.mlp)) if kind in kinds]
-        self.numbers = [i for i, entry in enumerate(capture.inputs) if not entry.is_tensor]
-        self._kept: tuple[tuple[int, ...], dict[int, Key], str] | None = None  # the answer given last
+        sizes = [*(size for site in plan.sites for size in site.sizes), *(n for _, given in plan.moves for n in given)]
+        self._symbols = symbols_in(sizes)
+        self.numbers = [i for i, entry in enumerate(capture.inputs) if {*symbols_in([entry.value])} & {*self._symbols}]
+        self._kept: tuple[tuple[int | None, ...], dict[int, Key], str] | None = None  # the answer given last
         self._counts = Counter(site.owner for site in plan.sites)
         self._without: dict[frozenset[int], Graph] = {}
         self._stranger: weakref.ref | None = None  # the session met last for the first time
@@ -84,7 +86,7 @@ class Graph:
     def kept_by(self, symbols: Mapping[Any, int]) -> tuple[dict[int, Key], str]:
         """By index of each site, the same of its caches that hold rows: of others, or moved otherwise, they are others. And how
         rows are moved."""
-        told = tuple(symbols.values())
+        told = tuple(map(symbols.get, self._symbols))
         if (known := self._kept) is None or known[0] != told:
             moves = [(op, *(evaluated(n, symbols) for n in numbers)) for op, numbers in self.plan.moves]
             moved = hashlib.sha256(str(moves).encode()).hexdigest()

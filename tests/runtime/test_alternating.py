@@ -173,6 +173,23 @@ def test_by_a_number_that_is_an_input(way: Callable[[Tensor, Any], Tensor], dyna
     assert phases.startswith("rr") and phases.endswith("ssssss")
 
 
+def test_a_number_that_moves_nothing_is_not_asked_for():
+    """A dynamic step index: each call is as prepared as the one before."""
+
+    class Indexed(TinyDiT):
+        def forward(self, latents: Tensor, timestep: Tensor, text: Any = None, index: int = 0) -> Tensor:
+            return super().forward(latents + 0.01 * index, timestep, text)
+
+    torch._dynamo.reset()
+    ours = chipmunk(Indexed(), options=SPARSE, dynamic=True)
+    with torch.no_grad():
+        for step, call in enumerate(calls(TIMES)):
+            ours(*call, 40 + step)
+    (session,) = registry.sessions(ours)
+    assert len(session.tracks[None].prepared) == 1
+    assert "".join(phase[0] for phase in chipmunk_fx.summary(ours).phases[0]) == "rsssssssssrs"
+
+
 class _Called(nn.Module):
     def __init__(self, model: Any, way: Callable[[Tensor, Any], Tensor]) -> None:
         super().__init__()
