@@ -105,7 +105,7 @@ def capture(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Capt
     except Exception as error:  # any tracing failure leaves the user's graph as it was
         said = str(error).partition("\n")[0]  # the rest tells of PyTorch's own code
         raise Uncapturable(f"re-tracing failed: {type(error).__name__}: {said}") from error
-    if any(isinstance(_attribute(traced, n), FakeTensor) for n in traced.graph.nodes if n.op == "get_attr"):
+    if any(isinstance(attribute(traced, n), FakeTensor) for n in traced.graph.nodes if n.op == "get_attr"):
         raise Uncapturable("the re-trace captured a tensor made inside the graph as a constant")
     _one_spelling(traced)
     out_of_place(traced.graph)
@@ -227,7 +227,8 @@ def _one_spelling(module: fx.GraphModule) -> None:
     module.recompile()
 
 
-def _attribute(module: fx.GraphModule, node: fx.Node) -> Any:
+def attribute(module: fx.GraphModule, node: fx.Node) -> Any:
+    """What a `get_attr` node stands for."""
     value: Any = module
     for part in str(node.target).split("."):
         value = getattr(value, part)

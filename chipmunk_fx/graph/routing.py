@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from chipmunk_fx.graph.capture import Capture
+from chipmunk_fx.graph.capture import Capture, attribute
 from chipmunk_fx.graph.effects import draws
 from chipmunk_fx.graph.indexing import PICKS, SENDS
 from chipmunk_fx.graph.inputs import Roles
@@ -53,7 +53,7 @@ def moves_of(capture: Capture, orders: Orders) -> tuple[Move, ...]:
 
 def _content(node: fx.Node, capture: Capture) -> str:
     """What it is: the op, or the values of a constant (an order that is written as a list)."""
-    value = getattr(capture.module, str(node.target), None) if node.op == "get_attr" else None
+    value = attribute(capture.module, node) if node.op == "get_attr" else None
     return str(value.flatten().tolist()) if isinstance(value, torch.Tensor) else str(node.target)
 
 

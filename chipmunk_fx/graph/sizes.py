@@ -58,12 +58,15 @@ def bindings(fakes: Sequence[Any], values: Sequence[Any]) -> dict[Any, int]:
 
 def evaluated(size: Size, known: Mapping[Any, int]) -> int | None:
     """The size in one call; None where that hangs on something else (a float of Python's)."""
-    if isinstance(size, int):
-        return size
-    told = size.node.expr.xreplace(dict(known))
+    told = _told(size, known)
     return None if getattr(told, "free_symbols", None) else int(told)  # a number of Python's where all of it was known
 
 
 def evaluate(sizes: Iterable[Size], known: Mapping[Any, int]) -> tuple[int, ...]:
     """Concrete sizes for one call."""
-    return tuple(s if isinstance(s, int) else int(s.node.expr.xreplace(dict(known))) for s in sizes)
+    return tuple(int(_told(size, known)) for size in sizes)
+
+
+def _told(size: Size, known: Mapping[Any, int]) -> Any:
+    """A number, or an expression of the symbols that are not known."""
+    return size if isinstance(size, int) else size.node.expr.xreplace(dict(known))

@@ -165,8 +165,8 @@ class Assembly:
         if key not in sites or not sites[key].holds(slots, place):
             alike = [k for k in sites if k[:2] == key[:2] and k != key]
             old = [k for k in alike if (id(owner), k) not in self.branch.used] or alike[: 1 - _SIZES]
-            for k in (*old, *([key] if key in sites else ())):
-                self.store.spare(sites.pop(k))
+            for cell in [sites.pop(k) for k in (*old, key) if k in sites]:
+                self.store.spare(cell)
                 self.track.prepared.clear()  # may hold what was spared
             self.room(sum(s.bytes for s in slots), place)
             sites[key] = self.store.make(slots, place)

@@ -183,7 +183,7 @@ def _sample(latents: torch.Tensor) -> torch.Tensor:
 
 def inputs_of(roles: Roles, values: Sequence[Any]) -> tuple[Numbers, ...]:
     """Some values of each sequence of tokens that a piece is given, for which the device is waited."""
-    inputs = [values[i] for i in (roles.latents, *roles.text) if i is not None]
+    inputs = _inputs(roles, values)
     return tuple(tuple(_sample(x).tolist()) for x in inputs if x.dim() >= 3 and x.is_floating_point())
 
 
@@ -208,8 +208,11 @@ def _piece_signature(roles: Roles, values: Sequence[Any]) -> Hashable:
 
 def _largest(roles: Roles, values: Sequence[Any]) -> torch.Tensor | None:
     """The largest input of a piece that is no parameter: the image's tokens."""
-    inputs = [values[i] for i in (roles.latents, *roles.text) if i is not None]
-    return max(inputs, key=lambda tensor: tensor.numel(), default=None)
+    return max(_inputs(roles, values), key=lambda tensor: tensor.numel(), default=None)
+
+
+def _inputs(roles: Roles, values: Sequence[Any]) -> list[torch.Tensor]:
+    return [values[i] for i in (roles.latents, *roles.text) if i is not None]
 
 
 def _signature(tensor: torch.Tensor) -> Hashable:

@@ -10,9 +10,7 @@ from torch import Tensor, nn
 import chipmunk_fx
 from chipmunk_fx.runtime import registry
 from tests.runtime.models import (
-    CHANNELS,
     SPARSE,
-    WIDTH,
     Call,
     TinyDiT,
     assert_same,
@@ -35,29 +33,28 @@ class Shifted(TinyDiT):
 
     def __init__(self, by: Callable[[Tensor, int], Tensor] = lambda x, shift: x.roll(shift, 1)) -> None:
         super().__init__(depth=2)
-        blocks = self.blocks
-        self.blocks = nn.ModuleList([_Moved(self, 1, by), *blocks, _Moved(self, -1, by)])
+        back = _Moved(self, lambda x, shift: by(x, -shift))
+        self.blocks = nn.ModuleList([_Moved(self, by), *self.blocks, back])
 
 
 class _Moved(nn.Module):
-    def __init__(self, model: Shifted, way: int, by: Callable[[Tensor, int], Tensor]) -> None:
+    """By the model's `shift`."""
+
+    def __init__(self, model: Any, by: Callable[[Tensor, Any], Tensor]) -> None:
         super().__init__()
-        self.of, self.way, self.by = [model], way, by  # a list: no submodule
+        self.of, self.by = [model], by  # a list: no submodule
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.by(x, self.way * self.of[0].shift)
+        return self.by(x, self.of[0].shift)
 
 
 class Coarse(TinyDiT):
-    """Patches twice as large where `large`."""
+    """Computes half as many tokens a side where `large`."""
 
     large = False
 
     def __init__(self) -> None:
         super().__init__(depth=2)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(1)
-            self.wide, self.fine = nn.Conv2d(CHANNELS, WIDTH, 4, 4), self.embed
 
     def forward(self, latents: Tensor, timestep: Tensor, text: Any = None) -> Tensor:
         if not self.large:
@@ -162,8 +159,7 @@ def test_by_a_number_that_is_an_input(way: Callable[[Tensor, Any], Tensor], dyna
             return super().forward(latents, timestep, text)
 
     model = Told()
-    model.blocks.insert(0, Told())  # replaced below: a place for what moves
-    model.blocks[0] = _Called(model, way)
+    model.blocks.insert(0, _Moved(model, way))
     torch._dynamo.reset()
     ours = chipmunk(model, options=SPARSE | {"schedule.refresh_every": 100}, dynamic=dynamic)
     with torch.no_grad():
@@ -188,15 +184,6 @@ def test_a_number_that_moves_nothing_is_not_asked_for():
     (session,) = registry.sessions(ours)
     assert len(session.tracks[None].prepared) == 1
     assert "".join(phase[0] for phase in chipmunk_fx.summary(ours).phases[0]) == "rsssssssssrs"
-
-
-class _Called(nn.Module):
-    def __init__(self, model: Any, way: Callable[[Tensor, Any], Tensor]) -> None:
-        super().__init__()
-        self.of, self.way = [model], way
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.way(x, self.of[0].shift)
 
 
 def test_tokens_that_python_moves_are_as_good_where_they_lie():
