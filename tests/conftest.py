@@ -7,8 +7,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from chipmunk_fx.runtime import registry
-
 # How fast inputs are drawn tells of the process, which pauses for a second to sweep what hundreds of tests have left.
 settings.register_profile("one process", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("one process")
@@ -17,7 +15,7 @@ settings.load_profile("one process")
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
-# Without a GPU, Triton kernels run in Triton's interpreter, which has to be chosen before triton is imported.
+# Without a GPU, Triton kernels run in Triton's interpreter, which has to be chosen before any of ours is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -32,4 +30,6 @@ def fresh_dynamo() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def no_model_begun() -> None:
     """Blocks compiled one by one are counted in their model's first pass, which a test may leave half-way."""
+    from chipmunk_fx.runtime import registry
+
     registry._REGISTRY.row = 0

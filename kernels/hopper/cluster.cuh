@@ -39,11 +39,15 @@ __device__ __forceinline__ void meet_in_cluster() {
 }
 
 // What block `rank` of the cluster has in its shared memory where this one has *mine.
-__device__ __forceinline__ float taken_from(u32 rank, const float *mine) {
-    float x;
+__device__ __forceinline__ u32 taken_from(u32 rank, const u32 *mine) {
+    u32 x;
     asm volatile(
         "{ .reg .u32 there;\n"
         "mapa.shared::cluster.u32 there, %1, %2;\n"
-        "ld.shared::cluster.f32 %0, [there]; }" : "=f"(x) : "r"((u32)__cvta_generic_to_shared(mine)), "r"(rank) : "memory");
+        "ld.shared::cluster.u32 %0, [there]; }" : "=r"(x) : "r"((u32)__cvta_generic_to_shared(mine)), "r"(rank) : "memory");
     return x;
+}
+
+__device__ __forceinline__ float taken_from(u32 rank, const float *mine) {
+    return __uint_as_float(taken_from(rank, (const u32 *)mine));
 }

@@ -1,5 +1,5 @@
 // What both selections share: from thresholds of ranks to ascending lists, by the rules of kernels/triton/selection.py.
-//   THREADS  of a block, which works on one row at a time
+//   THREADS  of a block, which works on one row at a time, or on its part of one
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -75,6 +75,7 @@ struct Histogram {
     u32 counts[BINS + THREADS];
 
     __device__ __forceinline__ static int place(int bin) { return bin + bin / OWN; }
+    __device__ __forceinline__ static int lowest() { return BINS - (threadIdx.x + 1) * OWN; }  // of a thread's bins
     __device__ __forceinline__ void add(int bin) { atomicAdd(&counts[place(bin)], 1); }
 
     __device__ __forceinline__ void clear() {
@@ -83,8 +84,7 @@ struct Histogram {
 
     // Sets sums.bin to the highest bin that, with all above, holds `wanted`, which is not 0, and sums.past to how many lie above.
     __device__ __forceinline__ void find(int wanted, Sums &sums) const {
-        const int lowest = BINS - (threadIdx.x + 1) * OWN;  // of a thread's bins
-        const u32 *const own = counts + place(lowest);
+        const u32 *const own = counts + place(lowest());
         u32 mine = 0, total;
 #pragma unroll
         for (int i = 0; i < OWN; i++) mine += own[i];
@@ -95,7 +95,7 @@ struct Histogram {
         if (past < wanted && past + mine >= wanted) {
             int i = OWN - 1;
             while (past + own[i] < wanted) past += own[i--];
-            sums.bin = lowest + i, sums.past = past;
+            sums.bin = lowest() + i, sums.past = past;
         }
         __syncthreads();
     }
@@ -147,15 +147,17 @@ __device__ __forceinline__ u32 first_bits(u32 bits, int count) {
     return bits;
 }
 
-// Writes the list of row `number`. bits_of(at): of the run at column `at`; above: how many pass the threshold; all: whether
-// every column may be taken.
-template <class BitsOf>
-__device__ __forceinline__ void write_list(const Rules &p, const Share &row, int number, int above, bool all, Sums &sums, BitsOf bits_of) {
+// Writes what the list of row `number` has of columns from `begin` to before `end`. bits_of(at): of the run at column `at`; above:
+// how many pass the threshold; all: whether every column may be taken. others(mine) is called once a round with how many columns
+// of it are larger and, 16 bits higher, equal: it returns how many those are that other blocks have before them.
+template <class BitsOf, class Others>
+__device__ __forceinline__ void write_columns(const Rules &p, const Share &row, int number, int above, bool all, Sums &sums,
+                                              int begin, int end, BitsOf bits_of, Others others) {
     int *const list = p.lists + (i64)number * p.columns;
     const int ties = row.wanted - above, warp = threadIdx.x / 32;
     const Draws draws(p, row, number);
     int larger = 0, equal = 0, may = 0, turn = 0;  // in the runs of earlier rounds
-    for (int begin = 0; begin < p.total; begin += THREADS * RUN, turn ^= 1) {
+    for (; begin < end; begin += THREADS * RUN, turn ^= 1) {
         const int at = begin + threadIdx.x * RUN;
         const Bits bits = bits_of(at);
         u32 both, present = 0;
@@ -165,6 +167,7 @@ __device__ __forceinline__ void write_list(const Rules &p, const Share &row, int
         __syncthreads();
         u32 whole, all_present = 0;
         before += warps_before(sums.of[turn][0], whole);
+        before += others(whole);
         if (!all) present_before += warps_before(sums.of[turn][1], all_present);
         const int ties_before = equal + (before >> 16), left = max(ties - ties_before, 0);
         const u32 taken = bits.larger | first_bits(bits.equal, left);
@@ -176,5 +179,12 @@ __device__ __forceinline__ void write_list(const Rules &p, const Share &row, int
         for (int *to = list + taken_before + drawn_before; chosen; chosen &= chosen - 1) *to++ = at + __ffs(chosen) - 1;
         larger += whole & 65535, equal += whole >> 16, may += all_present;
     }
+}
+
+// Writes the list of row `number`, as a block does by itself; the rest as above.
+template <class BitsOf>
+__device__ __forceinline__ void write_list(const Rules &p, const Share &row, int number, int above, bool all, Sums &sums, BitsOf bits_of) {
+    write_columns(p, row, number, above, all, sums, 0, p.total, bits_of, [](u32) { return 0u; });
+    int *const list = p.lists + (i64)number * p.columns;
     for (int i = row.wanted + row.drawn + threadIdx.x; i < p.columns; i += THREADS) list[i] = p.total;
 }

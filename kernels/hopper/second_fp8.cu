@@ -100,6 +100,7 @@ struct Weights {
             a[2 * i] = __byte_perm(x, y, 0x5410);
             a[2 * i + 1] = __byte_perm(x, y, 0x7632);
         }
+        __syncwarp();  // one lane gives the stage back for all
     }
 };
 

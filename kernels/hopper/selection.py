@@ -72,13 +72,15 @@ def takes(scores: Tensor, minus: Tensor | None) -> bool:
 def select_neurons(
     lists: Tensor, means: Tensor, mean: Tensor, clock: Tensor, *, drawn: int, seed: int, site: int
 ) -> None:
-    """As `chipmunk_fx.kernels.triton.selection.select` of |means - mean| where `renewed`; it serves rows that no block holds."""
+    """As `chipmunk_fx.kernels.triton.selection.select` of |means - mean| where `renewed`, which serves rows no cluster holds."""
     settings = tuning.neuron_settings(means.shape[1])
     if settings is None or (means.data_ptr() | mean.data_ptr()) % 16:
         return plain.select(lists, means, mean, clock, drawn=drawn, seed=seed, site=site, renewed=True)
     rules = _rules(lists, means, clock, drawn, seed, site)
     problem = Neurons(rules, means.data_ptr(), mean.data_ptr())
-    kernel = nvrtc.kernel("select_neurons", source, means.device.index, settings, "neurons.cu")
+    kernel = nvrtc.kernel(
+        "select_neurons", source, means.device.index, settings, "neurons.cu", cluster=settings.cluster
+    )
     kernel.launch(lists.shape[0], problem, means.device)
 
 
@@ -88,5 +90,6 @@ def _rules(lists: Tensor, scores: Tensor, clock: Tensor, drawn: int, seed: int, 
 
 def source(settings: SelectSettings, file: str) -> str:
     """The whole of the CUDA C++ of "select.cu" or "neurons.cu"."""
-    sizes = f"constexpr int THREADS = {settings.threads}, BLOCKS = {settings.blocks};\n"
-    return sizes + "\n".join((Path(__file__).parent / name).read_text() for name in ("lists.cuh", file))
+    sizes = (f"{name} = {getattr(settings, name.lower())}" for name in ("THREADS", "BLOCKS", "CLUSTER"))
+    parts = ((Path(__file__).parent / name).read_text() for name in ("cluster.cuh", "lists.cuh", file))
+    return "\n".join([f"constexpr int {', '.join(sizes)};", *parts])

@@ -132,6 +132,7 @@ class SelectSettings:
     threads: int = 256
     blocks: int = 6
     shared: int = 0
+    cluster: int = 1
 
 
 @dataclass(frozen=True)
@@ -179,9 +180,9 @@ def pack_settings(
 
 @cache
 def neuron_settings(neurons: int) -> SelectSettings | None:
-    """Of the selection of neurons: a block holds all of a group; None where there are too many."""
-    threads = next((threads for threads in (256, 512, 1024) if threads * RUN >= neurons), None)
-    return SelectSettings(threads, 1) if threads else None
+    """Of the selection of neurons: a cluster of two blocks holds all of a group; None where there are too many."""
+    threads = next((threads for threads in (64, 128, 256, 512, 1024) if 2 * threads * RUN >= neurons), None)
+    return SelectSettings(threads, 1, cluster=2) if threads else None
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def kernel(
 def library(settings: PackSettings | SelectSettings, *file: str) -> ctypes.CDLL:
     """file: which of those that select; of pack.cu, which is meant without one, it has `unequal`, too."""
     packs = isinstance(settings, PackSettings)
-    sizes = packing.constants(settings) if packs else {"threads": settings.threads, "cluster": 1}
+    sizes = packing.constants(settings) if packs else {"threads": settings.threads, "cluster": settings.cluster}
     constants = (f"constexpr int {name.upper()} = {value};" for name, value in sizes.items())
     there = Path(hopper.__file__).parent
     files = [

@@ -100,7 +100,7 @@ def test_packing_compiles_without_spilling(element: str, width: int, fp8: bool, 
 @pytest.mark.parametrize("neurons", [4096, 8192, 16384])
 def test_selection_of_neurons_compiles_without_spilling(neurons: int, tmp_path: Path):
     settings = tuning.neuron_settings(neurons)
-    assert settings is not None and settings.threads * RUN == neurons
+    assert settings is not None and settings.cluster * settings.threads * RUN == neurons
     code = nvrtc.compiled(selection.source(settings, "neurons.cu"), "sm_90a")
     assert_in_registers(code, "select_neurons", tmp_path)
 

@@ -112,6 +112,7 @@ SIZES = [
     (5, 4097, 1, 0),
     (2, 16384, 16000, 900),
     (4, 63, 16, 3),
+    (3, 20_000, 2000, 100),
 ]
 
 
@@ -138,6 +139,7 @@ def test_neurons_are_those_of_the_plain_kernel(rows: int, neurons: int, columns:
         assert torch.equal(ours, theirs)
 
 
-def test_as_many_neurons_as_a_block_holds():
-    assert [tuning.neuron_settings(n).threads for n in (63, 4096, 4097, 12288, 16384)] == [256, 256, 512, 1024, 1024]
-    assert tuning.neuron_settings(16385) is None
+def test_as_many_neurons_as_a_cluster_holds():
+    settings = [tuning.neuron_settings(n) for n in (63, 4096, 4097, 12288, 16384, 16385, 32768)]
+    assert [s and s.threads for s in settings] == [64, 128, 256, 512, 512, 1024, 1024]
+    assert tuning.neuron_settings(32769) is None  # counts of a cluster are kept in 16 bits
