@@ -19,6 +19,12 @@ _TIMES = 64  # a batch of timesteps longer than this (one a token) is summed up
 _ALIKE, _OTHER = 0.4, 0.5  # a share of values that are equal; a distance, relative to the larger, between texts
 _KEPT = 1 << 16  # values at most of a tensor that are kept to be compared with those of a later call
 
+GUIDED = (
+    "two calls of a `generation` block brought the same tokens and another text to the first block: guidance calls the model "
+    "more than once a step, of which its pieces see nothing else. Give schedule.branches, or enter "
+    "chipmunk_fx.generation(model, key=..., branch=...) around each call"
+)
+
 Numbers = tuple[float, ...]
 
 

@@ -13,7 +13,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -76,20 +76,23 @@ class _Registry:
 _REGISTRY = _Registry()
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Scope:
-    """Marks the calls of some parameters as belonging to the generation `key` (and to `branch`, if given). doubts: why its calls
-    cannot be told apart, found by the piece that is called first for all; `first`: the session of that one, by 0."""
+    """Marks the calls of some parameters as belonging to the generation `key` (and to `branch`, if given).
+
+    first: the session of the piece that is called first. doubt: why calls cannot be told apart, which that one finds for all.
+    """
 
     parameters: frozenset[int]
     key: Any
     branch: int | None
-    doubts: list[str] = field(default_factory=list, compare=False)
-    first: dict[int, Any] = field(default_factory=dict, compare=False)
+    first: Session | None = None
+    doubt: str | None = None
 
     def asks(self, session: Session) -> bool:
         """Whether the caller names no branch, and the session is of the piece that is called first."""
-        return self.branch is None and self.first.setdefault(0, session) is session
+        self.first = self.first or session
+        return self.branch is None and self.first is session
 
 
 _CROSSED = (

@@ -18,12 +18,12 @@ from chipmunk_fx.runtime.generations import BIRTHS, Branch, Fallback, Made, Prep
 from chipmunk_fx.runtime.graphs import Graph
 from chipmunk_fx.runtime.holdings import Holdings, OverBudget
 from chipmunk_fx.runtime.known import Known, Prober
-from chipmunk_fx.runtime.observe import Observer, Sight, are_branches, inputs_of
+from chipmunk_fx.runtime.observe import GUIDED, Observer, Sight, are_branches, inputs_of
 from chipmunk_fx.runtime.placement import giving_way
 from chipmunk_fx.runtime.registry import active_scope, others, thread_key
 from chipmunk_fx.schedule.phase import Phase
 from chipmunk_fx.schedule.policies import policy_from
-from chipmunk_fx.schedule.timeline import GUIDED, Position, Timeline
+from chipmunk_fx.schedule.timeline import Position, Timeline
 from chipmunk_fx.state.store import Place
 
 _log = logger("runtime")
@@ -257,8 +257,7 @@ class Session(Holdings):
             before, track.inputs = track.inputs, inputs_of(graph.plan.roles, values)
             if position.step == 1 and are_branches(before, track.inputs):
                 track.doubt = GUIDED
-        if track.doubt and not scope.doubts:
-            scope.doubts.append(track.doubt)
+        scope.doubt = scope.doubt or track.doubt
 
     def _phase(
         self, graph: Graph, track: Track, branch: Branch, position: Position, values: Sequence[Any], known: Known
@@ -268,8 +267,8 @@ class Session(Holdings):
         if not position.decided:
             reason = position.reason or "its place in the generation is undecidable"
             return self._fall_back(track, position, reason + _CUT * graph.resumed)
-        if graph.is_piece and track.scope is not None and track.scope.doubts:
-            return self._fall_back(track, position, track.scope.doubts[0])
+        if graph.is_piece and track.scope is not None and track.scope.doubt:
+            return self._fall_back(track, position, track.scope.doubt)
         if problem := (graph.rewrites and known.problem) or self.faults.of(graph):
             return self._fall_back(track, position, problem)
         history = branch.history(track.named(graph, branch, values, known)[0])

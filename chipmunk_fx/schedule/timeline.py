@@ -41,11 +41,6 @@ CHURNING = (
     "the timestep goes back after every step or two while the latents go on: each time a generation begins, whose first step "
     "refreshes all caches. If that is one picture, its sampler adds noise as it goes: without that (s_churn=0) steps are sparse"
 )
-GUIDED = (
-    "two calls of a `generation` block brought the same tokens and another text to the first block: guidance calls the model "
-    "more than once a step, of which its pieces see nothing else. Give schedule.branches, or enter "
-    "chipmunk_fx.generation(model, key=..., branch=...) around each call"
-)
 _CHURNED = 3  # generations of two steps at most in a row, the latents of one going on from those of the one before
 
 
