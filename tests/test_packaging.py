@@ -1,5 +1,8 @@
 """What an installation brings: every folder, the backend's name, the command and the public names."""
 
+import os
+import subprocess
+import sys
 import tomllib
 from importlib.metadata import entry_points, version
 from importlib.util import module_from_spec, spec_from_file_location
@@ -55,3 +58,13 @@ def test_public_names_resolve():
 
 def test_the_version_is_the_installed_one():
     assert chipmunk_fx.__version__ == version("chipmunk-fx")
+
+
+def test_kernels_are_tested_in_one_process_without_a_gpu():
+    """Processes of pytest-xdist inherit the choice of Triton's interpreter; one alone has to make it in time."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_"))}
+    words = [sys.executable, "-m", "pytest", "-q", "tests/kernels/test_selection.py", "-k", "test_of_changes"]
+    done = subprocess.run(
+        words, cwd=ROOT, env=environment | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout + done.stderr
