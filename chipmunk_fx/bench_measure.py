@@ -23,6 +23,7 @@ from chipmunk_fx.bench_subjects import Built, ignore_masks
 from chipmunk_fx.config import Config, ScheduleConfig
 from chipmunk_fx.config_yaml import ORIGINAL
 from chipmunk_fx.errors import BenchError
+from chipmunk_fx.log import progress
 from chipmunk_fx.runtime.report import Report
 from chipmunk_fx.runtime.variants import records_graphs
 from chipmunk_fx.schedule.phase import Phase
@@ -95,12 +96,12 @@ def measure(make: Callable[[], Built], request: Request, device: torch.device) -
     del built
     if not report.count("attention") + report.count("mlp"):
         raise BenchError(f"nothing of this model is understood, so only its dense speed could be measured:\n{report}")
-    found, best = [], "default"
-    for way in dense_ways(request, padded):
-        for kernel in kernels(device) if way.backend else ("default",):
-            found.append(_measure(make, way, kernel, report, request, device))
+    ways = dense_ways(request, padded)
+    dense = [(way, kernel) for way in ways for kernel in (kernels(device) if way.backend else ("default",))]
+    found = [_measure(make, *way, report, request, device) for way in progress(dense, "dense ways")]
     best = min(found, key=lambda figures: figures.total_s).kernel
-    return found + [_measure(make, way, best, report, request, device) for way in sparse_ways(request)]
+    sparse = progress(list(sparse_ways(request)), "sparse ways")
+    return found + [_measure(make, way, best, report, request, device) for way in sparse]
 
 
 def dense_ways(request: Request, padded: bool) -> Iterator[Way]:

@@ -23,6 +23,7 @@ from chipmunk_fx.schedule.phase import Phase
 
 PHASES = tuple(str(phase) for phase in Phase)
 COLORS = {"dense": "#8c8c8c", "refresh": "#d98c3f", "sparse": "#3f7fd9", "skip": "#5fb36a"}
+STEPS = f"default: {PUBLISHED_STEPS}; of other numbers no step is skipped unless schedule.skip_steps says so"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 Resolve = Callable[[str], tuple[nn.Module, Mapping[str, Any]]]  # MODULE:FACTORY -> what the factory returns
@@ -51,14 +52,21 @@ def measuring_arguments(parser: argparse._ActionsContainer) -> None:
     add("--whole", action="store_true", help="run every step of a generation instead of composing its total")
     add("--uncompiled", action="store_true", help="measure the model as it is, too")
     add("--plot", type=Path, metavar="PNG", help="draw the totals by phase, where matplotlib is installed")
-    _add_missing(parser, "--size", type=size_of, metavar="HxW[xF]", help="pixels and frames (default: as published)")
-    _add_missing(parser, "--steps", type=count_of, default=PUBLISHED_STEPS, help=f"default: {PUBLISHED_STEPS}")
+    _add_missing(
+        parser, "--size", type=size_of, metavar="HxW[xF]", help="pixels and frames (default: the model's usual)"
+    )
+    _add_missing(parser, "--steps", type=count_of, default=PUBLISHED_STEPS, help=STEPS)
     _add_missing(parser, "--dtype", choices=tuple(DTYPES), default="bf16", help="of a named model; default: bf16")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     _add_missing(parser, "--device", type=device_of, default=device, help="default: cuda if there is one")
     _add_missing(parser, "--seed", type=int, default=0, help="of weights and inputs; default: 0")
     repeated = {"action": "append", "default": [], "metavar": "NAME=VALUE"}
-    _add_missing(parser, "--option", help="a setting beside the preset; may be repeated", **repeated)
+    _add_missing(
+        parser,
+        "--option",
+        help="a setting beside the preset; may be repeated; schedule.skip_threshold is left out",
+        **repeated,
+    )
 
 
 def run(arguments: argparse.Namespace, resolve: Resolve) -> list[Figures]:
@@ -89,7 +97,8 @@ def run(arguments: argparse.Namespace, resolve: Resolve) -> list[Figures]:
     else:
         limit = f", {arguments.blocks} blocks of each kind" if arguments.blocks else ""
         limit = limit or (f", {whole} blocks told from {blocks}" if arguments.extrapolate else "")
-        print(f"{arguments.model}{limit}, {types}, {name}, torch {torch.__version__}; random weights")
+        weights = "; random weights" if subject else ""
+        print(f"{arguments.model}{limit}, {types}, {name}, torch {torch.__version__}{weights}")
         print(table(figures, asked.steps, config))
     if isinstance(arguments.json, Path):
         arguments.json.write_text(text + "\n")

@@ -4,12 +4,9 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
-from importlib import import_module
-from importlib.util import find_spec
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import torch
 from tabulate import tabulate
@@ -18,6 +15,7 @@ import chipmunk_fx
 from chipmunk_fx import bench, bench_model, images
 from chipmunk_fx.arguments import made_by, option_of, size_of
 from chipmunk_fx.errors import ChipmunkError, UsageError
+from chipmunk_fx.log import progress
 from chipmunk_fx.pretrained import from_folder
 
 
@@ -51,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         "--model", type=Path, metavar="PATH", help="a folder saved by diffusers, of a transformer or a whole pipeline"
     )
     explain.add_argument(
-        "--size", type=size_of, metavar="HxW[xF]", help="pixels and frames for --model (default: as published)"
+        "--size", type=size_of, metavar="HxW[xF]", help="pixels and frames for --model (default: the model's usual)"
     )
     explain.add_argument(
         "--option",
@@ -112,7 +110,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     dtype = getattr(torch, arguments.dtype)
     rows: list[bench.Row] = []
     try:
-        rows.extend(bench.measure(_progress(shapes, "bench"), dtype, arguments.device, rest=arguments.rest))
+        rows.extend(bench.measure(progress(shapes, "bench"), dtype, arguments.device, rest=arguments.rest))
     finally:  # what was measured before an interruption counts
         text = bench.to_json(rows, arguments.device, dtype)
         print(text if arguments.json is True else bench.table(rows))
@@ -122,19 +120,12 @@ def _bench(arguments: argparse.Namespace) -> None:
         bench.plot(rows, arguments.plot)
 
 
-def _progress(items: list[Any], label: str) -> Iterable[Any]:
-    """A progress bar on a terminal, where tqdm is installed (it is no dependency of the package)."""
-    if find_spec("tqdm") is None:
-        return items
-    return import_module("tqdm").tqdm(items, desc=label, leave=False, disable=None)
-
-
 def _compare(arguments: argparse.Namespace) -> None:
     pairs = _pairs(arguments.first, arguments.second)
     lpips = images.lpips_metric()
     metrics = {"psnr": images.psnr, "ssim": images.ssim} | ({"lpips": lpips} if lpips else {})
     rows = []
-    for first, second in _progress(pairs, "compare"):
+    for first, second in progress(pairs, "compare"):
         a, b = images.load(first), images.load(second)
         if arguments.diff:
             images.save(images.difference(a, b), _drawn(arguments, first))

@@ -168,7 +168,7 @@ def layers() -> Rule:
     density = word_or("dense", share(zero=False))
 
     def parse(value: Any) -> tuple[tuple[int, int, Any], ...]:
-        if value is None:
+        if value is None or value == "none":
             return ()
         if isinstance(value, Mapping):
             ranges = [(*_blocks(key), density.parse(chosen)) for key, chosen in value.items()]

@@ -1,4 +1,4 @@
-"""Logging: the logger "chipmunk_fx" and one child for each layer, shown by CHIPMUNK_LOGS=graph,plan,runtime.
+"""Logging: the logger "chipmunk_fx" and one child for each layer, shown by CHIPMUNK_LOGS=graph,plan,runtime. Progress bars.
 
 Importing the package adds no handler unless the variable is set; warnings reach the user through the standard library's
 last resort as usual.
@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TypeVar
 
 from chipmunk_fx.errors import closest
 
@@ -16,7 +19,9 @@ ROOT = "chipmunk_fx"
 AREAS = ("graph", "plan", "runtime")
 VARIABLE = "CHIPMUNK_LOGS"
 
-__all__ = ["AREAS", "ROOT", "VARIABLE", "Notices", "configure", "logger"]
+__all__ = ["AREAS", "ROOT", "VARIABLE", "Notices", "configure", "logger", "progress"]
+
+T = TypeVar("T")
 
 
 def logger(area: str | None = None) -> logging.Logger:
@@ -36,6 +41,13 @@ def configure(value: str | None) -> None:
             near = closest(name, AREAS, count=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             logger().warning("%s: unknown name %r.%s Allowed: %s.", VARIABLE, name, hint, ", ".join(AREAS))
+
+
+def progress(items: Sequence[T], label: str) -> Iterable[T]:
+    """The items, with a progress bar on a terminal where tqdm is installed (it is no dependency of the package)."""
+    if find_spec("tqdm") is None:
+        return items
+    return import_module("tqdm").tqdm(items, desc=label, leave=False, disable=None)
 
 
 class Notices:

@@ -24,7 +24,7 @@ class PretrainedError(ChipmunkError, ValueError):
 
 @dataclass(frozen=True)
 class Family:
-    """What a pipeline feeds one class of model: the published size in pixels, the factors by which the autoencoder
+    """What a pipeline feeds one class of model: its usual size in pixels, the factors by which the autoencoder
     shrinks height and width (space) and frames (time), the text tokens, and `inputs(config, (t, h, w), text)`."""
 
     size: Size
@@ -37,7 +37,7 @@ class Family:
 def from_folder(path: Path, size: Size | None = None) -> tuple[nn.Module, dict[str, Any]]:
     """The model of a saved transformer, or of a saved pipeline's `transformer` folder, with inputs for one call.
 
-    `size` is in pixels and defaults to the published one. Raises PretrainedError where the folder has no model, or
+    `size` is in pixels and defaults to the usual one. Raises PretrainedError where the folder has no model, or
     one of a class whose inputs are not known.
     """
     try:
@@ -63,7 +63,7 @@ def from_folder(path: Path, size: Size | None = None) -> tuple[nn.Module, dict[s
 
 
 def example_inputs(model: nn.Module, size: Size | None = None) -> dict[str, Any]:
-    """Random inputs of one call, batch 1, in bf16; `size` in pixels, by default the published one."""
+    """Random inputs of one call, batch 1, in bf16; `size` in pixels, by default the usual one."""
     family = FAMILIES[type(model).__name__]
     height, width, frames = (*(size or family.size), 1)[:3]
     grid = ((frames - 1) // family.time + 1, height // family.space, width // family.space)

@@ -179,7 +179,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{figures['threads']} CPU threads"
     height, width = sparse.pictures[0].shape[1:]
-    print(f"{given.model}, {height}x{width}, {given.steps} steps, {given.dtype}, seed {given.seed}, {name}")
+    model = given.model
+    if given.random_weights:  # whose pictures are of tokens, each of 16x16 pixels
+        height, width, model = 16 * height, 16 * width, "random weights"
+    print(f"{model}, {height}x{width}, {given.steps} steps, {given.dtype}, seed {given.seed}, {name}")
     print(table(dense, sparse, figures))
     given.out.parent.mkdir(parents=True, exist_ok=True)
     if dense:

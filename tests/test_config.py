@@ -113,6 +113,7 @@ def test_defaults_are_those_of_the_table():
         ("mlp.dense_layers", 0, 0),
         ("attention.layers", {}, ()),
         ("attention.layers", None, ()),
+        ("mlp.layers", "none", ()),
         ("attention.layers", {"10-20": 0.1, 3: "dense"}, ((3, 3, "dense"), (10, 20, 0.1))),
         ("mlp.layers", {"7": 1}, ((7, 7, 1.0),)),
         ("mlp.layers", ((7, 9, 0.5),), ((7, 9, 0.5),)),

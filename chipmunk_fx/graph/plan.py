@@ -258,7 +258,7 @@ def _decide(site: Site, reason: str | None, config: Config, gate: Gate) -> Site:
         reason = f"{site.kind}.enabled is false"
     elif site.layer is not None and settings.is_dense(site.layer):
         listed = f"block {site.layer} ({site.kind}.layers)"
-        first = f"block {site.layer + 1} of the first {settings.dense_layers} ({site.kind}.dense_layers)"
+        first = f"block {site.layer}, of the first {settings.dense_layers} ({site.kind}.dense_layers)"
         reason = listed if settings.of_layer(site.layer) else first
     elif config.gate == "auto":
         reason = gate(site)

@@ -2,7 +2,6 @@
 
 from chipmunk_fx.schedule.phase import Phase, strip
 from chipmunk_fx.schedule.policies import (
-    POLICIES,
     Drift,
     Explicit,
     History,
@@ -18,7 +17,6 @@ from chipmunk_fx.schedule.run import Observation
 from chipmunk_fx.schedule.timeline import Position, Timeline
 
 __all__ = [
-    "POLICIES",
     "Drift",
     "Explicit",
     "History",

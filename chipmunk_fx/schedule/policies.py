@@ -1,14 +1,13 @@
 """Which step is a refresh, which is sparse, which is skipped: pure functions of the step index.
 
 A policy answers `phase(step, history)`, where the history is that of the branch in question. A new schedule is a class
-here and an entry in POLICIES.
+here, whose `over` says when the settings ask for it, and an entry in POLICIES.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Protocol
 
 from chipmunk_fx.schedule.phase import Phase
@@ -44,6 +43,21 @@ class History:
         return History(refreshed, self.last_computed if phase is Phase.SKIP else step, self.drift)
 
 
+class ScheduleValues(Protocol):
+    """The settings a policy is made from (chipmunk_fx.config.ScheduleConfig)."""
+
+    @property
+    def refresh_every(self) -> int: ...
+    @property
+    def refresh_steps(self) -> tuple[int, ...] | None: ...
+    @property
+    def dense_steps(self) -> tuple[int, ...] | None: ...
+    @property
+    def skip_steps(self) -> tuple[int, ...] | None: ...
+    @property
+    def skip_threshold(self) -> float | None: ...
+
+
 class Policy(Protocol):
     def phase(self, step: int, history: History) -> Phase: ...
 
@@ -67,6 +81,10 @@ class Explicit:
 
     steps: tuple[int, ...]
 
+    @staticmethod
+    def over(policy: Policy, schedule: ScheduleValues) -> Policy:
+        return policy if schedule.refresh_steps is None else Explicit(tuple(schedule.refresh_steps))
+
     def phase(self, step: int, history: History) -> Phase:
         last = history.last_refresh
         due = last is None or any(last < listed <= step for listed in self.steps)
@@ -80,6 +98,10 @@ class Skipping:
     policy: Policy
     steps: tuple[int, ...]
 
+    @staticmethod
+    def over(policy: Policy, schedule: ScheduleValues) -> Policy:
+        return Skipping(policy, tuple(schedule.skip_steps)) if schedule.skip_steps else policy
+
     def phase(self, step: int, history: History) -> Phase:
         if step in self.steps and (history.last_refresh, history.last_computed) != (None, None):
             return Phase.SKIP
@@ -92,6 +114,10 @@ class Whole:
 
     policy: Policy
     steps: tuple[int, ...]
+
+    @staticmethod
+    def over(policy: Policy, schedule: ScheduleValues) -> Policy:
+        return Whole(policy, tuple(schedule.dense_steps)) if schedule.dense_steps else policy
 
     def phase(self, step: int, history: History) -> Phase:
         return Phase.DENSE if step in self.steps else self.policy.phase(step, history)
@@ -107,6 +133,10 @@ class Steady:
     policy: Policy
     threshold: float
 
+    @staticmethod
+    def over(policy: Policy, schedule: ScheduleValues) -> Policy:
+        return policy if schedule.skip_threshold is None else Steady(policy, schedule.skip_threshold)
+
     def phase(self, step: int, history: History) -> Phase:
         if (drift := history.drift) is not None:
             expected = drift.change / drift.apart * (step - drift.last)
@@ -115,34 +145,15 @@ class Steady:
         return self.policy.phase(step, history)
 
 
-POLICIES: Mapping[str, type] = MappingProxyType({"interval": Interval, "explicit": Explicit})
-
-
-class ScheduleValues(Protocol):
-    """The settings a policy is made from (chipmunk_fx.config.ScheduleConfig)."""
-
-    @property
-    def refresh_every(self) -> int: ...
-    @property
-    def refresh_steps(self) -> tuple[int, ...] | None: ...
-    @property
-    def dense_steps(self) -> tuple[int, ...] | None: ...
-    @property
-    def skip_steps(self) -> tuple[int, ...] | None: ...
-    @property
-    def skip_threshold(self) -> float | None: ...
+POLICIES = (Explicit, Whole, Steady, Skipping)  # each in place of what those before have made, or around it
 
 
 def policy_from(schedule: ScheduleValues) -> Policy:
     """The policy of `schedule`: an explicit list wins over `refresh_every`."""
     policy: Policy = Interval(schedule.refresh_every)
-    if schedule.refresh_steps is not None:
-        policy = Explicit(tuple(schedule.refresh_steps))
-    if schedule.dense_steps:
-        policy = Whole(policy, tuple(schedule.dense_steps))
-    if schedule.skip_threshold is not None:
-        policy = Steady(policy, schedule.skip_threshold)
-    return Skipping(policy, tuple(schedule.skip_steps)) if schedule.skip_steps else policy
+    for kind in POLICIES:
+        policy = kind.over(policy, schedule)
+    return policy
 
 
 def beyond(steps: int | None, listed: Iterable[int] | None) -> tuple[int, ...]:

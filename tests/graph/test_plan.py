@@ -105,7 +105,7 @@ def test_sites_in_graph_order_with_names_sizes_and_lines():
 def test_the_first_layers_stay_dense_and_say_why():
     plan = captured_tiny(3).plan(gate="off", attention__dense_layers=2, mlp__dense_layers=1)
     assert [(s.kind, s.layer) for s in plan.rewritten] == [("mlp", 1), ("attention", 2), ("mlp", 2)]
-    assert plan.sites[2].reason == "block 2 of the first 2 (attention.dense_layers)"
+    assert plan.sites[2].reason == "block 1, of the first 2 (attention.dense_layers)"
 
 
 def test_what_is_switched_off_or_gated_says_so():

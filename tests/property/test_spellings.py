@@ -59,7 +59,7 @@ def check(name: str, times: float, make: Callable[..., Any] = traced) -> None:
     def run(spelling: Spelling) -> None:
         note(f"\n{spelling!r}")
         if not runs(*spelling.make()):
-            reject()  # operands that do not fit, which the making of random expressions does not rule out
+            reject()  # operands that do not fit, or overflow, which the making of random expressions does not rule out
         outcome = assert_equals_eager(*spelling.make(), make)
         seen["cases"] += 1
         seen["rewritten"] += outcome.attention + outcome.mlp > 0

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chipmunk_fx.schedule import POLICIES, Explicit, History, Interval, Phase, Skipping, Whole, beyond, policy_from
+from chipmunk_fx.schedule import Explicit, History, Interval, Phase, Skipping, Whole, beyond, policy_from
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,6 @@ def test_policy_from_prefers_the_list():
     assert policy_from(Values(refresh_steps=(0, 3))) == Explicit((0, 3))
     assert policy_from(Values(skip_steps=(2,))) == Skipping(Interval(10), (2,))
     assert policy_from(Values(skip_steps=())) == Interval(10)
-    assert set(POLICIES.values()) == {Interval, Explicit}
 
 
 def test_dense_steps_come_before_and_between():
