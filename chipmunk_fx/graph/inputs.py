@@ -39,7 +39,7 @@ _SCALED = (*VIEWS, aten.mul.Tensor)
 _SUMS = (aten.add.Tensor, aten.add_.Tensor)
 _JOINS = (aten.cat.default, aten.stack.default, aten.pad.default, aten.constant_pad_nd.default)
 _LOOKUPS = (aten.embedding.default, aten.index.Tensor, aten.index_select.default)
-_TIME_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "noise_level")
+_TIME_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "noise_level", "c_noise", "log_snr", "logsnr", "lam")
 _NOT_TIME = ("guidance", "size", "meta", "ratio", "resolution", "fps")
 _LATENT_NAMES = ("hidden_states", "x", "latents", "sample", "img", "latent", "z")
 

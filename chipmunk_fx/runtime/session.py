@@ -66,6 +66,8 @@ class Session(Holdings):
         sight = self.observer.observe(graph.plan.roles, values, apart)
         early = self._ahead(graph, track, sight, named, values, known)
         position = self._locate(track, sight, named)
+        if position.begins:  # what was written to through `.data` has no new version
+            known = self._known(graph, values, again=True)
         self._doubt(graph, track, position, values)
         branch = track.branches.setdefault(position.branch, Branch())
         made, early = self._confirmed(early, track, branch, position), None  # a result that is wrong takes no memory
@@ -128,8 +130,7 @@ class Session(Holdings):
         before = branch.filled, branch.last_computed
         branch.filled, branch.last_computed = {}, None  # an exception leaves the branch without valid caches
         result, problem = self._run(graph, phase, values, state, renew)
-        rewritten = state is not None
-        return Made(position, graph, phase, result, problem, before, renew, rewritten, names)
+        return Made(position, graph, phase, result, problem, before, renew, state is not None, names)
 
     def _run(
         self, graph: Graph, phase: Phase, values: Sequence[Any], state: list[torch.Tensor] | None, renew: bool
@@ -219,12 +220,12 @@ class Session(Holdings):
         self.held = self.account()
         return track.prepare(graph, branch, values, known, state), assembly.whole
 
-    def _known(self, graph: Graph, values: Sequence[Any]) -> Known:
+    def _known(self, graph: Graph, values: Sequence[Any], again: bool = False) -> Known:
         if graph.plan.probe is None:
             return _NOTHING
         if graph not in self.probers:
             self.probers[graph] = Prober(graph.plan.probe)
-        return self.probers[graph].ask(values)
+        return self.probers[graph].ask(values, again)
 
     def _track(self, values: Sequence[Any], graph: Graph) -> tuple[Track, int | None]:
         """The generations that the call is one of, and its branch where the caller names it."""

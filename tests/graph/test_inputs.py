@@ -378,3 +378,14 @@ def test_a_time_that_no_name_tells_is_doubtful():
     assert seen.role("timestep") == "a" and len(seen.roles.doubtful) == 1
     assert not {*seen.roles.doubtful} & {*seen.roles.rest, *seen.roles.text, seen.roles.timestep}
     assert captured(Guided(), *values).roles.doubtful == ()
+
+
+def test_a_time_that_is_named_as_a_noise_level_is_not():
+    class Denoiser(TinyDiT):
+        """Of EDM."""
+
+        def forward(self, latents, strength, c_noise, text):
+            return super().forward(latents, c_noise, text) + super().forward(latents, strength, text)
+
+    seen = captured(Denoiser(), noise(), torch.tensor([3.0]), torch.tensor([0.9]), words())
+    assert seen.role("timestep") == "c_noise" and seen.roles.doubtful == ()

@@ -69,6 +69,10 @@ def steps(counts: tuple[int, ...] = (5,), times: tuple[int, ...] = TIMES) -> lis
     return [(*call, present) for call in calls(times, batch=len(counts))]
 
 
+def by_numpy(mask: Tensor, new: Tensor) -> None:
+    mask.numpy()[:] = new.numpy()
+
+
 def spans(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """What is found of each mask."""
     seen: list[list[int]] = []
@@ -152,15 +156,28 @@ def test_another_mask_within_a_generation_is_followed():
     assert chipmunk_fx.summary(ours).phases == {0: ["refresh", "sparse", "refresh", "sparse"]}
 
 
-def test_a_mask_written_in_place_is_followed():
+@pytest.mark.parametrize("write", [Tensor.copy_, by_numpy, lambda mask, new: mask.data.copy_(new)])
+def test_a_mask_written_in_place_is_followed(write: Callable[[Tensor, Tensor], Any]):
     model = Masked()
     ours, inputs = exactly(model), steps((5,))
     shared = inputs[0][3]
     for index, (latents, time, text, _) in enumerate(inputs):
         if index == 2:
-            shared[:, 2:] = False
+            write(shared, torch.arange(8) < 2)
         assert_same(run(ours, [(latents, time, text, shared)]), run(model, [(latents, time, text, shared)]))
     assert chipmunk_fx.summary(ours).phases == {0: ["refresh", "sparse", "refresh", "sparse"]}
+
+
+def test_a_mask_that_shows_no_new_version_is_asked_for_anew_by_every_generation(monkeypatch: pytest.MonkeyPatch):
+    """Of a mask that is not compared, as on a GPU."""
+    monkeypatch.setattr(known.Stamp, "fits", lambda stamp, value: True)
+    model = Masked()
+    ours, inputs = exactly(model), steps((5,))
+    for _ in range(2):
+        assert_same(run(ours, inputs), run(model, inputs))
+        inputs[0][3].data.copy_(torch.arange(8) < 2)
+        inputs = [(*call[:3], inputs[0][3]) for call in inputs]
+        chipmunk_fx.reset(ours)
 
 
 def test_a_bias_is_no_padding():
