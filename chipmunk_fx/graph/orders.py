@@ -32,10 +32,14 @@ class Content(Container[fx.Node]):
 
 
 class Orders:
-    """How content orders the rows of nodes, dimension by dimension, as far as they have been added in the graph's order."""
+    """How content orders the rows of nodes, dimension by dimension, as far as they have been added in the graph's order.
+
+    timed: those whose rows the time orders, and all that is made of them.
+    """
 
     def __init__(self, content: Iterable[fx.Node]) -> None:
         self.content = Content(content)
+        self.timed: frozenset[fx.Node] = frozenset()
         self._axes: dict[fx.Node, Dim] = {}
         self._seen: dict[fx.Node, int] = {}
         self._writers: dict[int | None, list[fx.Node]] = {}
@@ -54,7 +58,9 @@ class Orders:
         return node in self._axes or (bool(self._writers) and storage(node) in self._writers)
 
     def is_moved(self, node: fx.Node, channels: int | None = None) -> bool:
-        """Whether content orders a dimension other than that of the channels, or chose a single row."""
+        """Whether content orders a dimension other than that of the channels, or chose a single row, or the time did."""
+        if node in self.timed:
+            return True
         dims = self.dims(node) if self.knows(node) else []
         apart = None if channels is None else channels % max(len(dims), 1)
         return any(axis.order and (axis.size == 1 or at != apart) for at, dim in enumerate(dims) for axis in dim)

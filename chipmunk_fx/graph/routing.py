@@ -1,4 +1,4 @@
-"""Rows that content chooses or orders (expert choice, mixture of depths, tokens sorted or merged by likeness), or chance.
+"""Rows that content chooses or orders (expert choice, mixture of depths, tokens sorted or merged by likeness), time or chance.
 
 From step to step they are other tokens, so that nothing kept of one is of any use to the next. Where Python orders them
 (windows that are shifted in every other step), graphs that do it otherwise have caches of their own.
@@ -14,13 +14,13 @@ from chipmunk_fx.graph.effects import draws
 from chipmunk_fx.graph.indexing import PICKS, SENDS
 from chipmunk_fx.graph.inputs import Roles
 from chipmunk_fx.graph.moves import follow
-from chipmunk_fx.graph.orders import Orders, name
+from chipmunk_fx.graph.orders import Orders, is_mask, is_whole, name
 from chipmunk_fx.graph.pattern import AttentionOperands, MlpOperands
 from chipmunk_fx.graph.region import Region
 from chipmunk_fx.graph.sizes import Size, unbacked
 from chipmunk_fx.graph.walk import NORMS, PROJECTIONS, ancestors, is_pointwise, rank
 
-_REASON = "tokens are chosen or ordered by their content or at random, not alike from step to step"
+_REASON = "tokens are chosen or ordered by their content, by the time or at random, not alike from step to step"
 
 
 def orders_of(capture: Capture, roles: Roles) -> Orders:
@@ -29,7 +29,24 @@ def orders_of(capture: Capture, roles: Roles) -> Orders:
     orders = Orders([*_activations(capture, roles), *drawn])
     for node in capture.module.graph.nodes:
         follow(node, orders)
+    orders.timed = frozenset(_timed(capture, roles, orders))
     return orders
+
+
+def _timed(capture: Capture, roles: Roles, orders: Orders) -> set[fx.Node]:
+    """What is made of activations whose rows an index moves that is made of the timestep, or of strengths beside it."""
+    inputs = [n for n in capture.module.graph.nodes if n.op == "placeholder"]
+    times = {i for i in (roles.timestep, *roles.doubtful) if i is not None}
+    strengths = {i for i in roles.rest if rank(inputs[i]) in (1, 2) and not is_whole(inputs[i])}
+    late, moved = {inputs[i] for i in times | strengths}, set[fx.Node]()
+    for node in capture.module.graph.nodes:
+        read = node.all_input_nodes
+        picks = name(node) in (*PICKS, *SENDS) and any(n in late and is_whole(n) and not is_mask(n) for n in read)
+        if any(n in moved for n in read) or (picks and any(n in orders.content for n in read)):
+            moved.add(node)
+        elif node not in orders.content and any(n in late for n in read):
+            late.add(node)
+    return moved
 
 
 Move = tuple[str, tuple[Size, ...]]

@@ -12,7 +12,7 @@ from tests.graph.capturing import Seen, captured
 from tests.runtime.models import HEADS, WIDTH, TinyDiT, calls
 
 CALL = calls([900])[0]
-REASON = "chosen or ordered by their content"
+REASON = "chosen or ordered by their content, by the time or at random"
 Take = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -407,18 +407,40 @@ def test_weights_of_a_router_choose_no_tokens():
 
 
 class Masked(TinyDiT):
-    """Takes the words that a mask, which is an input, puts first, and tokens in the order of the timestep's choice."""
+    """Takes the words that a mask, which is an input, puts first, and one embedding for all tokens of one time."""
 
     def forward(self, latents: Tensor, timestep: Tensor, text: Tensor, mask: Tensor) -> Tensor:
         words = text[torch.arange(len(text))[:, None], mask.argsort(dim=1, descending=True, stable=True)]
-        order = (torch.arange(latents.shape[2]) * timestep[0]).argsort()
-        return super().forward(latents[:, :, order], timestep, words)
+        times, which = timestep.unique(return_inverse=True)
+        return super().forward(latents * times[which][:, None, None, None], timestep, words)
 
 
-def test_masks_and_times_are_no_content():
+def test_masks_are_no_content_and_times_order_no_embeddings():
     latents, timestep, _ = CALL
     plan = captured(Masked(), latents, timestep, torch.randn(1, 8, 16), torch.ones(1, 8, dtype=torch.bool)).plan()
     assert len(plan.sites) == 2 and not plan.refused
+
+
+LINES = torch.arange(16)
+BY_TIME: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "shifted": lambda x, t, _: x[:, :, (LINES + t.long()) % 16],
+    "sorted": lambda x, t, _: x[:, :, (LINES * t).sin().argsort()],
+    "one of two": lambda x, t, _: x.index_select(2, torch.where(t > 500, LINES, LINES.flip(0))),
+    "of a table": lambda x, t, _: x[:, :, torch.stack([LINES, LINES.flip(0)])[t.long() % 2][0]],
+    "gathered": lambda x, t, _: x.gather(2, ((LINES + t.long()) % 16)[:, None].expand_as(x)),
+    "sent": lambda x, t, _: torch.zeros_like(x).index_copy(2, (LINES + t.long()) % 16, x),
+    "by scores that are an input": lambda x, _, scores: x[:, :, scores[0].argsort()],
+}
+
+
+@pytest.mark.parametrize("order", BY_TIME)
+def test_tokens_that_the_time_orders(order: str):
+    class Timed(TinyDiT):
+        def forward(self, latents: Tensor, timestep: Tensor, text: Tensor, scores: Tensor) -> Tensor:  # pyright: ignore
+            return super().forward(BY_TIME[order](latents, timestep, scores), timestep, text)
+
+    plan = captured(Timed(), *CALL, torch.rand(1, 16)).plan()
+    assert not plan.sites and all(REASON in (c.reason or "") for c in plan.refused)
 
 
 def test_sizes_of_activations_are_no_content():
