@@ -6,6 +6,7 @@ Parameters stay placeholders in the same order, so a call's arguments serve the 
 from __future__ import annotations
 
 import copy
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -103,8 +104,8 @@ def capture(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Capt
         with fx_traceback.preserve_node_meta(), context.fake_mode, torch.no_grad():  # pyright: ignore[reportOptionalContextManager]
             traced = make_fx(run, pre_dispatch=True, tracing_mode="real")(*fakes)
     except Exception as error:  # any tracing failure leaves the user's graph as it was
-        said = str(error).partition("\n")[0]  # the rest tells of PyTorch's own code
-        raise Uncapturable(f"re-tracing failed: {type(error).__name__}: {said}") from error
+        said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"  # the rest tells of PyTorch's own code
+        raise Uncapturable(f"re-tracing failed: {_number_that_indexes(source) or said}") from error
     if any(isinstance(attribute(traced, n), FakeTensor) for n in traced.graph.nodes if n.op == "get_attr"):
         raise Uncapturable("the re-trace captured a tensor made inside the graph as a constant")
     _one_spelling(traced)
@@ -114,6 +115,21 @@ def capture(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Capt
     traced.recompile()
     dynamic = any(isinstance(f, torch.SymInt) or _has_symbols(f) for f in fakes) or _takes_floats(graph_module)
     return Capture(traced, inputs, context, dynamic, _numbers())
+
+
+def _number_that_indexes(graph: fx.Graph) -> str | None:
+    """`table[t]` with t an integer tensor without dimensions, of which PyTorch makes a number that no graph has."""
+    for node in graph.find_nodes(op="call_function", target=operator.getitem):
+        index = node.args[1] if isinstance(node.args[1], (tuple, list)) else (node.args[1],)
+        values = [n.meta.get("example_value") for n in index if isinstance(n, fx.Node)]
+        if any(
+            isinstance(v, torch.Tensor) and v.dim() == 0 and v.dtype not in (torch.bool, torch.uint8) for v in values
+        ):
+            return (
+                "a tensor is indexed by an integer tensor without dimensions, for each value of which PyTorch compiles a graph: "
+                "index by one with a dimension, as in table[t[None]]"
+            )
+    return None
 
 
 def user_name(placeholder: fx.Node) -> str:

@@ -18,7 +18,7 @@ from chipmunk_fx.runtime.observe import Numbers
 from chipmunk_fx.runtime.registry import Scope
 from chipmunk_fx.runtime.tables import Tables
 from chipmunk_fx.schedule.phase import Phase
-from chipmunk_fx.schedule.policies import Drift, History
+from chipmunk_fx.schedule.policies import Drift, History, Policy
 from chipmunk_fx.schedule.timeline import Position, Timeline
 from chipmunk_fx.state.health import Health
 from chipmunk_fx.state.store import Home
@@ -175,6 +175,14 @@ class Clock:
         self.told = now
 
 
+RENEWING = (
+    "call after call is a refresh, which costs more than a dense one: a generation begins at each of them, or padding, sizes, "
+    "shifts or tables of the model are others each time. Pictures, or parts of one, that take turns want "
+    "chipmunk_fx.generation(model, key=...) around each call"
+)
+_MANY = 8
+
+
 @dataclass
 class Track:
     """The generations of one key: a timeline, the branches of the one under way, and what its calls did. `faults`: sites for
@@ -200,6 +208,16 @@ class Track:
     scope: Scope | None = None  # the caller's `generation` block around the call that came last
     inputs: tuple[Numbers, ...] = ()  # some values of those of its first call
     doubt: str | None = None  # why branches cannot be told apart
+    refreshes: int = 0  # in a row, up to the last call, that no schedule asks for, and first ones of generations
+
+    def renews(self, phase: Phase, position: Position, policy: Policy) -> bool:
+        """Whether so many calls in a row have been refreshes that nothing is gained by them, with this one."""
+        asked = position.step > 0 and policy.phase(position.step, History(position.step - 1)) is Phase.REFRESH
+        if phase is not Phase.REFRESH or asked:
+            self.refreshes = 0
+        elif position.begins or position.step > 0:
+            self.refreshes += 1
+        return self.refreshes >= _MANY
 
     def ready(self, graph: Graph, branch: Branch, values: Sequence[Any], known: Known) -> Prepared | None:
         """What is prepared for such a call."""

@@ -14,7 +14,7 @@ from chipmunk_fx.errors import FallbackError
 from chipmunk_fx.log import Notices, logger
 from chipmunk_fx.runtime.assembly import Assembly, SiteOutOfMemory, masks
 from chipmunk_fx.runtime.faults import Faults
-from chipmunk_fx.runtime.generations import BIRTHS, Branch, Fallback, Made, Prepared, Record, Track
+from chipmunk_fx.runtime.generations import BIRTHS, RENEWING, Branch, Fallback, Made, Prepared, Record, Track
 from chipmunk_fx.runtime.graphs import Graph
 from chipmunk_fx.runtime.holdings import Holdings, OverBudget
 from chipmunk_fx.runtime.known import Known, Prober
@@ -84,10 +84,8 @@ class Session(Holdings):
     def _ahead(
         self, graph: Graph, track: Track, sight: Sight, named: int | None, values: Sequence[Any], known: Known
     ) -> Made | None:
-        """The call as what it is expected to be, begun before the device has told what it is; None where it is no usual one.
-
-        The host would else wait for all that the device has to do, and the device then for the host.
-        """
+        """The call as what it is expected to be, begun before the device has told what it is: host and device would else wait
+        for each other in turns. None where it is no usual one."""
         if sight.arrived is None or not graph.repeatable:
             return None
         position = track.timeline.expect(sight.told, named)
@@ -303,6 +301,8 @@ class Session(Holdings):
         branch.filled, branch.last_computed = made.before
         if phase is Phase.REFRESH:
             branch.refreshed(step, made.names[0], known)
+        if track.renews(phase, made.position, self.computing):
+            self.notices.once(_log, RENEWING, key=RENEWING)
         if phase is not Phase.SKIP:
             if (filled := branch.of(made.names[0])) is not None:
                 filled.sparse = filled.sparse + 1 if phase is Phase.SPARSE else 0

@@ -156,6 +156,15 @@ def test_flex_attention_is_refused():
         captured(Flex(), torch.randn(1, 128, 32))
 
 
+def test_an_index_without_dimensions_is_named():
+    class Looked(TinyDiT):
+        def forward(self, latents, timestep, text=None):
+            return super().forward(latents + torch.arange(1000)[timestep], timestep[None], text)
+
+    with pytest.raises(Uncapturable, match=r"indexed by an integer tensor without dimensions.*table\[t\[None\]\]"):
+        captured(Looked(), calls([900])[0][0], torch.tensor(900), None)
+
+
 def test_sizes_are_dynamic_only_where_dynamo_made_them_so():
     assert not captured(TinyDiT(), *CALL).capture.dynamic
     seen = captured(TinyDiT(), *CALL, dynamic=True)

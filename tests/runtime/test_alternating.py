@@ -220,3 +220,21 @@ def test_sizes_of_earlier_generations_are_given_up(skipped: tuple[int, ...]):
         held.append(sum(len(cells) for cells in branch.caches.values()))
         assert session.held == session.account()
     assert len(set(held)) == 1
+
+
+def test_caches_that_every_call_makes_anew_are_remarked_on(caplog: pytest.LogCaptureFixture):
+    model = Shifted()
+    ours = exactly(model)
+    for model.shift, call in enumerate(calls(TIMES)):
+        assert_same(run(ours, [call]), run(model, [call]))
+    assert caplog.text.count("call after call is a refresh") == 1
+    assert set(chipmunk_fx.summary(ours).phases[0]) == {"refresh"}
+
+
+@pytest.mark.parametrize("asked", [{"refresh_every": 1}, {"refresh_steps": [*range(12)]}], ids=str)
+def test_refreshes_that_are_asked_for_are_not(asked: dict[str, Any], caplog: pytest.LogCaptureFixture):
+    ours = exactly(TinyDiT(), **{f"schedule__{name}": value for name, value in asked.items()})
+    for _ in range(2):
+        run(ours, calls(TIMES))
+    assert set(chipmunk_fx.summary(ours).phases[0]) == {"refresh"}
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
