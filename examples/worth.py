@@ -1,8 +1,8 @@
 """What each setting is worth: PSNR of the bundled model's pictures to dense ones, against the work that was done.
 
     python examples/worth.py                                   # every setting, eight pictures at once
-    python examples/worth.py --only defaults additive       # some of them
-    python examples/worth.py --seconds defaults additive    # instead: how long a step of each phase takes, one picture at a time
+    python examples/worth.py --only defaults additive          # some of them
+    python examples/worth.py --seconds defaults additive       # instead: how long steps of each phase take, one picture at a time
 
 The pictures are made op by op, with every site sparse (gate "off"), so that the table is about the method and not about
 one machine. `--seconds` compiles the same with Inductor and takes the median step of each phase; what a picture takes is put

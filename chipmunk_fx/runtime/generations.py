@@ -212,10 +212,10 @@ class Track:
 
     def renews(self, phase: Phase, position: Position, policy: Policy) -> bool:
         """Whether so many calls in a row have been refreshes that nothing is gained by them, with this one."""
-        asked = position.step > 0 and policy.phase(position.step, History(position.step - 1)) is Phase.REFRESH
-        if phase is not Phase.REFRESH or asked:
+        step = position.step
+        if phase is not Phase.REFRESH or (step > 0 and policy.phase(step, History(step - 1)) is Phase.REFRESH):
             self.refreshes = 0
-        elif position.begins or position.step > 0:
+        elif position.begins or step > 0:  # at step 0 every branch has one
             self.refreshes += 1
         return self.refreshes >= _MANY
 

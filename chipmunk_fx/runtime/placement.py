@@ -120,7 +120,7 @@ def _sent(plan: Plan, where: dict[int, Where], config: Config) -> Plan:
 
 
 def _over(source: Where, total: int, allowed: int) -> str:
-    whose = "memory.budget_gb" if source == "device" else "95 % of half of the host's free memory"
+    whose = "memory.budget_gb" if source == "device" else f"{STEADY * 100:.0f} % of half of the host's free memory"
     return f"memory budget: caches of {total / 1e9:.3g} GB, {allowed / 1e9:.3g} GB allowed ({whose})"
 
 

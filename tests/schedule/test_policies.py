@@ -1,9 +1,22 @@
 from dataclasses import dataclass
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chipmunk_fx.schedule import Explicit, History, Interval, Phase, Skipping, Whole, beyond, policy_from
+from chipmunk_fx.schedule import (
+    Explicit,
+    History,
+    Interval,
+    Phase,
+    Skipping,
+    Steady,
+    Whole,
+    beyond,
+    policies,
+    policy_from,
+)
+from chipmunk_fx.schedule.policies import POLICIES, Policy, ScheduleValues
 
 
 @dataclass(frozen=True)
@@ -79,6 +92,17 @@ def test_policy_from_prefers_the_list():
     assert policy_from(Values(refresh_steps=(0, 3))) == Explicit((0, 3))
     assert policy_from(Values(skip_steps=(2,))) == Skipping(Interval(10), (2,))
     assert policy_from(Values(skip_steps=())) == Interval(10)
+    assert set(POLICIES) == {Explicit, Whole, Steady, Skipping}
+
+
+def test_an_entry_counts(monkeypatch: pytest.MonkeyPatch):
+    class Never(Whole):
+        @staticmethod
+        def over(policy: Policy, schedule: ScheduleValues) -> Policy:
+            return Never(policy, ())
+
+    monkeypatch.setattr(policies, "POLICIES", (*POLICIES, Never))
+    assert policy_from(Values(refresh_steps=(0, 3))) == Never(Explicit((0, 3)), ())
 
 
 def test_dense_steps_come_before_and_between():
